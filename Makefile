@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# The only entry points, for people and for CI. `make` alone lists them.
+
+# Variables, each set as `make TARGET NAME=value`:
+#   PYTHON       interpreter that .venv is made with: 3.11, 3.12 or 3.13. Empty: the first of these that is found.
+#   GPU          1: use the CUDA device and run its tests too. Empty: everything runs on the CPU, alike on all machines.
+#   TORCH_INDEX  URL of another wheel index for torch alone, such as that of its CPU build (half a gigabyte instead of
+#                several; pytorch.org, "Get Started", shows the URL). Empty: pip's own. Read when .venv is made.
+#   PYTEST_ARGS  passed on to pytest, such as PYTEST_ARGS="-k affinity" or PYTEST_ARGS="-m slow"
+#   CONSTRAINTS  file of exact versions. CONSTRAINTS= takes the newest that setup.cfg allows. Read when .venv is made.
+PYTHON      ?= $(call find_python)
+GPU         ?=
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+CONSTRAINTS ?= constraints.txt
+
+VENV   := .venv
+READY  := $(VENV)/.ready
+BEGUN  := $(VENV)/.unfinished
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+ON_CPU := $(if $(GPU),,CUDA_VISIBLE_DEVICES=)
+
+find_python = $(shell for name in python3.11 python3 python3.12 python3.13; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
+	&& echo $$name && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench smoke venv clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables, such as GPU=1 and TORCH_INDEX=URL, are explained at the top of the Makefile."
+
+demo: $(READY)  ## phantom data, teacher, student alone, distilled student, and a report with pictures
+	$(ON_CPU) $(RUN) demo/demo.py
+
+test: $(READY)  ## all tests, each bundle in its own process; PYTEST_ARGS goes to pytest
+	@{ $(tree_state); } > $(VENV)/.tree
+	$(ON_CPU) $(RUN) -m pytest tests $(if $(GPU),-m "not slow") $(PYTEST_ARGS)
+	@$(tree_check)
+
+check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config rules, layering; a minute
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(RUN) ci/format_json.py --check
+	$(RUN) ci/sync_bundles.py --check
+	$(RUN) ci/lint_configs.py
+	$(RUN) -m pytest -q tests/test_layering.py
+
+bench: $(READY)  ## speed and memory against peers, written to bench/*.json
+	$(ON_CPU) $(RUN) bench/run.py
+
+smoke: $(READY)  ## every bundle in seconds: phantom data, teacher, distillation, inference, on a copy
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	for bundle in bundles/*/; do $(smoke_one); done
+
+venv: $(READY)
+
+clean:  ## remove .venv, caches, builds and the demo's output; runs and weights stay
+	rm -rf $(VENV) build dist common/*.egg-info .mypy_cache .pytest_cache .ruff_cache demo/output demo/report.html
+	find ci common bundles demo bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# .venv is made once, and brought up to date when what it is made from changes. BEGUN stays behind when that was
+# interrupted, as pip may then have left half a package: the next call starts afresh, from pip's cache of downloads.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(check_python)
+	@if [ -e $(BEGUN) ]; then echo "Set-up was interrupted; $(VENV) is made afresh."; rm -rf $(VENV); fi
+	@rm -f $(READY); mkdir -p $(VENV); touch $(BEGUN)
+	@echo "[1/3] $(VENV) with $(PYTHON)"
+	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
+	@echo "[2/3] torch (the large one)"
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@echo "[3/3] medkd and all else"
+	$(PIP) -e ".[dev]"
+	@rm $(BEGUN); touch $(READY)
+
+define check_python
+if [ -z "$(PYTHON)" ]; then \
+	echo "PYTHON must be CPython 3.11, 3.12 or 3.13, and none was found; install one (Debian 12:" \
+	     "apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12"; exit 1; fi; \
+$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	echo "PYTHON must be CPython 3.11, 3.12 or 3.13, got $(PYTHON), $$($(PYTHON) --version 2>&1);" \
+	     "name another: make PYTHON=/path/to/python3.12"; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "PYTHON must have the venv module, and $(PYTHON) has none; install it: apt install python3-venv"; exit 1; }
+endef
+
+# Under CI the tests must leave the tree as they found it.
+tree_state = git status --porcelain 2>/dev/null; git diff 2>/dev/null | cksum
+define tree_check
+if [ -n "$$CI" ] && ! { $(tree_state); } | cmp -s - $(VENV)/.tree; then \
+	git status --short; echo "The tests changed the tree (above); let them work on copies."; exit 1; fi
+endef
+
+# $$bundle on phantoms of the kind in its name: teacher, one epoch; student, as smoke.json says; inference with it.
+define smoke_one
+name=$$(basename "$$bundle"); echo "== $$name"; \
+kind=$$(echo "$$name" | tr _ '\n' | grep -xE 'ct|em|nuclei|histology' | head -n 1); \
+[ -d "$$work/$$kind" ] || $(VENV)/bin/medkd phantom "$$kind" "$$work/$$kind"; \
+cp -R "$$bundle" "$$work/$$name"; \
+run() { \
+	configs=$$1; shift; \
+	( cd "$$work/$$name" && $(ON_CPU) "$(CURDIR)/$(RUN)" -m monai.bundle run "$$@" --config_file "$$configs" \
+		--bundle_root . --dataset_dir "$$work/$$kind" ); \
+}; \
+if [ -f "$$bundle/configs/teacher.json" ]; then \
+	run "['configs/train.json','configs/smoke.json','configs/teacher.json']" training --train#trainer#max_epochs 1; fi; \
+run "['configs/train.json','configs/smoke.json']" training; \
+cp "$$work/$$name/runs/smoke/model.pt" "$$work/$$name/models/model.pt"; \
+run configs/inference.json evaluating
+endef

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Hold the configs of the bundles to the rules that MONAI does not check, and that a reader relies on.
+
+    python ci/lint_configs.py            every bundles/*/configs/*.json but metadata
+
+Each message names the file, the key, what is wrong and the way out. The rules:
+  * a config is code, so `_target_`, `$` expressions and `$import` lines name only what ci/config_code.py lists;
+  * an expression has at most 100 characters and no lambda, walrus, or private attribute;
+  * inference*.json name MONAI, torch and `scripts` only;
+  * no %file.json::key, %network, @_meta_ or absolute path;
+  * an override (every file but train, inference* and metadata) has flat keys a#b#c that exist in train.json, replaces
+    no section as a whole, and puts no null into a list.
+This finds slips in our own files; it is no sandbox for those of others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from config_code import ABSOLUTE, PACKAGES, STUDENT_PACKAGES, Expression, check_import, check_target
+from format_json import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 100
+RUN_IDS = {"run", "training", "evaluating"}  # an override may bring its own
+TEXT_RULES = (  # pattern of any string, what is wrong with it
+    (
+        r"%\S*\.(json|ya?ml)\b",
+        "must not take text from a file, found from the working directory; copy the text here.",
+    ),
+    (r"%network(?!\w)", "must not copy the network, a second one with other weights; write @network."),
+    (r"[@%]_meta_", "must not refer to the metadata, which MONAI Label does not load; write the value here."),
+    (r"@device\s*\.", "must not use an attribute of @device, which may be a string; pass it as an argument."),
+    (r"(^|['\"\s=])(/(home|Users|root|mnt|tmp|media|scratch)/|~\w*/|[A-Za-z]:[\\/])|^/", ABSOLUTE),
+)
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is neither list nor dict, with its path a#b#c."""
+    if not isinstance(node, dict | list):
+        yield path, node
+        return
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield from walk(value, f"{path}#{key}" if path else str(key))
+
+
+def _is_import(value: Any) -> bool:
+    return isinstance(value, str) and re.match(r"\$\s*(import|from)\s", value) is not None
+
+
+def imported_names(config: Any, packages: frozenset[str]) -> dict[str, str]:
+    """Names that the `$import` lines of a config bring, with their full paths."""
+    names: dict[str, str] = {}
+    for _, value in walk(config):
+        if _is_import(value):
+            names |= check_import(value[1:], packages)[0]
+    return names
+
+
+def check_value(path: str, value: Any, aliases: dict[str, str], packages: frozenset[str]) -> list[str]:
+    """Problems of one value: target, expression, import line or text."""
+    problems: list[str | None] = []
+    if path.split("#")[-1] == "_target_":
+        problems.append(check_target(value, packages))
+    if not isinstance(value, str):
+        return [problem for problem in problems if problem]
+    problems += [message for pattern, message in TEXT_RULES if re.search(pattern, value)]
+    if _is_import(value):
+        problems.append(check_import(value[1:], packages)[1])
+    elif re.match(r"imports#\d+$", path):
+        problems.append("must be `$import x` or `$from x import y`; MONAI does not run anything else here.")
+    elif value.startswith("$"):
+        if len(value) > LONGEST:
+            problems.append(
+                f"must have at most {LONGEST} characters, got {len(value)}; write a function in scripts."
+            )
+        problems += Expression(aliases, packages).check(value[1:])
+    return [problem for problem in problems if problem]
+
+
+def check_override(config: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Problems of an override of train.json: (key, message)."""
+    for key, value in config.items():
+        path = re.split("#|::", key.removeprefix("+"))
+        known, old = _look_up(base, path)
+        if not known and key.removeprefix("+") not in RUN_IDS:
+            yield key, "must be a key of train.json, as MONAI takes a slip in silence; add it there first."
+        elif key.startswith("+") and not isinstance(old, list):
+            yield key, "must name a list to append to; write the key without +."
+        elif len(path) == 1 and _is_section(old):
+            yield key, f"must not replace the whole section; write its keys flat, as {key}#{next(iter(old))}."
+        if _null_in_list(value):
+            yield key, "must not put null into a list, where it stays as an item; write the list without it."
+
+
+def _look_up(node: Any, path: Sequence[str]) -> tuple[bool, Any]:
+    for part in path:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            return False, None
+    return True, node
+
+
+def _is_section(value: Any) -> bool:
+    holds_component = any("_target_" in path.split("#") for path, _ in walk(value))
+    return isinstance(value, dict) and "_target_" not in value and holds_component
+
+
+def _null_in_list(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(item is None or _null_in_list(item) for item in value)
+    return isinstance(value, dict) and any(map(_null_in_list, value.values()))
+
+
+def lint_bundle(folder: Path) -> list[str]:
+    """Check the configs of one bundle; returns a line per problem."""
+    lines: list[str] = []
+    train = folder / "configs" / "train.json"
+    base = read_json(train) if train.is_file() else {}
+    for file in sorted(folder.glob("configs/*.json")):
+        if file.name.startswith("metadata"):
+            continue
+        config = read_json(file)
+        complete = file == train or file.name.startswith("inference")
+        packages = STUDENT_PACKAGES if file.name.startswith("inference") else PACKAGES
+        aliases = imported_names(config if complete else [base, config], packages)
+        found = [
+            (path, problem)
+            for path, value in walk(config)
+            for problem in check_value(path, value, aliases, packages)
+        ]
+        found += [] if complete else check_override(config, base)
+        lines += [f"{file}: {path}: {problem}" for path, problem in found]
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check all bundles; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
+    bundles = sorted(path.parent for path in parser.parse_args(arguments).root.glob("bundles/*/configs"))
+    try:
+        lines = [line for bundle in bundles for line in lint_bundle(bundle)]
+    except ValueError as error:
+        lines = [str(error)]
+    print(*lines, f"{len(bundles)} bundles, {len(lines)} problems", sep="\n")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

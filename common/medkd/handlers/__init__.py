@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ignite handlers that distil on MONAI's unmodified `SupervisedTrainer`."""

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that are whole whenever the machine stops, and from which a run ends bit-identical."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from medkd.handlers.teacher import load_tensors
+from medkd.taps import unwrap
+
+__all__ = ["CheckpointHandler", "save_atomically"]
+
+_KEPT = 2
+logger = logging.getLogger(__name__)
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """Write with `torch.save` to a temporary file beside `path`, sync it to the disk, and rename it.
+
+    At every moment `path` is either the old file or the new one, whole.
+
+    Raises:
+        OSError: the disk is full or read-only; the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except RuntimeError as error:                                  # how torch reports a failed write
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error)) from error
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointHandler:
+    """Save all that a run needs to go on at each epoch's end, and the best student as `model.pt`.
+
+    Checkpoints lie in `directory/checkpoints/epoch_<n>.pt`, where MONAI Label does not offer them; the newest two are
+    kept, and the older one is deleted only after the new one is on the disk. `model.pt` is the student's bare state
+    dict, beside it `model.json` says how it was trained. A failed write is logged and training goes on. Place it last
+    in the list, behind validation, learning-rate schedule and `DistillationHandler`.
+
+    Args:
+        directory: where weights go; `ckpt_dir` of the bundle.
+        objects: name -> module, optimizer or scheduler (or list of modules). `network` is the student. The gradient
+            scaler and the epoch are added.
+        evaluator: the validation engine, whose best metric decides on `model.pt`. None saves the last student.
+        resume: True goes on from the newest whole checkpoint, if there is one.
+
+    Raises:
+        ValueError: `objects` without `network`; at start: a checkpoint of another run (teacher, networks, epochs).
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        objects: Mapping[str, Any],
+        evaluator: Any | None = None,
+        resume: bool = False,
+    ) -> None:
+        if "network" not in objects:
+            raise ValueError(f"`objects` must have the key 'network', the student, got {sorted(objects)}.")
+        self.directory = Path(directory)
+        self.objects = {name: _loadable(value) for name, value in objects.items()}
+        self.evaluator = evaluator
+        self.resume = resume
+
+    @property
+    def _folder(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _start(self, engine: Any) -> None:
+        found = _newest_first(self._folder)
+        if not self.resume:
+            if found and idist.get_rank() == 0:
+                self._set_aside()
+            return
+        for path in found:
+            try:
+                content = load_tensors(path)
+            except ValueError as error:
+                logger.warning("Passing over a checkpoint: %s", error)
+                continue
+            self._restore(engine, content, path)
+            return
+        logger.info("No checkpoint in %s to resume from: starting at the first epoch.", self._folder)
+
+    def _set_aside(self) -> None:
+        """Keep the checkpoints of an earlier run out of this one's way: a later `resume` must not mix two runs."""
+        aside = self._folder.with_name("checkpoints_before")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(self._folder, aside)
+        logger.info("Starting anew; checkpoints of an earlier run are now in %s (`--resume true` goes on).", aside)
+
+    def _restore(self, engine: Any, content: dict[str, Any], path: Path) -> None:
+        _refuse_other_run(engine, content, path)
+        for name, target in self.objects.items():
+            if name not in content["objects"]:
+                raise ValueError(f"{path} must hold {name!r} to resume, got {sorted(content['objects'])}.")
+            try:
+                target.load_state_dict(content["objects"][name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise ValueError(f"{path} does not fit {name!r} of this run, so it cannot be resumed: {error}") from error
+        if getattr(engine, "scaler", None) is not None and content["scaler"]:
+            engine.scaler.load_state_dict(content["scaler"])
+        engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
+        if self.evaluator is not None:
+            self.evaluator.state.best_metric = content["best_metric"]
+            self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
+        logger.info("Resuming after epoch %d of %d from %s", content["epoch"], engine.state.max_epochs, path)
+
+    def _end_epoch(self, engine: Any) -> None:
+        if idist.get_rank() == 0:
+            if self.evaluator is not None and self._best_epoch() == engine.state.epoch:
+                self._write_student(engine)
+            self._write_checkpoint(engine)
+
+    def _best_epoch(self) -> int:
+        return int(self.evaluator.state.best_metric_epoch) if self.evaluator is not None else -1
+
+    def _finish(self, engine: Any) -> None:
+        if idist.get_rank() == 0 and self._best_epoch() < 1:
+            logger.info("No validation took place: the last student is saved.")
+            self._write_student(engine)
+
+    def _write_student(self, engine: Any) -> None:
+        state = self.objects["network"].state_dict()
+        path = self.directory / "model.pt"
+        try:
+            save_atomically({key: value.detach().cpu() for key, value in state.items()}, path)
+            path.with_suffix(".json").write_text(json.dumps(self._describe(engine), indent=2) + "\n")
+        except OSError as error:
+            logger.error("The student was NOT saved to %s: %s. Training goes on; free some space.", path, error)
+
+    def _describe(self, engine: Any) -> dict[str, Any]:
+        run = dict(getattr(engine.state, "distillation", {"mode": "supervised"}))
+        run["weights"] = getattr(engine.state, "distill_weights", {}) if run["mode"] == "distilled" else {}
+        run["epoch"], run["max_epochs"] = engine.state.epoch, engine.state.max_epochs
+        if self._best_epoch() >= 1:
+            state = self.evaluator.state   # type: ignore[union-attr]
+            run["validation"] = {state.key_metric_name: float(state.best_metric)}
+        return run
+
+    def _write_checkpoint(self, engine: Any) -> None:
+        path = self._folder / f"epoch_{engine.state.epoch:05d}.pt"
+        best = self.evaluator.state if self.evaluator is not None else None
+        scaler = getattr(engine, "scaler", None)
+        content = {
+            "objects": {name: value.state_dict() for name, value in self.objects.items()},
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
+            "best_metric": float(best.best_metric) if best is not None else -1.0,
+            "best_metric_epoch": self._best_epoch(),
+            "teacher_sha256": getattr(engine.state, "distillation", {}).get("teacher_sha256"),
+        }
+        try:
+            save_atomically(content, path)
+        except OSError as error:
+            logger.error("Checkpoint %s was NOT saved: %s. The previous one is whole; training goes on.", path, error)
+            return
+        for old in _newest_first(self._folder)[_KEPT:]:
+            old.unlink(missing_ok=True)
+
+
+def _loadable(value: Any) -> Any:
+    """Something with a state dict; wrapped networks lose their wrapper, lists of modules become one module."""
+    if isinstance(value, (list, tuple)):
+        return nn.ModuleList(value)
+    return unwrap(value) if isinstance(value, nn.Module) else value
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("epoch_*.pt"), reverse=True)
+
+
+def _refuse_other_run(engine: Any, content: Mapping[str, Any], path: Path) -> None:
+    if not isinstance(content.get("objects"), Mapping):
+        raise ValueError(f"{path} must be a checkpoint of a training run, got {sorted(content)[:5]}.")
+    teacher = getattr(engine.state, "distillation", {}).get("teacher_sha256")
+    if content["teacher_sha256"] != teacher:
+        raise ValueError(
+            f"{path} was trained with the teacher {content['teacher_sha256']}, this run has {teacher}; resume with the "
+            "same teacher and weights, or start anew without `--resume`."
+        )
+    if content["epoch_length"] != engine.state.epoch_length:
+        raise ValueError(
+            f"{path} has {content['epoch_length']} steps per epoch, this run {engine.state.epoch_length}; "
+            "resume with the same data and batch size."
+        )
+    if content["epoch"] > engine.state.max_epochs:
+        raise ValueError(
+            f"{path} has done {content['epoch']} epochs, this run ends at {engine.state.max_epochs}; give more epochs."
+        )

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher: a network by reference, loaded strictly, frozen, and known by its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from medkd.handlers.randomness import preserved_random_state
+
+__all__ = ["Teacher", "load_tensors"]
+
+_NESTED_KEYS = ("state_dict", "model", "network")
+logger = logging.getLogger(__name__)
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint that holds tensors and plain values only; code in it is never run.
+
+    Args:
+        path: a `.safetensors` file, or one written by `torch.save`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is torn, or holds anything but tensors and plain containers.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`path` must be a weights file, got {str(path)!r}, which does not exist.")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`{path}` must hold tensors only, got other objects, which could run code when loaded; "
+            "save the state dict alone, or convert it to safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"`{path}` must be a whole weights file, got one that cannot be read: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"`{path}` must hold a state dict, got {type(content).__name__}.")
+    return dict(content)
+
+
+class Teacher:
+    """A frozen network that is built and loaded when it is needed, without touching the global random state.
+
+    Args:
+        network: the teacher's network, or a callable that builds it (in a config: `"_mode_": "partial"`).
+        path: its weights, a bare state dict (or one under `state_dict`, `model` or `network`); None keeps the
+            weights that `network` has.
+        sha256: expected hash of the file, hexadecimal; checked when given.
+
+    Attributes:
+        file_sha256: hash of the loaded file, None before `load` and without a file.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[[], nn.Module],
+        path: str | os.PathLike[str] | None = None,
+        sha256: str | None = None,
+    ) -> None:
+        self._network = network
+        self.path = None if path is None else Path(path)
+        self.sha256 = sha256
+        self.file_sha256: str | None = None
+        self.may_be_missing = False
+
+    @property
+    def is_missing(self) -> bool:
+        """True when weights are wanted and their file is not there."""
+        return self.path is not None and not self.path.is_file()
+
+    def require(self) -> None:
+        """Stop at once, before any data is read, when the weights are not there.
+
+        Raises:
+            FileNotFoundError: the file is missing; the message gives the command that trains the teacher.
+        """
+        if self.is_missing:
+            raise FileNotFoundError(
+                f"`teacher_path` must be the teacher's weights, got {str(self.path)!r}, which does not exist; train it "
+                "with --config_file \"['configs/train.json','configs/teacher.json']\", or give --teacher_path FILE."
+            )
+
+    def allow_missing(self) -> None:
+        """Let a run go on without distillation when the weights are not there, and say so."""
+        self.may_be_missing = True
+        if self.is_missing:
+            logger.warning(
+                "No teacher at %s: this run fine-tunes the student with labels only, it does NOT distil.", self.path
+            )
+
+    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+        """Build the network, load it strictly, freeze it and put it into eval mode on `device`.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: other hash, not only tensors, or weights of another architecture.
+        """
+        self.require()
+        with preserved_random_state():
+            network = self._network if isinstance(self._network, nn.Module) else self._network()
+        if self.path is not None:
+            self._check_hash(self.path)
+            _load_strictly(network, load_tensors(self.path), self.path)
+        count = sum(p.numel() for p in network.parameters())
+        logger.info("Teacher %s, %s parameters, %s", type(network).__name__, f"{count:,}", self._origin())
+        return network.to(device).eval().requires_grad_(False)
+
+    def _origin(self) -> str:
+        return f"from {self.path}, sha256 {self.file_sha256}" if self.path else "as built (no weights file)"
+
+    def _check_hash(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self.file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if self.sha256 is not None and self.sha256.lower() != self.file_sha256:
+            raise ValueError(
+                f"`teacher_sha256` must be the hash of {path}, which is {self.file_sha256}, got {self.sha256}; "
+                "this is another file than the one that was meant."
+            )
+
+
+def _load_strictly(network: nn.Module, content: dict[str, Any], path: Path) -> None:
+    nested = next((key for key in _NESTED_KEYS if isinstance(content.get(key), Mapping)), None)
+    weights: dict[str, Tensor] = content if nested is None else dict(content[nested])
+    own = network.state_dict()
+    problems = [f"misses {key!r}" for key in own if key not in weights]
+    problems += [f"has {key!r} too much" for key in weights if key not in own]
+    problems += [
+        f"{key!r} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"`teacher_path` must hold weights of the teacher's network {type(network).__name__}, but {path} "
+            f"{'; '.join(problems[:3])}{more}. Is `teacher_def` the definition it was trained with?"
+        )
+    network.load_state_dict(weights, strict=True)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proof, before the first step, that the teacher knows more than a constant."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+from monai.engines.evaluator import SupervisedEvaluator
+from monai.inferers.inferer import Inferer
+from torch import Tensor, nn
+
+from medkd.checks import suggest
+from medkd.handlers.randomness import preserved_random_state
+
+__all__ = ["CheckMode", "TeacherCheck"]
+
+CheckMode = Literal["refuse", "warn", "off"]
+logger = logging.getLogger(__name__)
+
+
+class TeacherCheck:
+    """Validate the teacher and compare it with the best constant prediction.
+
+    Args:
+        validator: an evaluator without handlers, with its own copy of the key metric; its network is replaced.
+            None (no validation data) only warns.
+        metric: name of the metric in the validator.
+        mode: `refuse` raises when the teacher is not better, `warn` logs it, `off` does not check.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+
+    def __init__(self, validator: SupervisedEvaluator | None, metric: str, mode: CheckMode = "refuse") -> None:
+        if mode not in get_args(CheckMode):
+            raise ValueError(f"`teacher_check#mode` must be one of {get_args(CheckMode)}, got {mode!r}.")
+        self.validator = validator
+        self.metric = metric
+        self.mode = mode
+
+    def __call__(self, teacher: nn.Module) -> float | None:
+        """Log the teacher's metric, and judge it.
+
+        Returns:
+            The teacher's metric; None when it was not computed.
+
+        Raises:
+            ValueError: the metric does not exist, or the teacher is refused.
+        """
+        if self.mode == "off":
+            return None
+        if self.validator is None or not len(self.validator.data_loader):   # type: ignore[arg-type]
+            logger.warning("The teacher is not checked: there is no validation data.")
+            return None
+        with preserved_random_state():
+            logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
+            with _counted_channels(teacher) as channels:
+                value = self._validate(teacher)
+            best_class, best = self._best_constant(channels[0])
+        logger.info(
+            "Teacher %s on the validation data: %.4f (best constant prediction: class %d everywhere, %.4f)",
+            self.metric, value, best_class, best,
+        )
+        if math.isnan(value) or not self.validator.metric_cmp_fn(value, best):
+            self._judge(value, best_class, best)
+        return value
+
+    def _judge(self, value: float, best_class: int, best: float) -> None:
+        text = (
+            f"The teacher's {self.metric} must be better than that of class {best_class} everywhere, {best:.4f}, got "
+            f"{value:.4f}; it is untrained, or trained for other data or another preprocessing. "
+            "Set teacher_check#mode to 'warn' to distil from it all the same."
+        )
+        if self.mode == "refuse":
+            raise ValueError(text)
+        logger.warning(text)
+
+    def _validate(self, network: nn.Module) -> float:
+        validator: Any = self.validator
+        validator.network = network
+        validator.run()
+        metrics = validator.state.metrics
+        if self.metric not in metrics:
+            raise ValueError(
+                f"`teacher_check#metric` must be a metric of the validation, got {self.metric!r}; "
+                f"{suggest(self.metric, metrics)}"
+            )
+        return float(metrics[self.metric])
+
+    def _best_constant(self, channels: int) -> tuple[int, float]:
+        validator: Any = self.validator
+        inferer, best_class, best = validator.inferer, 0, math.nan
+        try:
+            for index in range(max(channels, 2)):
+                validator.inferer = _Constant(index, channels)
+                value = self._validate(validator.network)
+                if math.isnan(best) or validator.metric_cmp_fn(value, best):
+                    best_class, best = index, value
+        finally:
+            validator.inferer = inferer
+        return best_class, best
+
+
+class _Constant(Inferer):
+    """Says one class everywhere, as certain logits; one channel is a sigmoid output."""
+
+    def __init__(self, index: int, channels: int) -> None:
+        self.index = index
+        self.channels = channels
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
+        logits = inputs[:, :1].expand(-1, self.channels, *inputs.shape[2:]) * 0.0 - 10.0
+        if self.channels == 1:
+            return logits + 20.0 * self.index
+        logits[:, self.index] = 10.0
+        return logits
+
+
+@contextmanager
+def _counted_channels(network: nn.Module) -> Iterator[list[int]]:
+    """Collect the channel number of the network's outputs."""
+    channels: list[int] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        channels[:] = [output.shape[1]]
+
+    hook = network.register_forward_hook(note)
+    try:
+        yield channels
+    finally:
+        hook.remove()

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every distillation loss has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from medkd.checks import suggest
+
+__all__ = ["DistillationLoss", "TapPair", "tap_pairs", "trainable_parameters"]
+
+TapPair = tuple[str, str]
+
+
+class DistillationLoss(nn.Module, ABC):
+    """Unweighted scalar terms from tapped tensors of student and teacher; the supervised loss is never one.
+
+    A subclass names its `terms`, gives `preset_weights`, and implements `compute_terms`. Everything is computed in
+    float32 with autocast off, as differences of nearly equal vectors vanish in half precision.
+
+    Attributes:
+        terms: names of the terms, in the order of the docs.
+        preset_weights: term -> weight, used when the config gives `distill_weights: null`.
+        tap_pairs: paths (student, teacher) of the layers that the loss reads; `pred`, the networks' output, is
+            always there and is not listed.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ()
+    preset_weights: Mapping[str, float]
+
+    def __init__(self, tap_pairs: Sequence[TapPair] = ()) -> None:
+        super().__init__()
+        self.tap_pairs = tuple(tap_pairs)
+        self.active_terms = frozenset(self.terms)
+
+    def activate(self, terms: Iterable[str]) -> None:
+        """Compute only these terms from now on (those whose weight is not 0).
+
+        Raises:
+            ValueError: a term that the loss does not have.
+        """
+        for term in (terms := tuple(terms)):
+            if term not in self.terms:
+                raise ValueError(f"`terms` must be of {list(self.terms)}, got {term!r}; {suggest(term, self.terms)}")
+        self.active_terms = frozenset(terms)
+
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the active terms.
+
+        Args:
+            student: tap path -> tensor, (B, C, *s) for layers; `pred` holds the logits (B, K, *S).
+            teacher: the same of the teacher; detached here.
+            label: class indices, shape (B, 1, *S); None for unlabeled data.
+
+        Returns:
+            Term -> unweighted scalar, float32, attached to the student's graph.
+
+        Raises:
+            ValueError: `pred` or a tap is missing.
+        """
+        self._check_paths(student, teacher)
+        device = student["pred"].device.type
+        with torch.autocast(device, enabled=False):
+            student = {path: _at_least_float32(value) for path, value in student.items()}
+            teacher = {path: _at_least_float32(value.detach()) for path, value in teacher.items()}
+            return self.compute_terms(student, teacher, label)
+
+    def _check_paths(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        for role, given, position in (("student", student, 0), ("teacher", teacher, 1)):
+            needed = list(dict.fromkeys(["pred", *(pair[position] for pair in self.tap_pairs)]))
+            if not given.keys() >= set(needed):
+                raise ValueError(f"`{role}` must hold {needed}, got {sorted(given)}; tap the layers of `tap_pairs`.")
+
+    @abstractmethod
+    def compute_terms(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Give each term of `active_terms`; inputs are as in `forward`, in float32."""
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def tap_pairs(taps: Sequence[str | Sequence[str]], argument: str) -> tuple[TapPair, ...]:
+    """Read a list of taps: a path stands for both networks, a pair `[student, teacher]` for each its own.
+
+    Raises:
+        ValueError: the list is empty, or an entry is neither a path nor a pair of paths.
+
+    Example:
+        >>> tap_pairs(["encoder.1", ["encoder.2", "backbone.layer2"]], "taps")
+        (('encoder.1', 'encoder.1'), ('encoder.2', 'backbone.layer2'))
+    """
+    pairs = [(tap, tap) if isinstance(tap, str) else tuple(tap) for tap in taps]
+    wrong = [pair for pair in pairs if len(pair) != 2 or not all(isinstance(p, str) for p in pair)]
+    if not pairs or wrong:
+        raise ValueError(
+            f"`{argument}` must list at least one layer path, or pairs [student path, teacher path], got {taps!r}."
+        )
+    return tuple((student, teacher) for student, teacher in pairs)
+
+
+def trainable_parameters(*modules: nn.Module | Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    """Parameters of the student and of the learnable heads of one loss or several, for the optimizer."""
+    flat = chain.from_iterable([m] if isinstance(m, nn.Module) else m for m in modules)
+    return (p for module in flat for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bundle at work: run by `test_contract.py` in a process of its own, on a copy, with small phantoms.
+
+The bundle's folder comes in the variable MEDKD_BUNDLE. Two bundles in one process would share the name `scripts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.utils import set_determinism
+
+from medkd.phantoms.ct import write_ct_phantoms
+
+SOURCE = Path(os.environ["MEDKD_BUNDLE"])
+TRAIN = json.loads((SOURCE / "configs/train.json").read_text())
+ORGANS = TRAIN["out_channels"] - 1
+TERMS_OFF = {term: 0.0 for term in json.loads((SOURCE / "configs/baseline.json").read_text())["distill_weights"]}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_ct_phantoms(folder, training=3, validation=1, test=2, shape=(64, 56, 40), spacing=(4.5, 4.5, 6.0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("alone") / SOURCE.name
+    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
+    return Path(shutil.copytree(SOURCE, copy, ignore=ignore))
+
+
+@pytest.fixture(scope="module")
+def run(bundle: Path, data: Path) -> Iterator[Run]:
+    """Run an id of the bundle with config files by name, in this process; gives its `ckpt_dir`."""
+
+    def call(run_id: str, *configs: str, **overrides: Any) -> Path:
+        options = {"num_workers": 0, "train#dataset#num_workers": 0, "validate#dataset#num_workers": 0} | overrides
+        folder = Path(options.setdefault("ckpt_dir", str(bundle / "runs/test")))
+        if configs == ("inference",):
+            options = overrides
+        files = [str(bundle / "configs" / f"{name}.json") for name in configs]
+        try:
+            monai.bundle.run(
+                run_id, config_file=files, bundle_root=str(bundle), **{"dataset_dir": str(data), **options}
+            )
+        finally:
+            set_determinism(None)
+        return folder
+
+    yield call
+
+
+@pytest.fixture(scope="module")
+def teacher(run: Run, bundle: Path) -> Path:
+    return run("training", "train", "smoke", "teacher", ckpt_dir=str(bundle / "models/teacher")) / "model.pt"
+
+
+def cause(error: BaseException) -> str:
+    """Message of the first cause, under MONAI's wrappers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_training_without_the_teacher_stops_before_any_data_is_read(run: Run) -> None:
+    with pytest.raises(RuntimeError) as error:
+        run("training", "train", "smoke", datalist="nowhere.json")
+    assert re.search("does not exist; train it with .*teacher.json", cause(error.value))
+
+
+def test_run_without_the_teacher_trains_with_labels_only_and_says_so(run: Run, caplog: Any, tmp_path: Path) -> None:
+    folder = run("run", "train", "smoke", ckpt_dir=str(tmp_path))
+    assert "it does NOT distil" in caplog.text
+    assert json.loads((folder / "model.json").read_text())["mode"] == "supervised"
+
+
+def test_training_distils_and_leaves_the_teacher_as_it_is(run: Run, teacher: Path, tmp_path: Path) -> None:
+    before = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    folder = run("training", "train", "smoke", ckpt_dir=str(tmp_path))
+    values = scalars(folder)
+    terms = {tag: value for tag, value in values.items() if "kd/" in tag}
+    assert len(terms) == len(TERMS_OFF)
+    assert all(np.isfinite(value).all() and np.max(np.abs(value)) > 0 for value in terms.values()), terms
+    description = json.loads((folder / "model.json").read_text())
+    assert description["mode"] == "distilled"
+    assert description["teacher_sha256"] == before == hashlib.sha256(teacher.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("baseline", ["logits", "features"])
+def test_baseline_methods_train(run: Run, teacher: Path, tmp_path: Path, baseline: str) -> None:
+    folder = run("training", "train", "smoke", baseline, ckpt_dir=str(tmp_path))
+    assert np.isfinite(scalars(folder)[f"kd/{baseline}" if f"kd/{baseline}" in scalars(folder) else f"train_kd/{baseline}"]).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_weights_of_zero_equal_plain_training_bit_for_bit(
+    run: Run, teacher: Path, tmp_path: Path, workers: int
+) -> None:
+    off = run("training", "train", "smoke", distill_weights=TERMS_OFF, ckpt_dir=str(tmp_path / "off"), num_workers=workers)
+    kept = [h for h in TRAIN["train"]["handlers"] if "medkd.handlers.distillation" not in h["_target_"]
+            and "medkd.handlers.schedule" not in h["_target_"]]
+    plain = run(
+        "run", "train", "smoke", ckpt_dir=str(tmp_path / "plain"), num_workers=workers, **{"train#handlers": kept}
+    )
+    assert equal(weights(off), weights(plain))
+
+
+def test_same_seed_gives_the_same_student(run: Run, teacher: Path, tmp_path: Path) -> None:
+    folders = [run("training", "train", "smoke", ckpt_dir=str(tmp_path / name)) for name in ("first", "second")]
+    assert equal(weights(folders[0]), weights(folders[1]))
+
+
+def test_killed_run_resumes_bit_identical(bundle: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
+    def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, "-m", "monai.bundle", "run", "training", "--config_file",
+            "['configs/train.json','configs/smoke.json']", "--bundle_root", ".", "--dataset_dir", str(data),
+            "--ckpt_dir", str(folder), "--epochs", "6", *more,
+        ]
+        return subprocess.Popen(command, cwd=bundle, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    whole = start(tmp_path / "whole")
+    killed = start(tmp_path / "killed")
+    while killed.poll() is None and not (tmp_path / "killed/checkpoints/epoch_00002.pt").exists():
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert start(tmp_path / "killed", "--resume", "true").wait() == 0
+    assert whole.wait() == 0
+    states = [torch.load(tmp_path / name / "checkpoints/epoch_00006.pt", weights_only=True) for name in ("whole", "killed")]
+    assert equal(states[0]["objects"]["network"], states[1]["objects"]["network"])
+    assert states[0]["best_metric"] == states[1]["best_metric"]
+
+
+def test_evaluation_gives_dice_and_distances_per_case_and_organ(run: Run, teacher: Path, tmp_path: Path) -> None:
+    run("evaluating", "train", "smoke", "teacher", "evaluate", ckpt_dir=str(teacher.parent), output_dir=str(tmp_path))
+    for metric in ("val_mean_dice", "val_hd95"):
+        rows = (tmp_path / f"{metric}_raw.csv").read_text().splitlines()
+        assert len(rows) == 1 + 2
+        assert len(rows[1].split(",")) == 2 + ORGANS
+        assert np.isfinite([float(value) for value in rows[1].split(",")[1:]]).all()
+
+
+def test_prediction_has_the_geometry_of_its_image(run: Run, data: Path, tmp_path: Path) -> None:
+    run("evaluating", "inference", output_dir=str(tmp_path))
+    for case in json.loads((data / "datalist.json").read_text())["test"]:
+        image = nibabel.load(data / case["image"])
+        pred = nibabel.load(tmp_path / Path(case["image"]).name.replace(".nii.gz", "_seg.nii.gz"))
+        assert pred.shape == image.shape
+        np.testing.assert_allclose(pred.affine, image.affine, atol=1e-4)
+        assert pred.get_data_dtype() == np.uint8
+        assert np.asarray(pred.dataobj).max() <= ORGANS
+
+
+def test_volume_smaller_than_the_window_is_handled(run: Run, data: Path, tmp_path: Path) -> None:
+    case = json.loads((data / "datalist.json").read_text())["test"][0]["image"]
+    image = nibabel.load(data / case)
+    small = image.slicer[20:41, 18:37, 10:23]
+    nibabel.save(small, tmp_path / "small.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "small.nii.gz"}]}))
+    run("evaluating", "inference", output_dir=str(tmp_path / "out"), dataset_dir=str(tmp_path))
+    assert nibabel.load(tmp_path / "out/small_seg.nii.gz").shape == small.shape
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"teacher_sha256": "00"}, "`teacher_sha256` must be the hash of"),
+        ({"teacher_def#filters": [2, 4, 8, 8, 8]}, "must hold weights of the teacher's network"),
+        ({"distill_weights": {"boundry": 1.0}}, "must name terms of the loss, got 'boundry'"),
+        ({"teacher_check#mode": "refuse"}, "must be better than that of class"),
+        ({"teacher_input": "teacher_image"}, "`teacher_input` must be a key of the batch, got 'teacher_image'"),
+        ({"teacher_check#metric": "dice"}, "`teacher_check#metric` must be a metric of the validation"),
+    ],
+)
+def test_wrong_options_are_refused(
+    run: Run, teacher: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(Exception) as error:   # noqa: PT011  (MONAI wraps it; the cause is matched)
+        run("training", "train", "smoke", ckpt_dir=str(tmp_path), **overrides)
+    assert message in cause(error.value)
+
+
+def test_broken_data_is_refused_before_the_first_iteration(run: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
+    listing = json.loads((data / "datalist.json").read_text())
+    broken = listing["training"][1]["label"]
+    image = nibabel.load(data / broken)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), tmp_path / "short.nii.gz")
+    listing["training"][1]["label"] = str(tmp_path / "short.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({**listing, "data_root": str(data)}))
+    with pytest.raises(Exception) as error:   # noqa: PT011
+        run("training", "train", "smoke", datalist=str(tmp_path / "datalist.json"), ckpt_dir=str(tmp_path / "run"))
+    assert "shape" in cause(error.value)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_two_ranks_end_with_one_student(bundle: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
+    configs = "['configs/train.json','configs/smoke.json','configs/multi_gpu_train.json']"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m", "monai.bundle",
+        "run", "training", "--config_file", configs, "--bundle_root", ".", "--dataset_dir", str(data),
+        "--ckpt_dir", str(tmp_path),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=bundle, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert weights(tmp_path)
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+
+
+def test_misspelled_option_of_the_command_line_is_refused(bundle: Path, data: Path) -> None:
+    command = [
+        sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", "configs/train.json",
+        "--bundle_root", ".", "--dataset_dir", str(data), "--epoch", "1",
+    ]
+    result = subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "got 'epoch'; did you mean 'epochs'" in result.stderr.splitlines()[-1]

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datalists: paths become absolute, splits are honoured, and the source folder is left as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from medkd.data.datalist import RandomSplits, SplitsFile, load_datalist, make_datalist, write_datalist
+
+
+def fill(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+
+
+def splits_file(folder: Path, content: object) -> Path:
+    path = folder / "splits.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def stems(path: Path, key: str) -> list[str]:
+    return [Path(item["image"]).name.removesuffix(".nii.gz") for item in load_datalist(path, key)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    names = [f"p{patient}_{scan}.nii.gz" for patient in range(5) for scan in "ab"]
+    fill(tmp_path / "source" / "images", [*names, "extra.nii.gz", "._p0_a.nii.gz", "notes.txt"])
+    fill(tmp_path / "source" / "labels", names)
+    return tmp_path / "source"
+
+
+# load_datalist
+
+
+def test_paths_are_relative_to_the_file_without_a_data_root(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": [{"image": "a/x.nii", "label": "b/x.nii", "age": "7"}]})
+    expected = {"image": str(tmp_path / "a/x.nii"), "label": str(tmp_path / "b/x.nii"), "age": "7"}
+    assert load_datalist(path, "training") == [expected]
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_paths_are_relative_to_the_data_root(tmp_path: Path, absolute: bool) -> None:
+    root = str(tmp_path / "data") if absolute else "../data"
+    path = write_datalist(tmp_path / "lists" / "list.json", {"data_root": root, "test": [{"image": "x.nii"}]})
+    assert load_datalist(path, "test") == [{"image": str(tmp_path / "data" / "x.nii")}]
+
+
+def test_absolute_paths_and_further_images_of_an_item_are_kept(tmp_path: Path) -> None:
+    item = {"image": str(tmp_path / "x.nii"), "teacher_image": "full/x.nii"}
+    path = write_datalist(tmp_path / "list.json", {"data_root": "elsewhere", "training": [item]})
+    expected = {"image": item["image"], "teacher_image": str(tmp_path / "elsewhere/full/x.nii")}
+    assert load_datalist(path, "training") == [expected]
+
+
+def test_missing_file_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`path` must name a datalist, got .*none.json.*medkd datalist"):
+        load_datalist(tmp_path / "none.json", "training")
+
+
+def test_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("{training: ")
+    with pytest.raises(ValueError, match="must name a datalist in JSON, got .*list.json"):
+        load_datalist(tmp_path / "list.json", "training")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
+        load_datalist(tmp_path / "list.json", "training")
+
+
+def test_missing_list_names_the_lists_that_exist(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"train": [], "val": [], "labels": {}})
+    with pytest.raises(ValueError, match="`key` must name a list .* got 'training'; it has 'train', 'val'"):
+        load_datalist(path, "training")
+
+
+@pytest.mark.parametrize("item", [{"label": "x.nii"}, "x.nii", {"image": ""}])
+def test_item_without_an_image_is_refused_by_its_place(tmp_path: Path, item: object) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": [{"image": "a.nii"}, item]})
+    with pytest.raises(ValueError, match=r"training\[1\] must be an object with the path of its `image`"):
+        load_datalist(path, "training")
+
+
+def test_item_with_several_paths_as_label_is_refused(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": [{"image": "a.nii", "label": ["b.nii"]}]})
+    with pytest.raises(ValueError, match=r"training\[0\] must have one path as `label`"):
+        load_datalist(path, "training")
+
+
+# write_datalist
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": []})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_datalist(path, {"training": [object()]})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["list.json"]
+
+
+# make_datalist
+
+
+def test_splits_file_with_synonyms_and_names_without_extension_is_followed(source: Path, tmp_path: Path) -> None:
+    splits = splits_file(tmp_path, {"train": ["p0_a", "p1_a.nii.gz"], "val": ["p2_a"], "testing": ["p3_a"], "x": ["?"]})
+    path = make_datalist(source, tmp_path / "out", SplitsFile(splits))
+    assert path == tmp_path / "out" / "datalist.json"
+    assert [stems(path, key) for key in ("training", "validation", "test")] == [["p0_a", "p1_a"], ["p2_a"], ["p3_a"]]
+    content = json.loads(path.read_text())
+    assert content["data_root"] == str(source)
+    assert content["training"][0] == {"image": "images/p0_a.nii.gz", "label": "labels/p0_a.nii.gz"}
+    assert content["unlabeled"] == []
+    assert content["labels"] == {}
+
+
+def test_source_folder_is_left_as_it_was(source: Path, tmp_path: Path) -> None:
+    before = sorted(source.rglob("*"))
+    make_datalist(source, tmp_path / "list.json")
+    assert sorted(source.rglob("*")) == before
+
+
+@pytest.mark.parametrize("output", ["source", "source/lists/list.json", "source/images/../x.json"])
+def test_output_inside_the_source_is_refused(source: Path, tmp_path: Path, output: str) -> None:
+    with pytest.raises(ValueError, match="`output` must lie outside `source`"):
+        make_datalist(source, tmp_path / output)
+
+
+def test_one_split_named_for_several_lists_is_used_for_all(source: Path, tmp_path: Path) -> None:
+    splits = splits_file(tmp_path, {"smoke_test": ["p0_a"]})
+    plan = SplitsFile(splits, training="smoke_test", validation="smoke_test", test="smoke_test")
+    path = make_datalist(source, tmp_path / "out", plan)
+    assert stems(path, "training") == stems(path, "validation") == stems(path, "test") == ["p0_a"]
+
+
+def test_split_that_nobody_named_is_an_error_with_the_option(source: Path, tmp_path: Path) -> None:
+    splits = splits_file(tmp_path, {"smoke_test": ["p0_a"]})
+    with pytest.raises(ValueError, match="one split for training.* got 'smoke_test'.*--training NAME"):
+        make_datalist(source, tmp_path / "out", SplitsFile(splits))
+    with pytest.raises(ValueError, match="`test` must be a split of .* got 'smoke'; it has 'smoke_test'"):
+        make_datalist(source, tmp_path / "out", SplitsFile(splits, training="smoke_test", test="smoke"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train": ["p0_a"], "val": ["p0_a"]}, "keep training and validation apart, got 'p0_a' in both"),
+        ({"train": ["p0_a"], "val": ["p1_a"], "test": ["p1_a"]}, "keep validation and test apart, got 'p1_a' in both"),
+        ({"train": ["p9_z"]}, "must name images that exist, got 'p9_z' in 'train'"),
+        ({"train": ["p0_a", "p0_a.nii.gz"]}, "must name each case once, got 'p0_a' twice in 'train'"),
+        ({"train": ["extra"]}, "training must have a label for each image, got none for 'extra'"),
+        ({"train": []}, "must leave at least one training case, got 0 training"),
+        ({"train": "p0_a"}, "must hold a list of names as 'train', got \"p0_a\""),
+        ({"train": ["p0_a"], "training": ["p1_a"]}, "must have one split for training"),
+        (["p0_a"], "must hold a JSON object, got a list"),
+    ],
+)
+def test_wrong_splits_are_refused(source: Path, tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_datalist(source, tmp_path / "out", SplitsFile(splits_file(tmp_path, content)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_splits_file_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`splits` must name a file of splits, got .*none.json"):
+        make_datalist(source, tmp_path / "out", SplitsFile(tmp_path / "none.json"))
+
+
+def test_random_splits_keep_patients_together_and_repeat_by_seed(source: Path, tmp_path: Path) -> None:
+    plan = RandomSplits(validation=0.2, test=0.2, seed=3)
+    path = make_datalist(source, tmp_path / "a.json", plan, patient=r"^(p\d)_")
+    lists = {key: stems(path, key) for key in ("training", "validation", "test")}
+    assert {key: len(names) for key, names in lists.items()} == {"training": 6, "validation": 2, "test": 2}
+    owners = [{name[:2] for name in names} for names in lists.values()]
+    assert not owners[0] & owners[1]
+    assert not owners[0] & owners[2]
+    assert not owners[1] & owners[2]
+    again = make_datalist(source, tmp_path / "b.json", plan, patient=r"^(p\d)_")
+    assert again.read_text() == path.read_text()
+    other = make_datalist(source, tmp_path / "c.json", RandomSplits(0.2, 0.2, seed=4), patient=r"^(p\d)_")
+    assert other.read_text() != path.read_text()
+
+
+def test_random_splits_take_labeled_cases_only_and_at_least_one_each(source: Path, tmp_path: Path) -> None:
+    path = make_datalist(source, tmp_path / "out", RandomSplits(validation=0.01, test=0.0))
+    assert [len(stems(path, key)) for key in ("training", "validation", "test")] == [9, 1, 0]
+    assert "extra" not in stems(path, "training")
+
+
+def test_splits_file_that_divides_a_patient_is_refused(source: Path, tmp_path: Path) -> None:
+    splits = SplitsFile(splits_file(tmp_path, {"train": ["p0_a"], "val": ["p0_b"]}))
+    make_datalist(source, tmp_path / "out", splits)
+    with pytest.raises(ValueError, match="keep training and validation apart, got 'p0' in both"):
+        make_datalist(source, tmp_path / "out", splits, patient=r"^(p\d)_|^(?:extra)|^$".replace("|^(?:extra)|^$", "|a$"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"^(p\d", "`patient` must be a regular expression"),
+        (r"^p\d", "`patient` must have one group, the patient, got .* with 0"),
+        (r"^(q\d)", "`patient` must match every case, got .* does not match 'extra', 'p0_a'"),
+    ],
+)
+def test_wrong_patient_pattern_is_refused(source: Path, tmp_path: Path, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_datalist(source, tmp_path / "out", patient=pattern)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (RandomSplits(validation=0.5, test=0.5), "must have enough labeled patients for training, got 10 with 5"),
+        (RandomSplits(validation=1.5), "`validation` must be a share of the patients, 0 to 1, got 1.5"),
+    ],
+)
+def test_impossible_shares_are_refused(source: Path, tmp_path: Path, plan: RandomSplits, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_datalist(source, tmp_path / "out", plan)
+
+
+def test_missing_validation_split_is_warned_of(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_datalist(source, tmp_path / "out", SplitsFile(splits_file(tmp_path, {"train": ["p0_a"]})))
+    assert "No validation case" in caplog.text
+
+
+def test_unlabeled_images_exclude_what_is_labeled_or_split(source: Path, tmp_path: Path) -> None:
+    fill(source / "more", ["new.nii.gz", "p0_a.nii.gz"])
+    splits = SplitsFile(splits_file(tmp_path, {"train": ["p0_a"], "val": ["p1_a"]}))
+    assert stems(make_datalist(source, tmp_path / "a", splits, unlabeled="more"), "unlabeled") == ["new"]
+    assert stems(make_datalist(source, tmp_path / "b", splits, unlabeled="images"), "unlabeled") == ["extra"]
+
+
+def test_other_folder_names_and_other_label_formats_are_found(tmp_path: Path) -> None:
+    fill(tmp_path / "set" / "imagesTr", ["a.nii.gz", "b.nii.gz"])
+    fill(tmp_path / "set" / "labelsTr", ["a.nii", "b.nrrd"])
+    path = make_datalist(tmp_path / "set", tmp_path / "out", RandomSplits(0.5, 0), "imagesTr", "labelsTr")
+    assert {Path(load_datalist(path, key)[0]["label"]).name for key in ("training", "validation")} == {"a.nii", "b.nrrd"}
+
+
+def test_missing_folders_are_named_with_those_that_exist(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="`source` must be a folder with images and labels, got .*none"):
+        make_datalist(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="`labels` must be a folder of .* got 'labelsTr'; it has 'images', 'labels'"):
+        make_datalist(source, tmp_path / "out", labels="labelsTr")
+
+
+def test_folder_without_volumes_or_with_a_case_twice_is_refused(source: Path, tmp_path: Path) -> None:
+    fill(source / "empty", ["notes.txt"])
+    with pytest.raises(ValueError, match="`images` must hold volumes or images, got .*empty, which has none"):
+        make_datalist(source, tmp_path / "out", images="empty")
+    fill(source / "twice", ["a.nii", "a.nii.gz"])
+    with pytest.raises(ValueError, match="`images` must hold one file per case, got 'twice/a.nii' and 'a.nii.gz'"):
+        make_datalist(source, tmp_path / "out", images="twice")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "background, liver,spleen",
+        ["background", "liver", "spleen"],
+        {"0": "background", "1": "liver", "2": "spleen"},
+        {"background": 0, "liver": 1, "spleen": 2},
+        "file",
+    ],
+)
+def test_label_names_come_in_several_forms(source: Path, tmp_path: Path, names: object) -> None:
+    if names == "file":
+        names = tmp_path / "dataset.json"
+        names.write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}, "name": "x"}))
+    path = make_datalist(source, tmp_path / "out", label_names=names)
+    assert json.loads(path.read_text())["labels"] == {"0": "background", "1": "liver", "2": "spleen"}
+
+
+@pytest.mark.parametrize("names", ["", "background,,liver", {"1": "liver"}, {"a": "b"}])
+def test_wrong_label_names_are_refused(source: Path, tmp_path: Path, names: object) -> None:
+    message = re.escape("`label_names` must name the values from 0, the background, on")
+    with pytest.raises(ValueError, match=message):
+        make_datalist(source, tmp_path / "out", label_names=names)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every distillation loss has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medkd.losses.base import DistillationLoss, tap_pairs, trainable_parameters
+
+
+class DtypeLoss(DistillationLoss):
+    """Keeps what it was given and multiplies it, which autocast would do in half precision."""
+
+    terms = ("one", "two")
+    preset_weights: Mapping[str, float] = {"one": 1.0, "two": 2.0}
+
+    def compute_terms(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
+    ) -> dict[str, Tensor]:
+        self.seen = student, teacher, label
+        value = (student["pred"].flatten(1) @ teacher["pred"].flatten(1).T).mean()
+        return {term: value for term in self.terms if term in self.active_terms}
+
+
+def test_half_precision_becomes_float32_with_autocast_off() -> None:
+    loss = DtypeLoss()
+    student, teacher = torch.randn(2, 1, 2, 3, 3).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss({"pred": student}, {"pred": teacher})["one"]
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss({"pred": student.float()}, {"pred": teacher.float()})["one"])
+    assert torch.is_autocast_enabled("cpu") is False
+
+
+def test_double_precision_stays() -> None:
+    maps = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    assert DtypeLoss()({"pred": maps}, {"pred": maps})["one"].dtype == torch.float64
+
+
+def test_the_teacher_is_detached_and_the_student_is_not() -> None:
+    student, teacher = (torch.randn(1, 2, 3, 3, requires_grad=True) for _ in range(2))
+    DtypeLoss()({"pred": student}, {"pred": teacher})["one"].backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_labels_are_optional_and_handed_on() -> None:
+    loss, maps, label = DtypeLoss(), torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3)
+    loss({"pred": maps}, {"pred": maps})
+    assert loss.seen[2] is None
+    loss({"pred": maps}, {"pred": maps}, label)
+    assert loss.seen[2] is label
+
+
+def test_only_active_terms_are_computed() -> None:
+    loss, maps = DtypeLoss(), torch.zeros(1, 2, 3, 3)
+    assert set(loss({"pred": maps}, {"pred": maps})) == {"one", "two"}
+    loss.activate(term for term in ["two"])
+    assert set(loss({"pred": maps}, {"pred": maps})) == {"two"}
+    loss.activate([])
+    assert loss({"pred": maps}, {"pred": maps}) == {}
+
+
+def test_an_unknown_term_is_refused_with_a_suggestion() -> None:
+    loss = DtypeLoss()
+    with pytest.raises(ValueError, match=r"`terms` must be of \['one', 'two'\], got 'tow'; did you mean 'two'\?"):
+        loss.activate(["one", "tow"])
+    assert loss.active_terms == {"one", "two"}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_missing_prediction_is_named(role: str) -> None:
+    maps = {"pred": torch.zeros(1, 2, 3, 3)}
+    inputs = {"student": dict(maps), "teacher": dict(maps)}
+    del inputs[role]["pred"]
+    with pytest.raises(ValueError, match=rf"`{role}` must hold \['pred'\], got \[\]"):
+        DtypeLoss()(**inputs)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_missing_tap_is_named(role: str) -> None:
+    maps = torch.zeros(1, 2, 3, 3)
+    inputs = {"student": {"pred": maps, "a": maps}, "teacher": {"pred": maps, "b": maps}}
+    del inputs[role]["a" if role == "student" else "b"]
+    with pytest.raises(ValueError, match=rf"`{role}` must hold \['pred', '[ab]'\], got \['pred'\]; tap"):
+        DtypeLoss([("a", "b")])(**inputs)
+
+
+def test_a_path_stands_for_both_networks_and_a_pair_for_each_its_own() -> None:
+    assert tap_pairs(["a", ["b", "c"], ("d", "e")], "taps") == (("a", "a"), ("b", "c"), ("d", "e"))
+
+
+@pytest.mark.parametrize("taps", [[], [["a"]], [["a", "b", "c"]], [["a", 1]]])
+def test_taps_that_are_neither_paths_nor_pairs_are_refused(taps: list[list[str]]) -> None:
+    with pytest.raises(ValueError, match="`taps` must list at least one layer path, or pairs"):
+        tap_pairs(taps, "taps")
+
+
+def test_trainable_parameters_are_those_of_student_and_heads_that_require_gradients() -> None:
+    student, head, frozen = nn.Linear(2, 2), nn.Linear(2, 3, bias=False), nn.Linear(2, 2).requires_grad_(False)
+    found = list(trainable_parameters(student, [head, frozen]))
+    assert [id(p) for p in found] == [id(student.weight), id(student.bias), id(head.weight)]
