@@ -92,6 +92,20 @@ def config_files(root: Path) -> list[Path]:
     return sorted([*root.glob("bundles/*/configs/*.json"), *root.glob("ci/skeleton/*.json")])
 
 
+def settle(path: Path, root: Path, write: bool) -> tuple[str, bool]:
+    """Check a file, and lay it out if asked; returns a message, if any, and whether something is left to do."""
+    try:
+        text = canonical(path, root)
+    except (ValueError, OSError) as error:
+        return str(error), True
+    if text == path.read_text(encoding="utf-8"):
+        return "", False
+    if not write:
+        return f"{path}: layout differs; run python ci/format_json.py --write", True
+    path.write_text(text, encoding="utf-8")
+    return f"{path}: laid out", False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check or repair; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -108,26 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     files = options.files or config_files(options.root)
-    differing, broken = 0, 0
-    for path in files:
-        try:
-            text = canonical(path, options.root)
-        except (ValueError, OSError) as error:
-            broken += 1
-            print(error)
-            continue
-        if text == path.read_text(encoding="utf-8"):
-            continue
-        differing += 1
-        if options.write:
-            path.write_text(text, encoding="utf-8")
-        print(
-            f"{path}: {'laid out' if options.write else 'layout differs; run python ci/format_json.py --write'}"
-        )
-    print(
-        f"{len(files)} JSON files, {differing} {'laid out' if options.write else 'differ'}, {broken} broken"
-    )
-    return int(bool(broken or (differing and options.check)))
+    found = [settle(path, options.root, options.write) for path in files]
+    print(*(message for message, _ in found if message), f"{len(files)} JSON files", sep="\n")
+    return int(any(is_open for _, is_open in found))
 
 
 if __name__ == "__main__":

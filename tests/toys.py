@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import logging.handlers
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from monai.transforms.compose import Compose
 from monai.transforms.intensity.dictionary import RandGaussianNoised, RandScaleIntensityd
 from monai.transforms.post.dictionary import AsDiscreted
 from monai.transforms.spatial.dictionary import RandFlipd
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data.distributed import DistributedSampler
 
 from medkd.handlers.checkpoint import CheckpointHandler
@@ -140,11 +140,9 @@ def make_trainer(
 def make_evaluator(network: nn.Module, count: int = 2, workers: int = 0, **options: Any) -> SupervisedEvaluator:
     """An evaluator with the Dice of the squares, `val_mean_dice`."""
     loader = DataLoader(Dataset(cases(count, seed=9)), batch_size=1, num_workers=workers)
-    discrete = AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2)
+    options.setdefault("postprocessing", AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2))
     dice = MeanDice(include_background=False, output_transform=from_engine(["pred", "label"]))
-    return SupervisedEvaluator(
-        "cpu", loader, network, postprocessing=Compose([discrete]), key_val_metric={"val_mean_dice": dice}, **options
-    )
+    return SupervisedEvaluator("cpu", loader, network, key_val_metric={"val_mean_dice": dice}, **options)
 
 
 def on(event: Any, function: Callable[[Any], None]) -> Any:
@@ -173,14 +171,7 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-# ---- runs in processes of their own ---------------------------------------------------------------------------------
-
-
-def processes() -> ForkServerContext:
-    """Processes that can be killed, forked from one that has imported torch and MONAI but run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module.__name__ for module in (torch, multiprocessing)] + ["monai.engines", __name__])
-    return context
+# ---- whole runs -------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -197,6 +188,7 @@ class Run:
         epochs: int = 5,
         workers: int = 0,
         resume: bool = False,
+        seed: int = 3,
         extra: Sequence[Any] = (),
         wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
         **options: Any,
@@ -214,7 +206,7 @@ class Run:
         handlers = [
             ValidationHandler(interval=1, validator=self.evaluator),
             LrScheduleHandler(self.scheduler, print_lr=False),
-            EpochSeed(3),
+            EpochSeed(seed),
             DistillationHandler(teacher, self.losses, {"logits": 0.5, "features": 0.3}),   # type: ignore[arg-type]
             WeightSchedule(0.5),
             NanGuard(),
@@ -235,3 +227,89 @@ class Run:
             "best_metric": float(self.evaluator.state.best_metric),
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
         }
+
+
+# ---- in processes of their own, to be killed, starved or multiplied ---------------------------------------------------
+
+
+def start(target: Callable[..., None], *args: Any, **options: Any) -> BaseProcess:
+    """Call a function of this module in a new process, forked from one that has imported torch but run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([
+        "medkd.handlers.checkpoint", "medkd.handlers.distillation", "medkd.losses.features", "medkd.losses.logits",
+        "monai.handlers", "monai.losses", "monai.transforms", "monai.engines", "torch._dynamo",
+    ])
+    process = context.Process(target=_in_child, args=(target, *args), kwargs=options)
+    process.start()
+    return process
+
+
+def _in_child(target: Callable[..., None], *args: Any, **options: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)           # for the loaders' workers
+    torch.set_num_threads(1)
+    target(*args, **options)
+
+
+def finish(*started: BaseProcess) -> None:
+    """Wait for processes, which must end well."""
+    for process in started:
+        process.join()
+        assert process.exitcode == 0, f"the process ended with {process.exitcode}"
+
+
+def train(directory: Path, **options: Any) -> None:
+    """Do a whole run and save what it ends with."""
+    run = Run(directory, **options)
+    run.trainer.run()
+    torch.save(run.result(), directory / "result.pt")
+
+
+def train_on_a_full_disk(directory: Path, log: Path) -> None:
+    """From the second epoch on, no file may grow beyond 1000 bytes; the log is written at the end."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = on(Events.EPOCH_STARTED(once=2), lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most)))
+    records = logging.handlers.BufferingHandler(10_000)
+    logging.getLogger("medkd").addHandler(records)
+    run = Run(directory, extra=[fill])
+    run.trainer.run()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    log.write_text("\n".join(record.getMessage() for record in records.buffer))
+    torch.save(run.result(), directory / "result.pt")
+
+
+class Heavy(ToyNetwork):
+    """A network of 4 MB, which says in every voxel of its ballast how many epochs it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__(STUDENT_WIDTH)
+        self.ballast = nn.Parameter(torch.zeros(1_000_000), requires_grad=False)
+
+
+def save_for_ever(directory: Path) -> None:
+    """Resume, and do little but write checkpoints until someone ends it."""
+    network = Heavy()
+    note = on(Events.EPOCH_STARTED, lambda engine: network.ballast.fill_(engine.state.epoch))
+    saver = CheckpointHandler(directory, {"network": network}, resume=True)
+    head = list(network.head.parameters())
+    make_trainer(network, [note, saver], parameters=head, data=cases(1), epochs=100_000).run()
+
+
+def train_one_rank(rank: int, ranks: int, directory: Path, weights: Path, last: int = 0, **options: Any) -> None:
+    """Do one rank's part of a run, which ends after epoch `last`; save its end and its cases in `directory`."""
+    distributed.init_process_group("gloo", f"file://{directory}/meeting_point", rank=rank, world_size=ranks)
+    seen: list[str] = []
+    extra = [
+        on(Events.GET_BATCH_COMPLETED, lambda engine: seen.extend(engine.state.batch["image"].meta["filename_or_obj"])),
+        on(Events.EPOCH_COMPLETED, lambda engine: engine.terminate() if engine.state.epoch == last else None),
+    ]
+    run = Run(
+        weights, wrap=nn.parallel.DistributedDataParallel, extra=extra,
+        sampler=lambda dataset: DistributedSampler(dataset, ranks, rank), **options,
+    )
+    run.trainer.run()
+    torch.save((run.result(), seen), directory / f"result_{rank}.pt")
+    distributed.destroy_process_group()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console command `medkd`. Libraries are imported by the commands that need them: `--help` has to be quick."""
+"""The console command `medkd`. Its commands import what they need when they run: `--help` has to be quick."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def phantom_ct(
     shape: tuple[int, int, int] = (96, 80, 64),
     spacing: tuple[float, float, float] = (3.0, 3.0, 4.0),
 ) -> None:
-    """Write procedural abdominal CT cases: six organs, look-alikes, noise, oblique affines; 0.3 s and 1 MB each.
+    """Write procedural abdominal CT cases: six organs, look-alikes, noise, oblique affines; 1 MB each.
 
     Args:
         output: folder to fill with images/, labels/ and datalist.json.
@@ -72,7 +72,7 @@ def datalist(  # noqa: PLR0913 - fire makes one option of each parameter
     unlabeled: str | None = None,
     label_names: str | None = None,
 ) -> None:
-    """Write a datalist.json for a folder of images and labels with the same file names; the folder stays as it is.
+    """Write a datalist.json for a folder of images and labels of the same names; the folder stays as it is.
 
     Args:
         source: folder of the data.
@@ -89,7 +89,8 @@ def datalist(  # noqa: PLR0913 - fire makes one option of each parameter
         images: folder of the images in SOURCE.
         labels: folder of the labels in SOURCE.
         unlabeled: folder of images in SOURCE; those in no split and without label become `unlabeled`.
-        label_names: names of the label values from 0 on, such as "background,liver,spleen", or a JSON file of them.
+        label_names: names of the label values from 0 on, such as "background,liver,spleen", or a JSON file of
+            them.
     """
     from medkd.data.datalist import SplitsFile, make_datalist
 
@@ -109,7 +110,7 @@ def datalist(  # noqa: PLR0913 - fire makes one option of each parameter
 
 
 def check_data(datalist: str, *, num_classes: int | None = None, allow_shared: bool = False) -> None:
-    """Read all images and labels of a datalist, tell everything that is wrong, and show what the data look like.
+    """Read all files of a datalist, tell everything that is wrong, and show what the data look like.
 
     Args:
         datalist: the datalist.json, or its folder.
@@ -132,8 +133,8 @@ def check_data(datalist: str, *, num_classes: int | None = None, allow_shared: b
     print(report.table(names))
     print("The data can be used.")
     folder = shlex.quote(os.path.dirname(os.path.abspath(path)))
-    print("Next, in the folder of a bundle: python -m monai.bundle run training --config_file configs/train.json "
-          f"--bundle_root . --dataset_dir {folder}")
+    run = "python -m monai.bundle run training --config_file configs/train.json --bundle_root ."
+    print(f"Next, in the folder of a bundle: {run} --dataset_dir {folder}")
 
 
 COMMANDS: dict[str, Any] = {"phantom": {"ct": phantom_ct}, "datalist": datalist, "check-data": check_data}
@@ -148,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for wrong arguments or data, 130 when interrupted.
     """
-    words = [word for word in (sys.argv[1:] if arguments is None else arguments) if word != "--"]   # fire's own flags
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word != "--"]   # what follows it would be flags of fire
     if words == ["--version"]:
         print(f"medkd {__version__}")
         return 0
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> Callable[[], None] | None:
-    """Find the command of `words` without running it: fire runs a function before it complains of what is left over.
+    """Find the command of `words` and leave it: fire would run it before it complains of what is left over.
 
     Returns:
         The call, or None where help was asked for and shown.
@@ -209,9 +211,9 @@ def _recording(commands: Mapping[str, Any], calls: list[functools.partial[None]]
 
         kinds = {name: kind.removesuffix(" | None") for name, kind in command.__annotations__.items()}
         texts = [name for name, kind in kinds.items() if kind == "str"]
-        given = inspect.signature(command).parameters.values()
+        given = inspect.signature(command).parameters.values()   # help shows their types
         shown = [part.replace(annotation=getattr(builtins, kinds[part.name].split("[")[0])) for part in given]
-        note.__signature__ = inspect.Signature(shown)   # type: ignore[attr-defined]  # the types that help shows
+        note.__signature__ = inspect.Signature(shown)   # type: ignore[attr-defined]
         noting: Command = fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(note)   # 007 stays "007"
         return noting
 
@@ -232,15 +234,17 @@ def _explain(error: str, words: list[str], calls: list[functools.partial[None]])
         level = level[word]
     way_out = f"see `{' '.join(['medkd', *names])} --help`."
     left = error.partition(": ")[2].strip()
+    path = " ".join(["medkd", *names])
     if isinstance(level, dict):
-        return f"`{left}` is no command of `{' '.join(['medkd', *names])}`, which has {', '.join(level)}; {way_out}"
+        return f"`{left}` is no command of `{path}`, which has {', '.join(level)}; {way_out}"
     if not calls and "required argument" in error:
-        return f"`medkd {' '.join(names)}` needs {left.upper()}, got none; {way_out}"
+        return f"`{path}` needs {left.upper()}, got none; {way_out}"
     if not calls:
         return f"{error}; {way_out}"
     options = [f"--{name}" for name in inspect.signature(level).parameters]
     near = get_close_matches(left, options, n=1)
-    return f"`{left}` is no option of `medkd {' '.join(names)}`; {f'did you mean {near[0]}? ' if near else ''}{way_out}"
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"`{left}` is no option of `{path}`; {guess}{way_out}"
 
 
 def _random_splits(fractions: object, seed: int) -> Any:
@@ -252,7 +256,8 @@ def _random_splits(fractions: object, seed: int) -> Any:
     numbers = [share for share in shares if isinstance(share, (int, float)) and 0 <= share <= 1]
     if len(shares) != 3 or len(numbers) != 3 or abs(sum(numbers) - 1) > 1e-6:
         raise ValueError(
-            f"--fractions must be three shares with the sum 1, for training, validation and test, got {fractions!r}; "
+            f"--fractions must be three shares with the sum 1, for training, validation and test, got "
+            f"{fractions!r}; "
             "such as 0.65,0.15,0.2."
         )
     return RandomSplits(numbers[1], numbers[2], seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from medkd.checks import suggest
 
 __all__ = ["prepare_command_line", "refuse_unknown_overrides"]
 
+_RUN_IDS = {"run", "training", "evaluating"}                     # a later file may bring its own
+_FLAG = re.compile(r"--|-[a-zA-Z]")   # what fire takes for an option; -1 is a value
 _RUN_OPTIONS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
 }
@@ -70,7 +73,7 @@ def refuse_unknown_overrides(argv: Sequence[str]) -> None:
         return
     base, *later = [json.loads(path.read_text()) for path in files]
     for path, content in zip(files[1:], later, strict=True):
-        for key in content:
+        for key in content.keys() - _RUN_IDS:
             _refuse_unknown(key, base, f"Key of {path}")
     for name in options:
         if name not in _RUN_OPTIONS:
@@ -79,10 +82,12 @@ def refuse_unknown_overrides(argv: Sequence[str]) -> None:
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     for position, word in enumerate(words):
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
+        if word == "--":                                           # what follows is for fire itself
+            return
+        if _FLAG.match(word):
+            name, equals, value = word.lstrip("-").partition("=")
             following = words[position + 1] if position + 1 < len(words) else ""
-            yield name, value if equals else following
+            yield name.replace("-", "_"), value if equals else following
 
 
 def _config_files(text: str) -> list[Path]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from medkd.phantoms.ct import write_ct_phantoms
 SOURCE = Path(os.environ["MEDKD_BUNDLE"])
 TRAIN = json.loads((SOURCE / "configs/train.json").read_text())
 ORGANS = TRAIN["out_channels"] - 1
-TERMS_OFF = {term: 0.0 for term in json.loads((SOURCE / "configs/baseline.json").read_text())["distill_weights"]}
+TERMS_OFF = json.loads((SOURCE / "configs/baseline.json").read_text())["distill_weights"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 Run = Callable[..., Path]
 
@@ -51,7 +51,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(bundle: Path, data: Path) -> Iterator[Run]:
+def run(bundle: Path, data: Path) -> Run:
     """Run an id of the bundle with config files by name, in this process; gives its `ckpt_dir`."""
 
     def call(run_id: str, *configs: str, **overrides: Any) -> Path:
@@ -68,7 +68,7 @@ def run(bundle: Path, data: Path) -> Iterator[Run]:
             set_determinism(None)
         return folder
 
-    yield call
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def test_training_without_the_teacher_stops_before_any_data_is_read(run: Run) ->
     assert re.search("does not exist; train it with .*teacher.json", cause(error.value))
 
 
-def test_run_without_the_teacher_trains_with_labels_only_and_says_so(run: Run, caplog: Any, tmp_path: Path) -> None:
+def test_run_without_the_teacher_trains_with_labels_only_and_says_so(run: Run, capsys: Any, tmp_path: Path) -> None:
     folder = run("run", "train", "smoke", ckpt_dir=str(tmp_path))
-    assert "it does NOT distil" in caplog.text
+    assert "it does NOT distil" in capsys.readouterr().out
     assert json.loads((folder / "model.json").read_text())["mode"] == "supervised"
 
 
@@ -126,18 +126,21 @@ def test_training_distils_and_leaves_the_teacher_as_it_is(run: Run, teacher: Pat
 @pytest.mark.parametrize("baseline", ["logits", "features"])
 def test_baseline_methods_train(run: Run, teacher: Path, tmp_path: Path, baseline: str) -> None:
     folder = run("training", "train", "smoke", baseline, ckpt_dir=str(tmp_path))
-    assert np.isfinite(scalars(folder)[f"kd/{baseline}" if f"kd/{baseline}" in scalars(folder) else f"train_kd/{baseline}"]).all()
+    values = [value for tag, value in scalars(folder).items() if f"kd/{baseline}" in tag]
+    assert len(values) == 1
+    assert np.isfinite(values[0]).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_weights_of_zero_equal_plain_training_bit_for_bit(
     run: Run, teacher: Path, tmp_path: Path, workers: int
 ) -> None:
-    off = run("training", "train", "smoke", distill_weights=TERMS_OFF, ckpt_dir=str(tmp_path / "off"), num_workers=workers)
+    options = {"num_workers": workers}
+    off = run("training", "train", "smoke", distill_weights=TERMS_OFF, ckpt_dir=str(tmp_path / "off"), **options)
     kept = [h for h in TRAIN["train"]["handlers"] if "medkd.handlers.distillation" not in h["_target_"]
             and "medkd.handlers.schedule" not in h["_target_"]]
     plain = run(
-        "run", "train", "smoke", ckpt_dir=str(tmp_path / "plain"), num_workers=workers, **{"train#handlers": kept}
+        "run", "train", "smoke", ckpt_dir=str(tmp_path / "plain"), **options, **{"train#handlers": kept}
     )
     assert equal(weights(off), weights(plain))
 
@@ -164,7 +167,8 @@ def test_killed_run_resumes_bit_identical(bundle: Path, data: Path, teacher: Pat
     assert killed.wait() == -signal.SIGKILL
     assert start(tmp_path / "killed", "--resume", "true").wait() == 0
     assert whole.wait() == 0
-    states = [torch.load(tmp_path / name / "checkpoints/epoch_00006.pt", weights_only=True) for name in ("whole", "killed")]
+    last = "checkpoints/epoch_00006.pt"
+    states = [torch.load(tmp_path / name / last, weights_only=True) for name in ("whole", "killed")]
     assert equal(states[0]["objects"]["network"], states[1]["objects"]["network"])
     assert states[0]["best_metric"] == states[1]["best_metric"]
 
@@ -179,7 +183,7 @@ def test_evaluation_gives_dice_and_distances_per_case_and_organ(run: Run, teache
 
 
 def test_prediction_has_the_geometry_of_its_image(run: Run, data: Path, tmp_path: Path) -> None:
-    run("evaluating", "inference", output_dir=str(tmp_path))
+    run("evaluating", "inference", output_dir=str(tmp_path), spacing=[8.0, 8.0, 8.0])
     for case in json.loads((data / "datalist.json").read_text())["test"]:
         image = nibabel.load(data / case["image"])
         pred = nibabel.load(tmp_path / Path(case["image"]).name.replace(".nii.gz", "_seg.nii.gz"))

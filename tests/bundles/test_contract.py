@@ -84,7 +84,8 @@ def test_metadata_names_installed_versions(bundle: Path) -> None:
         line.strip().split("==") for line in
         (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines() if "==" in line and line[0] != "#"
     )
-    stated = {"monai": metadata["monai_version"], "torch": metadata["pytorch_version"], **metadata["required_packages_version"]}
+    stated = {"monai": metadata["monai_version"], "torch": metadata["pytorch_version"]}
+    stated |= metadata["required_packages_version"]
     assert {name: pins.get(name) for name in stated} == stated
     assert metadata["version"] in metadata["changelog"]
 
@@ -134,7 +135,8 @@ def test_bundle_trains_evaluates_and_infers_in_a_process_of_its_own(
     environment = os.environ | {"MEDKD_BUNDLE": str(bundle_path), "PYTHONPATH": str(repository / "common")}
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(repository),
-        "-c", str(repository / "pyproject.toml"), "-o", "python_files=one_bundle.py", "-o", "addopts=--import-mode=importlib",
+        "-c", str(repository / "pyproject.toml"), "-o", "python_files=one_bundle.py",
+        "-o", "addopts=--import-mode=importlib",
         "--basetemp", str(tmp_path / "work"), "--durations=5", str(checks),
     ]
     result = subprocess.run(

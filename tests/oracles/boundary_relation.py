@@ -72,6 +72,11 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 # ---- pair affinities -----------------------------------------------------------------------------------------------
 
 
+def path_affinity(boundary: Tensor, direction: Sequence[int], length: int) -> Tensor:
+    """1 - maximum on the path, for the paths that stay inside, (B, 1, *S) -> (B, 1, *S')."""
+    return 1 - _maximum([_shifted(boundary, direction, k, length) for k in range(length + 1)])
+
+
 def affinity_distance(
     student: Tensor, teacher: Tensor, label: Tensor | None = None, lengths: Sequence[int] = (1, 2, 4), ignore: int = 255
 ) -> Tensor:
@@ -99,7 +104,7 @@ def _shifted(maps: Tensor, direction: Sequence[int], k: int, length: int) -> Ten
     index: list[slice] = [slice(None), slice(None)]
     for v, size in zip(direction, maps.shape[2:], strict=True):
         first = k * v + (length if v < 0 else 0)
-        index.append(slice(first, first + size - length * abs(v)))
+        index.append(slice(first, first + max(0, size - length * abs(v))))
     return maps[tuple(index)]
 
 

@@ -54,7 +54,7 @@ class DataReport:
     orientations: tuple[str, ...]
 
     def table(self, names: Mapping[str, str] | None = None) -> str:
-        """Lay the report out as text; `names` maps a label value to its name, as `labels` in a datalist does."""
+        """Lay the report out as text; `names` maps label values to names, as `labels` in a datalist does."""
         names = names or {}
         values = sorted({value for counts in self.voxels.values() for value in counts})
         rows = [["", *self.cases], ["cases", *map(str, self.cases.values())]]
@@ -69,7 +69,8 @@ class DataReport:
             "voxels per axis": _ranges(self.shapes), "spacing": _ranges(self.spacing),
             "intensity": _ranges([self.intensity]), "orientation": ", ".join(self.orientations),
         }
-        return "\n".join([*lines, *(f"{name.ljust(widths[0])}  {text}".rstrip() for name, text in facts.items())])
+        lines += [f"{name.ljust(widths[0])}  {text}".rstrip() for name, text in facts.items()]
+        return "\n".join(lines)
 
 
 @dataclass
@@ -115,8 +116,8 @@ def check_data(
 ) -> DataReport:
     """Check that all files can be read and fit together; read each once, a volume per thread in memory.
 
-    A label lies on its image when no corner of the volume is further off than 0.02 voxels. One log line each, and no
-    error: a label that is empty in some cases, a single training case, spacing or orientation that differ by case.
+    A label lies on its image when no corner of the volume is further off than 0.02 voxels. No error, but one
+    log line each: labels that are empty in some cases, a single training case, mixed spacing or orientation.
 
     Args:
         training: items with the path of an image and of its label; other keys are ignored.
@@ -125,7 +126,7 @@ def check_data(
         test: the same; the label may be missing.
         image_key: key of the image in an item.
         label_key: key of the label in an item.
-        allow_shared: take an image that is in two lists for intended, with a log line; for tests on a single case.
+        allow_shared: only log that an image is in two lists; for tests on a single case.
         unlabeled: items of which only the image is read.
 
     Returns:
@@ -144,7 +145,8 @@ def check_data(
     elif shared:
         problems.append(shared)
     cases = _inspect_all(lists, image_key, label_key, num_classes)
-    problems += dict.fromkeys(problem for group in cases.values() for case in group for problem in case.problems)
+    every = [case for group in cases.values() for case in group]
+    problems += dict.fromkeys(problem for case in every for problem in case.problems)
     labels = [case.label for case in cases["training"] if case.label]
     if labels and len(labels) == len(training) and not any(map(_is_marked, labels)):
         problems.append(
@@ -162,26 +164,27 @@ def check_data(
 def _empty_lists(lists: Mapping[str, Sequence[Case]]) -> list[str]:
     problems = []
     if not lists["training"]:
-        problems.append("`training` must have at least one case, got none; name images and labels in the datalist.")
+        problems.append("`training` must have at least one case, got none; name it in the datalist.")
     if not lists["validation"]:
         problems.append(
-            "`validation` must have at least one case, got none; move one there from training in the datalist, or "
-            "write it anew with `medkd datalist` and a share (--fractions 0.7,0.15,0.15) or split (--validation NAME)."
+            "`validation` must have at least one case, got none; move one there from training, "
+            "or write the list anew: `medkd datalist` with --fractions 0.7,0.15,0.15 or --validation SPLIT."
         )
     return problems
 
 
 def _shared_files(lists: Mapping[str, Sequence[Case]], image_key: str) -> str | None:
+    paths = {name: [item.get(image_key) for item in items] for name, items in lists.items()}
     files = {
-        name: {os.path.realpath(item[image_key]): item[image_key] for item in items if _is_path(item.get(image_key))}
-        for name, items in lists.items()
+        name: {os.path.realpath(str(path)): path for path in some if _is_path(path)}
+        for name, some in paths.items()
     }
     for first, second in combinations(files, 2):
         both = [str(files[first][path]) for path in files[first].keys() & files[second].keys()]
         if both:
             return (
-                f"`{first}` and `{second}` must have no image in common, got {_some(sorted(both))} in both; keep each "
-                "in one list, or allow it for a test on a single case (`allow_shared`, --allow_shared)."
+                f"`{first}` and `{second}` must have no image in common, got {_some(sorted(both))} in "
+                "both; keep each in one list, or allow it for a test on a single case (--allow_shared)."
             )
     return None
 
@@ -203,7 +206,8 @@ def _inspect_all(
         return _inspect(image, label, f"{name}[{number}]", name in _LABELED, num_classes)
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        done = list(tqdm(pool.map(run, jobs.values()), "checking data", len(jobs), unit="case", delay=2, leave=False))
+        running = pool.map(run, jobs.values())
+        done = list(tqdm(running, "checking data", len(jobs), unit="case", delay=2, leave=False))
     found = dict(zip(jobs, done, strict=True))
     return {
         name: [found[repr(pairs[name, number]), name in _LABELED] for number in range(len(items))]
@@ -220,7 +224,7 @@ def _inspect(image: object, label: object, where: str, labeled: bool, num_classe
             name = f" ({image})" if key == "label" and _is_path(image) else ""
             case.problems.append(f"{where}{name} must have the path of its {key}, got {value!r}; add it.")
         elif not os.path.exists(str(value)):
-            case.problems.append(f"{value} must be the {key} of {where}, but there is no such file; correct the path.")
+            case.problems.append(f"{value} is the {key} of {where}, but there is no such file; correct it.")
         else:
             _read_into(case, key, str(value), num_classes)
     if case.image and case.label:
@@ -233,7 +237,7 @@ def _read_into(case: _Inspected, key: str, path: str, num_classes: int | None) -
         data, volume = _read(path)
     except Exception as error:   # a broken file makes readers raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        case.problems.append(f"{path} must be a readable {key}, got {reason!r}; it may be cut off: copy it again.")
+        case.problems.append(f"{path} must be a readable {key}, got {reason!r}; if cut, copy it again.")
         return
     if key == "image":
         case.image = volume
@@ -247,13 +251,15 @@ def _read(path: str) -> tuple[NDArray[Any], _Volume]:
     """Read voxels, with the spatial shape and the affine of the header."""
     if path.lower().endswith((".nii", ".nii.gz")):
         file: Any = nib.load(path)
-        return np.asanyarray(file.dataobj), _Volume(path, tuple(file.shape[:3]), np.asarray(file.affine, np.float64))
+        volume = _Volume(path, tuple(file.shape[:3]), np.asarray(file.affine, np.float64))
+        return np.asanyarray(file.dataobj), volume
     # imported here: it takes seconds, and NIfTI does without
     from monai.data.utils import to_affine_nd
     from monai.transforms import LoadImage
 
     tensor: Any = LoadImage(image_only=True, ensure_channel_first=True)(path)
-    return tensor.numpy(), _Volume(path, tuple(tensor.shape[1:]), np.asarray(to_affine_nd(3, tensor.affine.numpy())))
+    affine = np.asarray(to_affine_nd(3, tensor.affine.numpy()))
+    return tensor.numpy(), _Volume(path, tuple(tensor.shape[1:]), affine)
 
 
 def _image_problems(data: NDArray[Any], volume: _Volume) -> list[str]:
@@ -262,7 +268,7 @@ def _image_problems(data: NDArray[Any], volume: _Volume) -> list[str]:
         count = int(data.size - np.isfinite(data).sum())
         return [f"{volume.path} must have finite values, got {count:,} NaN or infinite voxels; replace them."]
     if volume.low == volume.high:
-        return [f"{volume.path} must show something, got {volume.low:g} in all voxels; export the image again."]
+        return [f"{volume.path} must show something, got {volume.low:g} in all voxels; export it again."]
     return []
 
 
@@ -289,10 +295,12 @@ def _label_problems(data: NDArray[Any], volume: _Volume, num_classes: int | None
 
 def _misfits(image: _Volume, label: _Volume) -> list[str]:
     if image.shape != label.shape:
-        return [f"{label.path} must have the shape of its image, {image.shape}, got {label.shape}; resample the label."]
+        shapes = f"{image.shape}, got {label.shape}"
+        return [f"{label.path} must have the shape of its image, {shapes}; resample the label."]
     steps = np.array(image.spacing), np.array(label.spacing)
     ends = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape])).reshape(len(image.shape), -1)
-    corners = np.vstack([ends, np.zeros((3 - len(ends), ends.shape[1])), np.ones((1, ends.shape[1]))])   # (4, 2^n)
+    number = ends.shape[1]
+    corners = np.vstack([ends, np.zeros((3 - len(ends), number)), np.ones((1, number))])   # (4, 2^n)
     shift = float(np.linalg.norm(((image.affine - label.affine) @ corners)[:3], axis=0).max())
     if shift <= AFFINE_TOLERANCE * float(steps[0].min()):
         return []
@@ -302,8 +310,8 @@ def _misfits(image: _Volume, label: _Volume) -> list[str]:
             f"got {_numbers(label.spacing)}; resample the label."
         ]
     return [
-        f"{label.path} must have the affine of its image, to {AFFINE_TOLERANCE:g} voxels, got one that is up to "
-        f"{shift:.3g} mm off; copy the image's header if the voxels match, else resample the label."
+        f"{label.path} must have the affine of its image, to {AFFINE_TOLERANCE:g} voxels, got one that "
+        f"is up to {shift:.3g} mm off; copy the image's header if the voxels match, else resample the label."
     ]
 
 
@@ -315,7 +323,8 @@ def _log_oddities(cases: Mapping[str, Sequence[_Inspected]]) -> None:
     labels = {case.label.path: case.label for group in cases.values() for case in group if case.label}
     empty = [path for path, label in labels.items() if not _is_marked(label)]
     if empty:
-        logger.warning("%d of %d labels are empty, and used as they are: %s.", len(empty), len(labels), _some(empty))
+        message = "%d of %d labels are empty, and used as they are: %s."
+        logger.warning(message, len(empty), len(labels), _some(empty))
     if len(cases["training"]) == 1:
         logger.warning("There is a single training case; the network will hardly generalize.")
     images = [case.image for group in cases.values() for case in group if case.image]

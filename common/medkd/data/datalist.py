@@ -19,13 +19,16 @@ __all__ = ["RandomSplits", "SplitsFile", "load_datalist", "make_datalist", "writ
 
 logger = logging.getLogger(__name__)
 
+_Lists = dict[str, list[str]]   # list -> cases
+
 LISTS = ("training", "validation", "test")
 _SYNONYMS = {
     "training": ("training", "train", "tr"),
     "validation": ("validation", "val", "valid"),
     "test": ("test", "testing", "ts"),
 }
-_SUFFIX = re.compile(r"\.(nii\.gz|nii|mha|mhd|nrrd|npy|npz|png|tiff?|jpe?g|bmp|dcm|h5|hdf5|zarr)$", re.IGNORECASE)
+_KINDS = r"\.(nii\.gz|nii|mha|mhd|nrrd|npy|npz|png|tiff?|jpe?g|bmp|dcm|h5|hdf5|zarr)$"
+_SUFFIX = re.compile(_KINDS, re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class RandomSplits:
 def load_datalist(path: str | Path, key: str) -> list[dict[str, str]]:
     """Read one list of a `datalist.json`, with its paths made absolute.
 
-    Paths of `image`, `label` and keys that end in them (`teacher_image`) are relative to `data_root` in the file,
-    which itself may be relative to the file; without it, to the folder of the file. Other keys stay as they are.
+    Paths of `image`, `label` and keys that end in them (`teacher_image`) are relative to `data_root` in the
+    file, which itself may be relative to the file; without it, to the folder of the file. Other keys stay as
+    they are.
 
     Args:
         path: the file.
@@ -91,11 +95,15 @@ def load_datalist(path: str | Path, key: str) -> list[dict[str, str]]:
 
 def _absolute(item: object, root: Path, where: str) -> dict[str, str]:
     if not isinstance(item, dict) or not item.get("image"):
-        raise ValueError(f"{where} must be an object with the path of its `image`, got {json.dumps(item)}; add it.")
+        raise ValueError(
+            f"{where} must be an object with the path of its `image`, got {json.dumps(item)}; add it."
+        )
     files = [name for name in item if name.endswith(("image", "label"))]
     for name in files:
         if not isinstance(item[name], str):
-            raise ValueError(f"{where} must have one path as `{name}`, got {json.dumps(item[name])}; leave it out.")
+            raise ValueError(
+                f"{where} must have one path as `{name}`, got {json.dumps(item[name])}; leave it out."
+            )
     return item | {name: os.path.normpath(root / item[name]) for name in files}
 
 
@@ -142,20 +150,20 @@ def make_datalist(
         splits: which case goes where; None draws `RandomSplits()`.
         images: folder of the images, relative to `source`.
         labels: folder of the labels, relative to `source`.
-        unlabeled: folder of further images, relative to `source`; those that have no label and are in no list become
-            `unlabeled`. May be `images` itself.
-        label_names: names in the order of the label values, `background` first; also as "background,liver", as
-            {"0": "background"}, or as a JSON file of either. None leaves `labels` empty.
-        patient: regular expression with one group, the patient, searched in the name without extension; None takes
-            the whole name. No patient may be in two lists.
+        unlabeled: folder of further images, relative to `source`; those that have no label and are in no list
+            become `unlabeled`. May be `images` itself.
+        label_names: names in the order of the label values, `background` first; also as "background,liver",
+            as {"0": "background"}, or as a JSON file of either. None leaves `labels` empty.
+        patient: regular expression with one group, the patient, searched in the name without extension; None
+            takes the whole name. No patient may be in two lists.
 
     Returns:
         Path of the file.
 
     Raises:
         FileNotFoundError: a folder or the splits file does not exist.
-        ValueError: `output` lies in `source`, a labeled case has no label, a split names an unknown case, a case or
-            patient is in two lists, or there is no training case.
+        ValueError: `output` lies in `source`, a labeled case has no label, a split names an unknown case, a
+            case or patient is in two lists, or there is no training case.
     """
     source, target = Path(source), Path(output)
     target = target if target.suffix == ".json" else target / "datalist.json"
@@ -164,11 +172,12 @@ def make_datalist(
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"`output` must lie outside `source`, which stays as it is, got {str(target)!r}.")
     image_files, label_files = _files(source, images, "images"), _files(source, labels, "labels")
-    owner = _patients(image_files, patient)
+    labeled = [name for name in image_files if name in label_files]
+    owner = _patients(labeled, patient)
     if isinstance(splits, SplitsFile):
         lists = _read_splits(splits, image_files, owner)
     else:
-        lists = _draw_splits(splits or RandomSplits(), [name for name in image_files if name in label_files], owner)
+        lists = _draw_splits(splits or RandomSplits(), labeled, owner)
     if not lists["training"]:
         raise ValueError(f"`splits` must leave at least one training case, got {_count(lists)} of {source}.")
     _refuse_unlabeled(lists, label_files, source / labels)
@@ -186,11 +195,15 @@ def make_datalist(
 
 def _read_json(path: Path, argument: str, kind: str, way_out: str) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"`{argument}` must name {kind}, got {str(path)!r}, which is no file; {way_out}.")
+        raise FileNotFoundError(
+            f"`{argument}` must name {kind}, got {str(path)!r}, which is no file; {way_out}."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"`{argument}` must name {kind} in JSON, got {str(path)!r}: {error}; {way_out}.") from error
+        raise ValueError(
+            f"`{argument}` must name {kind} in JSON, got {str(path)!r}: {error}; {way_out}."
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}; {way_out}.")
     return content
@@ -213,14 +226,17 @@ def _files(source: Path, folder: str, argument: str) -> dict[str, str]:
     """Map the case name to its path relative to `source`, for all visible files of a folder."""
     if not (source / folder).is_dir():
         there = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
-        raise FileNotFoundError(f"`{argument}` must be a folder of {source}, got {folder!r}; it has {_quote(there)}.")
+        raise FileNotFoundError(
+            f"`{argument}` must be a folder of {source}, got {folder!r}; it has {_quote(there)}."
+        )
     found: dict[str, str] = {}
     for file in sorted((source / folder).iterdir()):
         if file.name.startswith(".") or not _SUFFIX.search(file.name):
             continue
         if _stem(file.name) in found:
             raise ValueError(
-                f"`{argument}` must hold one file per case, got {found[_stem(file.name)]!r} and {file.name!r}."
+                f"`{argument}` must hold one file per case, "
+                f"got {found[_stem(file.name)]!r} and {file.name!r}."
             )
         found[_stem(file.name)] = Path(folder, file.name).as_posix()
     if not found:
@@ -228,7 +244,7 @@ def _files(source: Path, folder: str, argument: str) -> dict[str, str]:
     return found
 
 
-def _patients(names: Mapping[str, str], pattern: str | None) -> dict[str, str]:
+def _patients(names: Sequence[str], pattern: str | None) -> dict[str, str]:
     """Map each case to its patient."""
     if pattern is None:
         return {name: name for name in names}
@@ -242,14 +258,16 @@ def _patients(names: Mapping[str, str], pattern: str | None) -> dict[str, str]:
     matches = {name: search(name) for name in names}
     strange = [name for name, match in matches.items() if not match or match[1] is None]
     if strange:
-        raise ValueError(f"`patient` must match every case, got {pattern!r}, which does not match {_quote(strange)}.")
+        raise ValueError(f"`patient` must match every labeled case, got {pattern!r} for {_quote(strange)}.")
     return {name: str(match[1]) for name, match in matches.items() if match}
 
 
-def _draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, str]) -> dict[str, list[str]]:
+def _draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, str]) -> _Lists:
     for name in ("validation", "test"):
         if not 0 <= getattr(splits, name) <= 1:
-            raise ValueError(f"`{name}` must be a share of the patients, 0 to 1, got {getattr(splits, name)}.")
+            raise ValueError(
+                f"`{name}` must be a share of the patients, 0 to 1, got {getattr(splits, name)}."
+            )
     patients = sorted({owner[case] for case in cases})
     np.random.default_rng(splits.seed).shuffle(patients)
     want = {name: getattr(splits, name) * len(patients) for name in ("validation", "test")}
@@ -264,21 +282,27 @@ def _draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str,
     return {name: [case for case in cases if owner[case] in set(group)] for name, group in groups.items()}
 
 
-def _read_splits(splits: SplitsFile, images: Mapping[str, str], owner: Mapping[str, str]) -> dict[str, list[str]]:
+def _read_splits(splits: SplitsFile, images: Mapping[str, str], owner: Mapping[str, str]) -> _Lists:
     content = _read_json(Path(splits.path), "splits", "a file of splits", "give lists of case names by split")
-    lists: dict[str, list[str]] = {}
+    lists: _Lists = {}
     for name in LISTS:
         split = _pick_split(content, name, getattr(splits, name), splits.path)
         cases = content[split] if split else []
         if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
-            raise ValueError(f"{splits.path} must hold a list of names as {split!r}, got {json.dumps(cases)[:80]}.")
+            raise ValueError(
+                f"{splits.path} must hold a list of names as {split!r}, got {json.dumps(cases)[:80]}."
+            )
         lists[name] = [_stem(case) for case in cases]
         unknown = [case for case in cases if _stem(case) not in images]
         if unknown:
-            raise ValueError(f"{splits.path} must name images that exist, got {_quote(unknown)} in {split!r}.")
+            raise ValueError(
+                f"{splits.path} must name images that exist, got {_quote(unknown)} in {split!r}."
+            )
         repeated = [case for case, count in Counter(lists[name]).items() if count > 1]
         if repeated:
-            raise ValueError(f"{splits.path} must name each case once, got {_quote(repeated)} twice in {split!r}.")
+            raise ValueError(
+                f"{splits.path} must name each case once, got {_quote(repeated)} twice in {split!r}."
+            )
     _refuse_overlap(lists, splits, owner)
     return lists
 
@@ -286,13 +310,15 @@ def _read_splits(splits: SplitsFile, images: Mapping[str, str], owner: Mapping[s
 def _pick_split(content: Mapping[str, Any], name: str, wanted: str | None, path: str | Path) -> str | None:
     if wanted is not None:
         if wanted not in content:
-            raise ValueError(f"`{name}` must be a split of {path}, got {wanted!r}; it has {_quote(list(content))}.")
+            raise ValueError(
+                f"`{name}` must be a split of {path}, got {wanted!r}; it has {_quote(list(content))}."
+            )
         return wanted
     found = [split for split in content if split.lower() in _SYNONYMS[name]]
     if len(found) > 1 or (name == "training" and not found):
         raise ValueError(
-            f"{path} must have one split for {name}, such as {_quote(_SYNONYMS[name])}, got {_quote(list(content))}; "
-            f"name it by `{name}` (--{name} NAME)."
+            f"{path} must have one split for {name}, such as {_quote(_SYNONYMS[name])}, "
+            f"got {_quote(list(content))}; name it by `{name}` (--{name} NAME)."
         )
     return found[0] if found else None
 
@@ -301,7 +327,8 @@ def _refuse_overlap(lists: Mapping[str, Sequence[str]], splits: SplitsFile, owne
     for first, second in (("training", "validation"), ("training", "test"), ("validation", "test")):
         if getattr(splits, first) is not None and getattr(splits, second) is not None:
             continue                                    # both were named by the caller
-        both = sorted({owner[case] for case in lists[first]} & {owner[case] for case in lists[second]})
+        owners = [{owner.get(case, case) for case in lists[name]} for name in (first, second)]
+        both = sorted(owners[0] & owners[1])
         if both:
             raise ValueError(
                 f"{splits.path} must keep {first} and {second} apart, got {_quote(both)} in both; "

@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ignite.distributed as idist
 import torch
@@ -33,11 +33,15 @@ def save_atomically(content: Any, path: Path) -> None:
     Raises:
         OSError: the disk is full or read-only; the old file stays.
     """
+    _write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -117,6 +121,11 @@ class CheckpointHandler:
                 continue
             self._restore(engine, content, path)
             return
+        if found:
+            raise ValueError(
+                f"`resume` needs a whole checkpoint with tensors only, got none of {len(found)} in {self._folder}; "
+                "start anew without `--resume`, which sets them aside."
+            )
         logger.info("No checkpoint in %s to resume from: starting at the first epoch.", self._folder)
 
     def _set_aside(self) -> None:
@@ -134,7 +143,7 @@ class CheckpointHandler:
             try:
                 target.load_state_dict(content["objects"][name])
             except (RuntimeError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} does not fit {name!r} of this run, so it cannot be resumed: {error}") from error
+                raise ValueError(f"{path} does not fit {name!r} of this run; it cannot be resumed: {error}") from error
         if getattr(engine, "scaler", None) is not None and content["scaler"]:
             engine.scaler.load_state_dict(content["scaler"])
         engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
@@ -162,7 +171,8 @@ class CheckpointHandler:
         path = self.directory / "model.pt"
         try:
             save_atomically({key: value.detach().cpu() for key, value in state.items()}, path)
-            path.with_suffix(".json").write_text(json.dumps(self._describe(engine), indent=2) + "\n")
+            description = json.dumps(self._describe(engine), indent=2) + "\n"
+            _write_atomically(path.with_suffix(".json"), lambda file: file.write(description.encode()))
         except OSError as error:
             logger.error("The student was NOT saved to %s: %s. Training goes on; free some space.", path, error)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 __all__ = ["NanGuard", "NonFiniteLossError"]
 
 
-
 class NonFiniteLossError(RuntimeError):
     """The loss of a step is NaN or infinite."""
 
@@ -36,13 +35,14 @@ class NanGuard:
 
     def __call__(self, engine: Any) -> None:
         output = engine.state.output
-        if bool(torch.isfinite(output["loss"])):
+        loss = output["loss"].detach()
+        if bool(torch.isfinite(loss)):
             return
         terms = [key for key in output if key == "supervised_loss" or key.startswith("kd/")]
         broken = [f"{key} = {float(output[key])}" for key in terms if not bool(torch.isfinite(output[key]))]
         cases = _case_names(engine.state.batch, self.image_key)
         raise NonFiniteLossError(
-            f"The loss of step {engine.state.iteration} must be finite, got {float(output['loss'])}: "
+            f"The loss of step {engine.state.iteration} must be finite, got {float(loss)}: "
             f"{', '.join(broken) or 'the sum of the terms'}, on {cases}. The weights were not changed; the last "
             "checkpoint is good. Check these cases with `medkd check-data`, lower the learning rate or the weight."
         )

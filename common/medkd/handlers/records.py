@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 __all__ = ["case_meta", "step_losses"]
 
 
@@ -21,7 +23,7 @@ def step_losses(output: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict
     """
     first = output if isinstance(output, Mapping) else output[0]
     names = sorted(name for name in first if name in ("loss", "supervised_loss") or name.startswith("kd/"))
-    return {name: float(first[name]) for name in names}
+    return {name: float(torch.as_tensor(first[name]).detach()) for name in names}
 
 
 def case_meta(batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -139,9 +139,9 @@ def _load_strictly(network: nn.Module, content: dict[str, Any], path: Path) -> N
     problems = [f"misses {key!r}" for key in own if key not in weights]
     problems += [f"has {key!r} too much" for key in weights if key not in own]
     problems += [
-        f"{key!r} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        f"{key!r} is {_shape(weights[key])} instead of {_shape(value)}"
         for key, value in own.items()
-        if key in weights and weights[key].shape != value.shape
+        if key in weights and _shape(weights[key]) != _shape(value)
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -150,3 +150,7 @@ def _load_strictly(network: nn.Module, content: dict[str, Any], path: Path) -> N
             f"{'; '.join(problems[:3])}{more}. Is `teacher_def` the definition it was trained with?"
         )
     network.load_state_dict(weights, strict=True)
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"

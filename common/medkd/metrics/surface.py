@@ -45,13 +45,13 @@ class HausdorffDistance95(IgniteMetricHandler):
         for one_pred, one_label in zip(pred, label, strict=True):
             pixdim = getattr(one_label, "pixdim", torch.ones(one_label.dim() - 1))
             spacing = [float(step) for step in pixdim[: one_label.dim() - 1]]
-            self.metric_fn([one_pred], [one_label], spacing=spacing)   # type: ignore[misc]
+            self.metric_fn([one_pred], [one_label], spacing=spacing)
 
 
 class _MissedIsDiagonal(HausdorffDistanceMetric):
     """MONAI's metric with a defined value for a missed organ; it gives infinity there."""
 
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs: Any) -> Tensor:   # type: ignore[override]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*all 0, this may result in nan/inf distance.*")
             distance: Tensor = super()._compute_tensor(y_pred, y, **kwargs)

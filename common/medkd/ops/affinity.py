@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
-from typing import Any, NamedTuple
+from itertools import chain, product
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_label, check_maps, check_same_grid
-from medkd.ops.graph import unit_vectors
 
-__all__ = ["PathMaximum", "affinity_distance", "feature_contrast", "half_directions", "path_maxima"]
+__all__ = ["affinity_distance", "feature_contrast", "half_directions", "path_affinity"]
 
 
 def feature_contrast(features: Tensor, eps: float = 1e-6) -> Tensor:
@@ -45,41 +45,60 @@ def feature_contrast(features: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class _FeatureContrast(torch.autograd.Function):
-    """Keeps the unit vectors only; autograd would keep one difference per axis besides."""
+    """Keeps nothing but the features; autograd would keep the unit vectors and one difference per axis besides.
+
+    Channels are taken a few at a time, so that their differences stay in the processor's cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, eps: float) -> Tensor:
-        units = unit_vectors(features, eps=eps)
-        total = features.new_zeros(features.shape[0], 1, *features.shape[2:])
-        for axis in _long_axes(features):
-            low, high = _neighbors(units, axis)
-            contrast = (high - low).square_().sum(1, keepdim=True)
+        inverse = _inverse_length(features, eps)                   # (B, 1, *S)
+        total = torch.zeros_like(inverse)
+        pairs = {axis: torch.zeros_like(_neighbors(total, axis)[0]) for axis in _long_axes(features)}
+        for slab in _slabs(features):
+            units = slab * inverse
+            for axis, contrast in pairs.items():
+                low, high = _neighbors(units, axis)
+                contrast += (high - low).square_().sum(1, keepdim=True)
+        for axis, contrast in pairs.items():
             for part in _neighbors(total, axis):
                 part += contrast
         scale = 0.25 / _neighbor_count(features)
-        ctx.save_for_backward(features, units, scale)
-        ctx.eps = eps
+        ctx.save_for_backward(features, inverse, scale)
         return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        features, units, scale = ctx.saved_tensors
+        features, inverse, scale = ctx.saved_tensors
         grad = grad * scale
-        pull = torch.zeros_like(units)
-        for axis in _long_axes(units):
-            low, high = _neighbors(grad, axis)
-            pair = (low + high).mul_(-2.0)                         # d |u_p - u_q|^2 / d u_p, without its u_p part
-            (pull_low, pull_high), (unit_low, unit_high) = _neighbors(pull, axis), _neighbors(units, axis)
-            pull_low.addcmul_(unit_high, pair)
-            pull_high.addcmul_(unit_low, pair)
-        along = (pull * units).sum(1, keepdim=True)                # the sphere's tangent plane drops it anyway
-        length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-        return pull.addcmul_(units, along, value=-1.0).mul_(_inverse(length, ctx.eps)), None
+        # d |u_p - u_q|^2 / d u_p, without its u_p part: the sphere's tangent plane drops that anyway
+        pairs = {axis: torch.add(*_neighbors(grad, axis)).mul_(-2.0) for axis in _long_axes(features)}
+        pull = torch.zeros_like(features)
+        along = torch.zeros_like(inverse)
+        for slab, part in zip(_slabs(features), _slabs(pull), strict=True):
+            units = slab * inverse
+            for axis, pair in pairs.items():
+                (part_low, part_high), (unit_low, unit_high) = _neighbors(part, axis), _neighbors(units, axis)
+                part_low.addcmul_(unit_high, pair)
+                part_high.addcmul_(unit_low, pair)
+            along += units.mul_(part).sum(1, keepdim=True)
+        return pull.addcmul_(features, along.mul_(inverse), value=-1.0).mul_(inverse), None
 
 
-def _inverse(length: Tensor, eps: float) -> Tensor:
-    return torch.where(length >= eps, 1.0 / length.clamp(min=eps), 0.0)
+def _slabs(features: Tensor, elements: int = 2**20) -> list[Tensor]:
+    """Views of a few channels each, of about so many elements."""
+    channels = features.shape[1]
+    few = max(1, elements * channels // max(1, features.numel()))
+    return [features[:, first : first + few] for first in range(0, channels, few)]
+
+
+def _inverse_length(features: Tensor, eps: float) -> Tensor:
+    squared = torch.zeros_like(features[:, :1])
+    for slab in _slabs(features):
+        squared += slab.square().sum(1, keepdim=True)
+    alive = squared >= eps * eps
+    return torch.where(alive, squared, 1.0).rsqrt_().mul_(alive)   # 0 for dead vectors
 
 
 def _long_axes(maps: Tensor) -> list[int]:
@@ -115,71 +134,72 @@ def half_directions(rank: int) -> list[tuple[int, ...]]:
     return [step for step in product((-1, 0, 1), repeat=rank) if step > (0,) * rank]
 
 
-class PathMaximum(NamedTuple):
-    """Maxima of a map over the straight paths of one length that start at each voxel.
+def path_affinity(boundary: Tensor, direction: Sequence[int], length: int) -> Tensor:
+    """Tell for each pair of voxels how free the straight path between them is of boundaries.
 
-    Attributes:
-        length: steps of the path; it visits length + 1 voxels.
-        value: maximum per path, shape (B, 1, *S'), over the start voxels whose end lies inside the volume.
-        step: index of the first voxel on the path that holds the maximum, same shape, uint8.
-    """
-
-    length: int
-    value: Tensor
-    step: Tensor
-
-
-def path_maxima(maps: Tensor, direction: Sequence[int], lengths: Sequence[int]) -> Iterator[PathMaximum]:
-    """Run along a direction and give the maximum over the path at each of the lengths.
-
-    The affinity of the two ends is `1 - value`: no boundary on the way between them. Pairs whose end would lie
-    outside the volume do not exist; nothing is padded or wrapped around.
+    `a = 1 - maximum of the map over the path`. Pairs whose end would lie outside the volume do not exist; nothing is
+    padded or wrapped around.
 
     Args:
-        maps: boundary map, shape (B, 1, *S).
-        direction: one step per spatial axis, components -1, 0 or 1.
-        lengths: ascending numbers of steps.
+        boundary: map of shape (B, 1, *S), range [0, 1].
+        direction: one of `half_directions`.
+        length: number of steps; the path visits `length + 1` voxels.
 
-    Yields:
-        One `PathMaximum` per length that fits into the volume.
+    Returns:
+        Affinities of shape (B, 1, *S'), range [0, 1], in the order of the paths' first voxels; an axis along which the
+        direction moves is shorter by `length`, down to 0.
 
     Reference:
         Ahn et al., Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations, arXiv
-        1904.05044, equation 3 (affinity by the maximum on the path).
+        1904.05044, equation 3.
 
     Example:
-        >>> boundary = torch.tensor([[[[0.0, 0.6, 0.6, 0.0]]]])
-        >>> [(1 - m.value).flatten().tolist()[0] for m in path_maxima(boundary, (0, 1), (1, 2))]
-        [0.3999999761581421, 0.3999999761581421]
+        >>> path_affinity(torch.tensor([[[[0.0, 0.5, 0.25, 0.0]]]]), (0, 1), 2).flatten().tolist()
+        [0.5, 0.5]
     """
-    value = maps
-    step = torch.zeros_like(maps, dtype=torch.uint8)
-    for reach in range(1, max(lengths) + 1):
-        if not _fits(maps, direction, reach):
-            return
-        ahead = _along(maps, direction, reach, reach)
-        value, step = _starts_that_go_on(value, direction), _starts_that_go_on(step, direction)
-        step = torch.where(ahead > value, reach, step)
-        value = torch.maximum(value, ahead)
-        if reach in lengths:
-            yield PathMaximum(reach, value, step)
+    check_maps("boundary", boundary)
+    if not _fits(boundary, direction, length):
+        return boundary.new_zeros(*boundary.shape[:2], *_starts(boundary.shape[2:], direction, length)[1])
+    steps = list(_running_maximum(boundary.flatten(), _stride(boundary, direction), length))
+    whole = F.pad(steps[-1], (0, boundary.numel() - steps[-1].numel())).view_as(boundary)
+    return 1.0 - _existing(whole, direction, length)
 
 
-def _fits(maps: Tensor, direction: Sequence[int], reach: int) -> bool:
-    return all(size > reach * abs(step) for size, step in zip(maps.shape[2:], direction, strict=True))
+def _running_maximum(flat: Tensor, stride: int, length: int) -> Iterator[Tensor]:
+    """Maxima over paths of 1, 2, ... `length` steps of `stride` in a flat map, one per first element.
+
+    A flat map needs no index arithmetic: all paths of a direction are one slice. Those that leave the volume at one
+    side and come in at the other are computed too, and weigh nothing (`_PairWeights`).
+    """
+    value = flat
+    for reach in range(1, length + 1):
+        value = torch.maximum(value[:-stride], flat[reach * stride :])
+        yield value
 
 
-def _along(maps: Tensor, direction: Sequence[int], position: int, reach: int) -> Tensor:
-    """Voxels at `position` steps from the start of every path of `reach` steps that stays inside."""
-    for axis, step in enumerate(direction, start=2):
-        start = position * step if step >= 0 else (reach - position) * -step
-        maps = maps.narrow(axis, start, maps.shape[axis] - reach * abs(step))
+def _stride(maps: Tensor, direction: Sequence[int]) -> int:
+    """Steps in the flat map from a voxel to its neighbor in this direction; positive for half directions."""
+    stride = 0
+    for size, step in zip(maps.shape[2:], direction, strict=True):
+        stride = stride * size + step
+    return stride
+
+
+def _fits(maps: Tensor, direction: Sequence[int], length: int) -> bool:
+    return min(_starts(maps.shape[2:], direction, length)[1]) > 0
+
+
+def _starts(size: Sequence[int], direction: Sequence[int], length: int) -> tuple[list[int], list[int]]:
+    """First index and number, per axis, of the voxels from which a path stays inside."""
+    moves = [length * step for step in direction]
+    return [max(0, -move) for move in moves], [max(0, s - abs(move)) for s, move in zip(size, moves, strict=True)]
+
+
+def _existing(maps: Tensor, direction: Sequence[int], length: int) -> Tensor:
+    """The part of a map that belongs to paths that stay inside."""
+    for axis, (first, count) in enumerate(zip(*_starts(maps.shape[2:], direction, length), strict=True), start=2):
+        maps = maps.narrow(axis, first, count)
     return maps
-
-
-def _starts_that_go_on(maps: Tensor, direction: Sequence[int]) -> Tensor:
-    """Paths that can be made one step longer, out of all present ones."""
-    return _along(maps, direction, 0, 1)
 
 
 def affinity_distance(
@@ -191,103 +211,139 @@ def affinity_distance(
 ) -> Tensor:
     """Squared difference of two networks' pair affinities, balanced between crossing and other pairs.
 
-    Pairs are the ends of straight paths in all `half_directions`; a pair crosses when the labels on its path are
-    not all equal. Few pairs cross (often under 3 %), so crossing and other pairs are averaged apart and each
-    mean counts half; an empty set leaves the whole weight to the other one. Pairs that touch an ignored voxel are
-    dropped. One direction at a time is held in memory, and the gradient is formed on the way.
+    Pairs are the ends of straight paths in all `half_directions` (see `path_affinity`); a pair crosses when the labels
+    on its path are not all equal. Few pairs cross (often under 3 %), so crossing and other pairs are averaged apart
+    and each mean counts half; an empty set leaves the whole weight to the other one. Pairs that touch an ignored voxel
+    are dropped. The values of one direction at a time are held in memory, one byte per pair for its kind, and the
+    gradient is formed on the way.
 
     Args:
         student: boundary map, shape (B, 1, *S), range [0, 1].
         teacher: boundary map, same shape; never receives a gradient.
-        label: class indices on the same grid, shape (B, 1, *S), integer; None averages over all pairs.
+        label: class indices on the same grid, shape (B, 1, *S), whole numbers; None averages over all pairs.
         lengths: ascending path lengths, in voxels.
         ignore: label of voxels that do not count.
 
     Returns:
-        Scalar, float32 (float64 for float64 maps); 0 with zero gradient when no pair is valid.
+        Scalar, float32 (float64 for a float64 student); 0 with zero gradient when no pair is valid.
+
+    Raises:
+        ValueError: maps or labels of different grids, or lengths that do not ascend.
 
     Reference:
         Zhang et al., arXiv 2401.13174 (boundary distillation by semantic affinity of pixel pairs).
     """
     check_maps("student", student)
     check_same_grid("student", student, "teacher", teacher)
+    if (student.shape[1], teacher.shape[1]) != (1, 1):
+        raise ValueError(f"Both maps must have one channel, got {student.shape[1]} (`student`) and {teacher.shape[1]}.")
     if label is not None:
         check_label("label", label, student)
         check_same_grid("student", student, "label", label)
     if list(lengths) != sorted(set(lengths)) or not lengths or min(lengths) < 1:
         raise ValueError(f"`lengths` must be ascending positive numbers of voxels, got {list(lengths)}.")
-    return _AffinityDistance.apply(student, teacher.detach(), label, tuple(lengths), ignore)   # type: ignore[no-any-return, no-untyped-call]
+    student = student if student.dtype == torch.float64 else student.float()
+    weights = _PairWeights(student, label, tuple(lengths), ignore)
+    return _AffinityDistance.apply(student, teacher.detach().to(student), weights)   # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AffinityDistance(torch.autograd.Function):
     """Keeps one map: the gradient of the finished scalar with respect to the student's map."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, label: Tensor | None, lengths: tuple[int, ...], ignore: int
-    ) -> Tensor:
-        weights = _PairWeights(student, label, lengths, ignore)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: _PairWeights) -> Tensor:
+        mine, other = student.flatten(), teacher.flatten()
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.zeros_like(student)
-        for direction in half_directions(student.dim() - 2):
-            pairs = zip(
-                path_maxima(student, direction, lengths), path_maxima(teacher, direction, lengths), strict=True
-            )
-            for mine, other in pairs:
-                difference = mine.value - other.value
-                weighted = difference * weights.of(direction, mine.length)
-                total += (weighted * difference).sum()
-                for position in range(mine.length + 1):            # to the one voxel that made the maximum
-                    part = _along(gradient, direction, position, mine.length)
-                    part.addcmul_(weighted, (mine.step == position).to(weighted), value=2.0)
-        ctx.save_for_backward(gradient)
+        gradient = torch.zeros_like(mine)
+        for direction, longest in weights.paths:
+            stride = _stride(student, direction)
+            above = list(_running_maximum(mine, stride, longest))
+            pulls: dict[int, Tensor] = {}
+            for length, target in enumerate(_running_maximum(other, stride, longest), start=1):
+                if (weight := weights.of(direction, length)) is not None:
+                    difference = above[length - 1] - target
+                    pulls[length] = weight.mul_(difference)
+                    total += torch.dot(pulls[length], difference)
+            if ctx.needs_input_grad[0]:
+                _pull_back(gradient, mine, above, pulls, stride)
+        ctx.save_for_backward(gradient.view_as(student))
         return total.to(student.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None, None
+        return gradient * (2.0 * grad), None, None
+
+
+def _pull_back(
+    gradient: Tensor, flat: Tensor, maxima: list[Tensor], pulls: dict[int, Tensor], stride: int
+) -> None:
+    """Add to `gradient` what pulls at the maxima, each at the first voxel on its path that holds the maximum.
+
+    From the longest path down: the last voxel takes the pull where it is above all before it, and else passes it on to
+    the path without it. Masks are numbers, as multiplying is several times faster than `torch.where`.
+    """
+    rest = gradient.new_zeros(0)
+    for length in range(len(maxima), 0, -1):
+        longer, rest = rest, pulls[length] if length in pulls else torch.zeros_like(maxima[length - 1])
+        rest[: longer.numel()] += longer
+        last = flat[length * stride :]
+        before = maxima[length - 2] if length > 1 else flat
+        taken = torch.gt(last, before[:-stride], out=torch.empty_like(last)).mul_(rest)
+        gradient[length * stride :] += taken
+        rest -= taken
+    gradient[: rest.numel()] += rest
 
 
 class _PairWeights:
-    """Weight of every pair: half of the mass on crossing pairs, half on the others, none on ignored ones."""
+    """Weight of every pair: half of the mass on crossing pairs, half on the others, none on ignored ones.
+
+    Attributes:
+        paths: the directions along which a pair fits, each with its longest length.
+    """
 
     def __init__(self, like: Tensor, label: Tensor | None, lengths: tuple[int, ...], ignore: int) -> None:
-        self.crossing: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor]] = {}
-        self.dtype = like.dtype
-        crossing = other = torch.zeros((), dtype=torch.int64, device=like.device)
-        label = torch.zeros_like(like, dtype=torch.uint8) if label is None else label
-        narrow = label.to(torch.int16)
-        valid = narrow != ignore
+        self.paths: list[tuple[tuple[int, ...], int]] = []
+        self.kinds: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        label = torch.full_like(like, ignore - 1) if label is None else label
+        label = label.to(torch.int16)
+        same = crossing = torch.zeros((), dtype=torch.int64, device=like.device)
         for direction in half_directions(like.dim() - 2):
-            for length, crosses, counts in _label_paths(narrow, valid, direction, lengths):
-                self.crossing[direction, length] = crosses, counts
-                crossing = crossing + (crosses & counts).sum()
-                other = other + (~crosses & counts).sum()
-        share = torch.where((crossing > 0) & (other > 0), 0.5, 1.0)
-        self.crossing_weight = (share / crossing.clamp(min=1)).to(self.dtype)
-        self.other_weight = (share / other.clamp(min=1)).to(self.dtype)
+            fitting = [length for length in lengths if _fits(like, direction, length)]
+            if not fitting:
+                continue
+            self.paths.append((direction, fitting[-1]))
+            steps = _kinds_of_steps(label, direction, ignore)
+            longer = _running_maximum(steps, _stride(like, direction), fitting[-1] - 1)
+            for length, kinds in enumerate(chain([steps], longer), start=1):
+                if length in fitting:
+                    self.kinds[direction, length] = kinds
+                    same = same + (kinds == _SAME).sum()
+                    crossing = crossing + (kinds == _CROSSING).sum()
+        share = torch.where((same > 0) & (crossing > 0), 0.5, 1.0).to(like.dtype)
+        self.same, self.crossing = share / same.clamp(min=1), share / crossing.clamp(min=1)
 
-    def of(self, direction: tuple[int, ...], length: int) -> Tensor:
-        crosses, counts = self.crossing.pop((direction, length))
-        return torch.where(crosses, self.crossing_weight, self.other_weight) * counts
+    def of(self, direction: tuple[int, ...], length: int) -> Tensor | None:
+        """Weights in the layout of `_running_maximum`, None for a length that is not asked for; given out once."""
+        kinds = self.kinds.pop((direction, length), None)
+        if kinds is None:
+            return None
+        kinds = kinds.to(self.same.dtype)
+        same = torch.eq(kinds, _SAME, out=torch.empty_like(kinds)).mul_(self.same)
+        return same.add_(kinds.eq_(_CROSSING).mul_(self.crossing))
 
 
-def _label_paths(
-    label: Tensor, valid: Tensor, direction: tuple[int, ...], lengths: tuple[int, ...]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Give, per length, which paths see more than one label and which ones see no ignored voxel."""
-    if not _fits(label, direction, 1):
-        return
-    change = _along(label, direction, 0, 1) != _along(label, direction, 1, 1)   # per path of one step
-    clean = _along(valid, direction, 0, 1) & _along(valid, direction, 1, 1)
-    crosses, counts = change, clean
-    for reach in range(1, max(lengths) + 1):
-        if not _fits(label, direction, reach):
-            return
-        if reach > 1:
-            crosses = _starts_that_go_on(crosses, direction) | _along(change, direction, reach - 1, reach - 1)
-            counts = _starts_that_go_on(counts, direction) & _along(clean, direction, reach - 1, reach - 1)
-        if reach in lengths:
-            yield reach, crosses, counts
+_SAME, _CROSSING, _NO_PAIR = 0, 1, 2                               # the maximum along a path decides
+
+
+def _kinds_of_steps(label: Tensor, direction: tuple[int, ...], ignore: int) -> Tensor:
+    """Kind of each single step of a direction, flat, uint8; no pair where it leaves the volume or is ignored."""
+    stride = _stride(label, direction)
+    leaves = torch.ones_like(label, dtype=torch.bool)
+    _existing(leaves, direction, 1).fill_(False)
+    flat = label.flatten()
+    ignored = flat == ignore
+    dropped = leaves.flatten()[:-stride] | ignored[:-stride] | ignored[stride:]
+    changes = flat[:-stride] != flat[stride:]
+    return torch.maximum(changes.to(torch.uint8) * _CROSSING, dropped.to(torch.uint8) * _NO_PAIR)

@@ -94,14 +94,16 @@ def majority_label(label: Tensor, grid: Sequence[int], ignore: int = 255) -> tup
     cells = label.shape[0] * math.prod(grid)
     if _blocks_are_equal(finer, grid):
         votes = _count_blocks(torch.where(valid, label, classes), grid, classes)
+        block: Tensor | int = math.prod(finer) // math.prod(grid)
     else:
         cell = _cell_index(label, grid)
-        votes = torch.bincount((cell * classes + label)[valid], minlength=cells * classes).view(cells, classes)
-    votes = votes.view(label.shape[0], 1, *grid, classes)
-    total = votes.sum(-1)
-    winner = (votes * classes + torch.arange(classes, device=label.device)).amax(-1) % classes
-    block = math.prod(finer) / math.prod(grid)
-    return torch.where(total > 0, winner, ignore), (total / block).clamp(max=1.0).float()
+        votes = torch.bincount((label * cells + cell)[valid], minlength=classes * cells).view(classes, cells)
+        block = torch.bincount(cell.flatten(), minlength=cells)
+    total = votes.sum(0)
+    ranked = votes * classes + torch.arange(classes, device=label.device).unsqueeze(1)
+    winner = torch.where(total > 0, ranked.amax(0) % classes, ignore)
+    shape = (label.shape[0], 1, *grid)
+    return winner.view(shape), (total / block).float().view(shape)
 
 
 def _blocks_are_equal(size: tuple[int, ...], grid: tuple[int, ...]) -> bool:
@@ -109,15 +111,15 @@ def _blocks_are_equal(size: tuple[int, ...], grid: tuple[int, ...]) -> bool:
 
 
 def _count_blocks(label: Tensor, grid: tuple[int, ...], classes: int) -> Tensor:
-    """Votes per cell, shape (B * cells, classes): voxels of a block side by side, then counted by comparison."""
+    """Votes per cell, shape (classes, B * cells), int64: voxels of a block one below the other, then compared."""
     split = [label.shape[0]]
     for s, g in zip(label.shape[2:], grid, strict=True):
         split += [g, s // g]
     rank = len(grid)
-    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2)]
-    narrow = label.to(torch.uint8) if classes < 256 else label
-    blocks = narrow.reshape(split).permute(order).reshape(label.shape[0] * math.prod(grid), -1)   # (cells, voxels)
-    return torch.stack([(blocks == k).sum(1) for k in range(classes)], dim=1)
+    order = [*range(2, 2 * rank + 1, 2), 0, *range(1, 2 * rank, 2)]
+    blocks = label.float().reshape(split).permute(order).reshape(-1, label.shape[0] * math.prod(grid))
+    equal = torch.empty_like(blocks)                               # (voxels, cells); float sums are exact to 2^24
+    return torch.stack([torch.eq(blocks, k, out=equal).sum(0).long() for k in range(classes)])
 
 
 def _cell_index(label: Tensor, grid: tuple[int, ...]) -> Tensor:

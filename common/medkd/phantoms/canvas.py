@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solids with signed distances in mm, and the voxel canvas they are painted on: what CT phantoms are made of."""
+"""Solids with signed distances in mm, and the voxel canvas they are painted on."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def ellipsoid(center: ArrayLike, radii: ArrayLike) -> Solid:
     """Ellipsoid along the axes; its distance is exact on the surface and near it."""
     middle, size = np.asarray(center, np.float64), np.asarray(radii, np.float64)
     c, r = (v.astype(np.float32)[:, None, None, None] for v in (middle, size))
+    tiny = np.float32((1e-6 / size.min()) ** 2)   # the middle gets -(smallest radius), not 0 / 0
 
     def distance(points: Array) -> Array:
         scaled = (points - c) / r
         near = np.sqrt((scaled**2).sum(0)) + 1e-6
-        value: Array = near * (near - 1) / np.sqrt(((scaled / r) ** 2).sum(0) + 1e-12)
+        value: Array = near * (near - 1) / np.sqrt(((scaled / r) ** 2).sum(0) + tiny)
         return value
 
     return Solid(middle - size, middle + size, distance)
 
 
 def tube(line: ArrayLike, radii: ArrayLike, height: float = 0.0) -> Solid:
-    """Capsules along a polyline with a radius per point; `height` in mm stretches each into a sheet along z."""
+    """Capsules along a polyline with a radius per point; `height`, in mm, makes each a sheet along z."""
     nodes, size = np.asarray(line, np.float32), np.asarray(radii, np.float32)
 
     def distance(points: Array) -> Array:
@@ -75,7 +76,9 @@ def carve(a: Solid, b: Solid) -> Solid:
     return Solid(a.low, a.high, lambda points: np.maximum(a.distance(points), -b.distance(points)))
 
 
-def smooth_field(rng: np.random.Generator, shape: Sequence[int], steps: Sequence[float], wavelength: float) -> Array:
+def smooth_field(
+    rng: np.random.Generator, shape: Sequence[int], steps: Sequence[float], wavelength: float
+) -> Array:
     """Draw a smooth random field of zero mean and unit deviation; `steps` and `wavelength` in mm."""
     knots = [math.ceil(n * step / wavelength) + 4 for n, step in zip(shape, steps, strict=True)]
     field = rng.standard_normal(knots).astype(np.float32)
@@ -102,11 +105,13 @@ class Canvas:
         wobble: smooth field of unit deviation that `paint` bends surfaces by.
     """
 
-    def __init__(self, rng: np.random.Generator, shape: Sequence[int], to_patient: NDArray[np.float64]) -> None:
+    def __init__(
+        self, rng: np.random.Generator, shape: Sequence[int], to_patient: NDArray[np.float64]
+    ) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.to_patient = to_patient
         self.steps = np.linalg.norm(to_patient[:3, :3], axis=0)   # mm per voxel
-        self.edge = float(self.steps.mean())                      # mm over which a surface fades: partial volume
+        self.edge = float(self.steps.mean())   # mm over which a surface fades: partial volume
         self.wobble = self.field(rng, 24.0)
         index = np.indices(self.shape, dtype=np.float32).reshape(3, -1)
         points = to_patient[:3, :3].astype(np.float32) @ index + to_patient[:3, 3:].astype(np.float32)

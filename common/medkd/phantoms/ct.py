@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Abdominal CT phantom: six organs with realistic HU, look-alikes that are not labeled, noise, oblique affine.
+"""Abdominal CT phantom: six organs with realistic HU, look-alikes without a label, noise, oblique affine.
 
-What makes it hard on purpose: the right kidney and right adrenal look like the left ones, the vena cava and the
-iliac arteries like the aorta, the stomach and a bowel loop like the spleen, the duodenum like the pancreas. Only
-position tells them apart. The pancreas has low contrast, the adrenal is a few voxels thin.
+What makes it hard on purpose: the right kidney and right adrenal look like the left ones, the vena cava and
+the iliac arteries like the aorta, the stomach and a bowel loop like the spleen, the duodenum like the
+pancreas. Only position tells them apart. The pancreas has low contrast, the adrenal is a few voxels thin.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def ct_phantom(
         spacing: mm per voxel and axis. A case differs from it by up to 8 %.
 
     Returns:
-        Image, label and affine. The affine is rotated by up to 6 degrees per axis and flipped in three cases of four.
+        Image, label and affine. The affine is rotated by up to 6 degrees per axis and flipped in three cases
+        of four.
 
     Raises:
         ValueError: `shape`, `spacing` or `seed` cannot be drawn.
@@ -87,8 +88,10 @@ def ct_phantom(
 
 def _check_grid(seed: int | Sequence[int], shape: Sequence[int], spacing: Sequence[float]) -> None:
     if not _is_triple(shape) or not all(_is_whole(n, 16) for n in shape):
-        raise ValueError(f"`shape` must be three voxel counts of 16 or more, such as 96,80,64, got {shape!r}.")
-    if not _is_triple(spacing) or not all(isinstance(mm, (int, float)) and 0 < mm < math.inf for mm in spacing):
+        raise ValueError(
+            f"`shape` must be three voxel counts of 16 or more, such as 96,80,64, got {shape!r}."
+        )
+    if not _is_triple(spacing) or not all(_is_length(mm) for mm in spacing):
         raise ValueError(f"`spacing` must be three positive lengths in mm, such as 3,3,4, got {spacing!r}.")
     if not all(_is_whole(part, 0) for part in (seed if isinstance(seed, (tuple, list)) else [seed])):
         raise ValueError(f"`seed` must be an integer of 0 or more, or several of them, got {seed!r}.")
@@ -96,6 +99,10 @@ def _check_grid(seed: int | Sequence[int], shape: Sequence[int], spacing: Sequen
 
 def _is_triple(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
+
+
+def _is_length(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -117,7 +124,7 @@ def _rotation(rng: np.random.Generator, degrees: float) -> NDArray[np.float64]:
 def _random_grid(
     rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Draw the affine to world mm, and the one to the patient's own mm, whose origin is the middle of the body."""
+    """Draw the affine to world mm, and the one to the patient's own mm, with the middle of the body at 0."""
     in_plane, along = rng.uniform(0.92, 1.08, 2)
     steps = np.array(spacing) * (in_plane, in_plane, along) * _FLIPS[rng.integers(len(_FLIPS))]
     middle = (np.array(shape) - 1) / 2
@@ -158,7 +165,8 @@ def _draw_body(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -
     canvas.blend(rib, 260.0)
     dome = rng.uniform(84, 92) - ((np.abs(x) - 52) / 9) ** 2 - (np.maximum(np.abs(y) - 10, 0) / 9) ** 2
     mediastinum = (np.hypot(x / 30, (y + 18) / 50) - 1) * 30
-    canvas.blend(np.maximum(np.maximum((dome - z) * 0.6, canvas.wall), -mediastinum), float(rng.uniform(-860, -780)))
+    lungs = np.maximum(np.maximum((dome - z) * 0.6, canvas.wall), -mediastinum)
+    canvas.blend(lungs, float(rng.uniform(-860, -780)))
     heart = ellipsoid((-18, 22, 128) + rng.normal(0, 4, 3), (48, 38, 36))
     canvas.paint(heart, hu["vessel"] - 15)
 
@@ -176,6 +184,10 @@ def _draw_spine(canvas: Canvas, rng: np.random.Generator) -> None:
         value: Array = np.hypot(x / 1.2, y) - 15 + 1.5 * np.cos(2 * np.pi * points[2] / period)
         return value
 
+    def disks(points: Array) -> Array:
+        value: Array = np.maximum(column(points), np.abs((points[2] + bend) % period - 3) - 3)
+        return value
+
     def part(x0: float, y0: float, width: float, depth: float, gap: float = -99.0) -> Distance:
         def distance(points: Array) -> Array:
             x, y, z = straight(points)
@@ -189,7 +201,7 @@ def _draw_spine(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.paint(Solid(low, high, part(33, 2, 12, 14)), 57.0)                      # psoas
     canvas.paint(Solid(low, high, column), 330.0)                                  # cortex
     canvas.paint(Solid(low, high, lambda points: column(points) + 3), float(rng.uniform(130, 200)))
-    canvas.paint(Solid(low, high, lambda p: np.maximum(column(p), np.abs((p[2] + bend) % period - 3) - 3)), 85.0)
+    canvas.paint(Solid(low, high, disks), 85.0)
     canvas.paint(Solid(low, high, part(0, -33, 4, 13, gap=4.0)), 300.0)            # spinous processes
     canvas.paint(Solid(low, high, part(22, -20, 16, 4, gap=9.0)), 260.0)           # transverse processes
     canvas.paint(Solid(low, high, part(0, -20, 12, 9)), 320.0)                     # arch
@@ -197,7 +209,7 @@ def _draw_spine(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _draw_bowel(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
-    """Stomach, colon and loops of bowel: one of spleen's HU, one of pancreas's, others between, some with gas."""
+    """Stomach, colon and loops of bowel: one with the spleen's HU, one with the pancreas's, some with gas."""
     for number in range(7):
         start = rng.uniform((-70, -5, -115), (70, 50, -35))
         turns = start + np.cumsum(rng.normal(0, 22, (4, 3)) * (1, 0.7, 0.6), axis=0)
@@ -225,7 +237,7 @@ def _draw_liver(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) 
     liver = join(ellipsoid(center, (50, 58, 56) * size), left, 20.0)
     liver = carve(liver, ellipsoid(center + (-30, -12, -48), (34, 40, 34)))       # under side
     canvas.paint(liver, hu["liver"], 1, wobble=4, inside=canvas.wall + 2)
-    own = np.where(canvas.label == 1, np.float32(-9), np.float32(9))                # keeps what follows inside
+    own = np.where(canvas.label == 1, np.float32(-9), np.float32(9))   # keeps what follows inside
     for _ in range(5):
         hilum = center + (-24, -4, -8)
         line = np.vstack([hilum, hilum + np.cumsum(rng.normal((14, 2, 8), 14, (3, 3)), axis=0)])
@@ -234,12 +246,13 @@ def _draw_liver(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) 
         spot = center + rng.uniform(-1, 1, 3) * (32, 36, 34)
         value = hu["liver"] - float(rng.uniform(25, 60))
         canvas.paint(ellipsoid(spot, rng.uniform(5, 15, 3)), value, None, wobble=2, inside=own)
-    bladder = ellipsoid(center + (-14, 30, -42) + rng.normal(0, 3, 3), (12, 13, 20) * rng.uniform(0.8, 1.2, 3))
+    at = center + (-14, 30, -42) + rng.normal(0, 3, 3)
+    bladder = ellipsoid(at, (12, 13, 20) * rng.uniform(0.8, 1.2, 3))
     canvas.paint(bladder, float(rng.uniform(5, 20)), inside=canvas.wall)
 
 
 def _draw_spleen(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
-    """Spleen: a crescent that lies against the wall, hollow towards the stomach; accessory ones are labeled 0."""
+    """Spleen: a crescent that lies against the wall, hollow towards the stomach."""
     center = (-78, -26, 46) + rng.normal(0, 3, 3)
     spleen = ellipsoid(center, (27, 38, 40) * rng.uniform(0.85, 1.15, 3))
     spleen = carve(spleen, ellipsoid(center + (38, 14, 0), (26, 30, 44)))
@@ -260,10 +273,11 @@ def _draw_pancreas(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float
 
 
 def _draw_vessels(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
-    """Aorta, labeled down to where it divides, and vena cava and iliac arteries of the same HU, which are not."""
+    """Aorta, labeled down to where it divides; vena cava and iliac arteries of the same HU, not labeled."""
     height = np.linspace(150, -90 + rng.normal(0, 6), 12)
     sway = np.cumsum(rng.normal(0, 1.3, (12, 2)), axis=0)
-    aorta = np.column_stack([-9 + sway[:, 0] - sway[:, 0].mean(), -22 + sway[:, 1] - sway[:, 1].mean(), height])
+    x, y = (sway - sway.mean(0)).T + np.array([[-9], [-22]])
+    aorta = np.column_stack([x, y, height])
     wide = rng.uniform(8.0, 10.0)
     for side in (-1, 1):
         iliac = aorta[-1] + np.array([(0, 0, 0), (side * 14, 2, -22), (side * 30, 4, -60)])
@@ -318,7 +332,8 @@ def write_ct_phantoms(
 ) -> Path:
     """Write procedural CT cases as NIfTI with a `datalist.json`.
 
-    A case depends on `seed`, its list and its place in it: more training cases leave the test cases as they are.
+    A case depends on `seed`, its list and its place in it: more training cases leave the test cases as they
+    are.
 
     Args:
         output_dir: folder to fill with `images/`, `labels/` and `datalist.json`.

@@ -40,7 +40,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_paths_are_relative_to_the_file_without_a_data_root(tmp_path: Path) -> None:
-    path = write_datalist(tmp_path / "list.json", {"training": [{"image": "a/x.nii", "label": "b/x.nii", "age": "7"}]})
+    item = {"image": "a/x.nii", "label": "b/x.nii", "age": "7"}
+    path = write_datalist(tmp_path / "list.json", {"training": [item]})
     expected = {"image": str(tmp_path / "a/x.nii"), "label": str(tmp_path / "b/x.nii"), "age": "7"}
     assert load_datalist(path, "training") == [expected]
 
@@ -60,13 +61,13 @@ def test_absolute_paths_and_further_images_of_an_item_are_kept(tmp_path: Path) -
 
 
 def test_missing_file_names_the_command_that_makes_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`path` must name a datalist, got .*none.json.*medkd datalist"):
+    with pytest.raises(FileNotFoundError, match=r"`path` must name a datalist, got .*none.json.*medkd data"):
         load_datalist(tmp_path / "none.json", "training")
 
 
 def test_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("{training: ")
-    with pytest.raises(ValueError, match="must name a datalist in JSON, got .*list.json"):
+    with pytest.raises(ValueError, match=r"must name a datalist in JSON, got .*list.json"):
         load_datalist(tmp_path / "list.json", "training")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
@@ -75,7 +76,7 @@ def test_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
 def test_missing_list_names_the_lists_that_exist(tmp_path: Path) -> None:
     path = write_datalist(tmp_path / "list.json", {"train": [], "val": [], "labels": {}})
-    with pytest.raises(ValueError, match="`key` must name a list .* got 'training'; it has 'train', 'val'"):
+    with pytest.raises(ValueError, match=r"`key` must name a list .* got 'training'; it has 'train', 'val'"):
         load_datalist(path, "training")
 
 
@@ -107,11 +108,14 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path) -> 
 # make_datalist
 
 
-def test_splits_file_with_synonyms_and_names_without_extension_is_followed(source: Path, tmp_path: Path) -> None:
-    splits = splits_file(tmp_path, {"train": ["p0_a", "p1_a.nii.gz"], "val": ["p2_a"], "testing": ["p3_a"], "x": ["?"]})
+def test_splits_file_with_synonyms_and_bare_names_is_followed(source: Path, tmp_path: Path) -> None:
+    named = {"train": ["p0_a", "p1_a.nii.gz"], "val": ["p2_a"], "testing": ["p3_a"], "x": ["?"]}
+    splits = splits_file(tmp_path, named)
     path = make_datalist(source, tmp_path / "out", SplitsFile(splits))
     assert path == tmp_path / "out" / "datalist.json"
-    assert [stems(path, key) for key in ("training", "validation", "test")] == [["p0_a", "p1_a"], ["p2_a"], ["p3_a"]]
+    assert stems(path, "training") == ["p0_a", "p1_a"]
+    assert stems(path, "validation") == ["p2_a"]
+    assert stems(path, "test") == ["p3_a"]
     content = json.loads(path.read_text())
     assert content["data_root"] == str(source)
     assert content["training"][0] == {"image": "images/p0_a.nii.gz", "label": "labels/p0_a.nii.gz"}
@@ -140,9 +144,9 @@ def test_one_split_named_for_several_lists_is_used_for_all(source: Path, tmp_pat
 
 def test_split_that_nobody_named_is_an_error_with_the_option(source: Path, tmp_path: Path) -> None:
     splits = splits_file(tmp_path, {"smoke_test": ["p0_a"]})
-    with pytest.raises(ValueError, match="one split for training.* got 'smoke_test'.*--training NAME"):
+    with pytest.raises(ValueError, match=r"one split for training.* got 'smoke_test'.*--training NAME"):
         make_datalist(source, tmp_path / "out", SplitsFile(splits))
-    with pytest.raises(ValueError, match="`test` must be a split of .* got 'smoke'; it has 'smoke_test'"):
+    with pytest.raises(ValueError, match=r"`test` must be a split of .* got 'smoke'; it has 'smoke_test'"):
         make_datalist(source, tmp_path / "out", SplitsFile(splits, training="smoke_test", test="smoke"))
 
 
@@ -150,7 +154,7 @@ def test_split_that_nobody_named_is_an_error_with_the_option(source: Path, tmp_p
     ("content", "message"),
     [
         ({"train": ["p0_a"], "val": ["p0_a"]}, "keep training and validation apart, got 'p0_a' in both"),
-        ({"train": ["p0_a"], "val": ["p1_a"], "test": ["p1_a"]}, "keep validation and test apart, got 'p1_a' in both"),
+        ({"train": ["p0_a"], "val": ["p1_a"], "test": ["p1_a"]}, "keep validation and test apart"),
         ({"train": ["p9_z"]}, "must name images that exist, got 'p9_z' in 'train'"),
         ({"train": ["p0_a", "p0_a.nii.gz"]}, "must name each case once, got 'p0_a' twice in 'train'"),
         ({"train": ["extra"]}, "training must have a label for each image, got none for 'extra'"),
@@ -167,7 +171,7 @@ def test_wrong_splits_are_refused(source: Path, tmp_path: Path, content: object,
 
 
 def test_missing_splits_file_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`splits` must name a file of splits, got .*none.json"):
+    with pytest.raises(FileNotFoundError, match=r"`splits` must name a file of splits, got .*none.json"):
         make_datalist(source, tmp_path / "out", SplitsFile(tmp_path / "none.json"))
 
 
@@ -196,7 +200,7 @@ def test_splits_file_that_divides_a_patient_is_refused(source: Path, tmp_path: P
     splits = SplitsFile(splits_file(tmp_path, {"train": ["p0_a"], "val": ["p0_b"]}))
     make_datalist(source, tmp_path / "out", splits)
     with pytest.raises(ValueError, match="keep training and validation apart, got 'p0' in both"):
-        make_datalist(source, tmp_path / "out", splits, patient=r"^(p\d)_|^(?:extra)|^$".replace("|^(?:extra)|^$", "|a$"))
+        make_datalist(source, tmp_path / "out", splits, patient=r"^(p\d)_")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_splits_file_that_divides_a_patient_is_refused(source: Path, tmp_path: P
     [
         (r"^(p\d", "`patient` must be a regular expression"),
         (r"^p\d", "`patient` must have one group, the patient, got .* with 0"),
-        (r"^(q\d)", "`patient` must match every case, got .* does not match 'extra', 'p0_a'"),
+        (r"^(q\d)", "`patient` must match every labeled case, got .* for 'p0_a', 'p0_b'"),
     ],
 )
 def test_wrong_patient_pattern_is_refused(source: Path, tmp_path: Path, pattern: str, message: str) -> None:
@@ -215,16 +219,20 @@ def test_wrong_patient_pattern_is_refused(source: Path, tmp_path: Path, pattern:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (RandomSplits(validation=0.5, test=0.5), "must have enough labeled patients for training, got 10 with 5"),
+        (RandomSplits(validation=0.5, test=0.5), "must have enough labeled patients .* got 10 with 5"),
         (RandomSplits(validation=1.5), "`validation` must be a share of the patients, 0 to 1, got 1.5"),
     ],
 )
-def test_impossible_shares_are_refused(source: Path, tmp_path: Path, plan: RandomSplits, message: str) -> None:
+def test_impossible_shares_are_refused(
+    source: Path, tmp_path: Path, plan: RandomSplits, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make_datalist(source, tmp_path / "out", plan)
 
 
-def test_missing_validation_split_is_warned_of(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_validation_split_is_warned_of(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make_datalist(source, tmp_path / "out", SplitsFile(splits_file(tmp_path, {"train": ["p0_a"]})))
     assert "No validation case" in caplog.text
 
@@ -240,22 +248,24 @@ def test_other_folder_names_and_other_label_formats_are_found(tmp_path: Path) ->
     fill(tmp_path / "set" / "imagesTr", ["a.nii.gz", "b.nii.gz"])
     fill(tmp_path / "set" / "labelsTr", ["a.nii", "b.nrrd"])
     path = make_datalist(tmp_path / "set", tmp_path / "out", RandomSplits(0.5, 0), "imagesTr", "labelsTr")
-    assert {Path(load_datalist(path, key)[0]["label"]).name for key in ("training", "validation")} == {"a.nii", "b.nrrd"}
+    found = {Path(load_datalist(path, key)[0]["label"]).name for key in ("training", "validation")}
+    assert found == {"a.nii", "b.nrrd"}
 
 
 def test_missing_folders_are_named_with_those_that_exist(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`source` must be a folder with images and labels, got .*none"):
+    with pytest.raises(FileNotFoundError, match=r"`source` must be a folder with images and labels, .*none"):
         make_datalist(tmp_path / "none", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="`labels` must be a folder of .* got 'labelsTr'; it has 'images', 'labels'"):
+    with pytest.raises(FileNotFoundError, match=r"`labels` must be a folder of .* it has 'images', 'labels'"):
         make_datalist(source, tmp_path / "out", labels="labelsTr")
 
 
 def test_folder_without_volumes_or_with_a_case_twice_is_refused(source: Path, tmp_path: Path) -> None:
     fill(source / "empty", ["notes.txt"])
-    with pytest.raises(ValueError, match="`images` must hold volumes or images, got .*empty, which has none"):
+    with pytest.raises(ValueError, match=r"`images` must hold volumes or images, got .*empty"):
         make_datalist(source, tmp_path / "out", images="empty")
     fill(source / "twice", ["a.nii", "a.nii.gz"])
-    with pytest.raises(ValueError, match="`images` must hold one file per case, got 'twice/a.nii' and 'a.nii.gz'"):
+    message = r"`images` must hold one file per case, got 'twice/a.nii' and 'a.nii.gz'"
+    with pytest.raises(ValueError, match=message):
         make_datalist(source, tmp_path / "out", images="twice")
 
 
@@ -272,7 +282,8 @@ def test_folder_without_volumes_or_with_a_case_twice_is_refused(source: Path, tm
 def test_label_names_come_in_several_forms(source: Path, tmp_path: Path, names: object) -> None:
     if names == "file":
         names = tmp_path / "dataset.json"
-        names.write_text(json.dumps({"labels": {"0": "background", "1": "liver", "2": "spleen"}, "name": "x"}))
+        labels = {"0": "background", "1": "liver", "2": "spleen"}
+        names.write_text(json.dumps({"labels": labels, "name": "x"}))
     path = make_datalist(source, tmp_path / "out", label_names=names)
     assert json.loads(path.read_text())["labels"] == {"0": "background", "1": "liver", "2": "spleen"}
 

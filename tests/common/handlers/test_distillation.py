@@ -227,7 +227,7 @@ def test_the_log_is_a_sum_that_is_true_even_when_factors_change(caplog: pytest.L
     ramp = toys.on(Events.ITERATION_STARTED, lambda e: e.state.distill_factors.update(logits=e.state.iteration / 2))
     note = toys.on(
         DistillationEvents.TERMS_COMPLETED,
-        lambda engine: [of_steps.append(float(engine.state.output[name])) for name, of_steps in values.items()],
+        lambda engine: [of_steps.append(engine.state.output[name].item()) for name, of_steps in values.items()],
     )
     with caplog.at_level(logging.INFO, "medkd"):
         run(a_handler({"logits": 40.0}), ramp, note)

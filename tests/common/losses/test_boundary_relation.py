@@ -9,11 +9,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import boundary_relation as oracle
 from torch import Tensor, nn
 
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.taps import FeatureTaps
+from oracles import boundary_relation as oracle
 
 Maps = dict[str, Tensor]
 SIZES = [(10, 12), (6, 8, 10)]

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import boundary_relation as oracle
 from torch import Tensor
 
-from medkd.ops.affinity import affinity_distance, feature_contrast, half_directions, path_maxima
+from medkd.ops.affinity import affinity_distance, feature_contrast, half_directions, path_affinity
+from oracles import boundary_relation as oracle
 
 SHAPES = [(5, 7), (3, 5, 4)]
 LENGTHS = (1, 2, 4)
@@ -17,7 +17,7 @@ LENGTHS = (1, 2, 4)
 
 def contrast_of(vectors: list[tuple[float, ...]], *size: int) -> list[float]:
     """Contrast of feature vectors given in C order."""
-    features = torch.tensor(vectors).T.reshape(1, -1, *size)
+    features = torch.tensor(vectors, dtype=torch.float32).T.reshape(1, -1, *size)
     return feature_contrast(features).flatten().tolist()
 
 
@@ -26,7 +26,7 @@ def one_hot_features(label: Tensor) -> Tensor:
 
 
 def affinities(boundary: Tensor, direction: tuple[int, ...], lengths: tuple[int, ...]) -> list[list[float]]:
-    return [(1 - path.value).flatten().tolist() for path in path_maxima(boundary, direction, lengths)]
+    return [path_affinity(boundary, direction, length).flatten().tolist() for length in lengths]
 
 
 def labels_with_ignored_voxels(*shape: int) -> Tensor:
@@ -49,8 +49,8 @@ def test_a_dead_vector_contrasts_a_quarter_with_a_live_one() -> None:
 
 def test_contrast_of_a_label_pattern_matches_the_values_by_hand() -> None:
     features = one_hot_features(torch.tensor([[0, 0, 1], [0, 1, 1], [0, 0, 1]]))
-    expected = [[0, 1 / 3, 1 / 4], [1 / 6, 3 / 8, 0], [0, 1 / 6, 1 / 4]]
-    torch.testing.assert_close(feature_contrast(features)[0, 0], torch.tensor(expected))
+    expected = [[0, 1 / 3, 1 / 4], [1 / 6, 3 / 8, 0], [0, 1 / 3, 1 / 4]]
+    torch.testing.assert_close(feature_contrast(features)[0, 0], torch.tensor(expected, dtype=torch.float32))
 
 
 def test_contrast_around_a_single_voxel_in_a_volume_matches_the_values_by_hand() -> None:
@@ -170,7 +170,7 @@ def test_path_affinities_match_the_values_by_hand(
 @pytest.mark.parametrize(("size", "lengths", "pairs"), [(4, (1,), 468), (4, (2,), 224), (24, LENGTHS, 439_052)])
 def test_a_cube_has_the_expected_number_of_pairs(size: int, lengths: tuple[int, ...], pairs: int) -> None:
     boundary = torch.zeros(1, 1, size, size, size)
-    found = [path.value.numel() for v in half_directions(3) for path in path_maxima(boundary, v, lengths)]
+    found = [path_affinity(boundary, v, length).numel() for v in half_directions(3) for length in lengths]
     assert sum(found) == pairs
 
 
@@ -180,22 +180,23 @@ def test_pairs_around_one_corner_voxel_match_the_counts_by_hand() -> None:
     assert (len(found), sum(a < 1 for a in found), sum(found)) == (28, 22, 17)
 
 
-def test_the_step_of_a_maximum_is_the_first_voxel_that_holds_it() -> None:
-    boundary = torch.tensor([0.1, 0.3, 0.3, 0.2]).view(1, 1, 1, 4)
-    steps = [path.step.flatten().tolist() for path in path_maxima(boundary, (0, 1), (1, 2))]
-    assert steps == [[1, 0, 0], [1, 0]]
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 4), (1, 4, 3), (2, 2, 2)])
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_path_affinities_equal_one_minus_the_maximum_of_slices(shape: tuple[int, ...], length: int) -> None:
+    boundary = torch.rand(2, 1, *shape)
+    for direction in half_directions(len(shape)):
+        torch.testing.assert_close(
+            path_affinity(boundary, direction, length), oracle.path_affinity(boundary, direction, length)
+        )
 
 
 def test_affinity_lies_between_zero_and_one_and_falls_with_the_length() -> None:
     boundary = torch.rand(2, 1, 6, 7, 8)
     for direction in half_directions(3):
         previous = 1 - boundary
-        for path in path_maxima(boundary, direction, (1, 2, 3, 4)):
-            kept = tuple(
-                slice(abs(v), None) if v < 0 else slice(None, size - v)
-                for v, size in zip(direction, previous.shape[2:], strict=True)
-            )
-            affinity = 1 - path.value
+        for length in (1, 2, 3, 4):
+            affinity = path_affinity(boundary, direction, length)
+            kept = tuple(slice(1, None) if v < 0 else slice(None, -1) if v > 0 else slice(None) for v in direction)
             assert affinity.min() >= 0
             assert affinity.max() <= 1
             assert (affinity <= previous[:, :, *kept]).all()
@@ -207,10 +208,8 @@ def test_raising_one_boundary_voxel_raises_no_affinity() -> None:
     high = low.clone()
     high[0, 0, 2, 3] += 0.3
     for direction in half_directions(2):
-        for before, after in zip(
-            path_maxima(low, direction, LENGTHS), path_maxima(high, direction, LENGTHS), strict=True
-        ):
-            assert (after.value >= before.value).all()
+        for length in LENGTHS:
+            assert (path_affinity(high, direction, length) <= path_affinity(low, direction, length)).all()
 
 
 # ---- distance ------------------------------------------------------------------------------------------------------
@@ -225,10 +224,9 @@ def a_row() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_distance_on_a_row_matches_the_values_by_hand() -> None:
     student, teacher, label = a_row()
-    (a_student,) = [affinities(student, (0, 1), LENGTHS)]
-    (a_teacher,) = [affinities(teacher, (0, 1), LENGTHS)]
-    assert sum(a_teacher, []) == pytest.approx([0.4, 0.4, 0.4, 1, 0.9, 0.4, 0.4, 0.4, 0.9, 0.4, 0.4])
-    assert sum(a_student, []) == pytest.approx([0.8, 0.6, 0.6, 0.7, 1, 0.6, 0.6, 0.6, 0.7, 0.6, 0.6])
+    a_teacher, a_student = (sum(affinities(maps, (0, 1), LENGTHS), []) for maps in (teacher, student))
+    assert a_teacher == pytest.approx([0.4, 0.4, 0.4, 1, 0.9, 0.4, 0.4, 0.4, 0.9, 0.4, 0.4])
+    assert a_student == pytest.approx([0.8, 0.6, 0.6, 0.7, 1, 0.6, 0.6, 0.6, 0.7, 0.6, 0.6])
     assert affinity_distance(student, teacher).item() == pytest.approx(0.0527273, abs=1e-7)
     assert affinity_distance(student, teacher, label).item() == pytest.approx(0.0516667, abs=1e-7)
     assert affinity_distance(student, teacher, label).item() == pytest.approx((0.04 + 0.19 / 3) / 2)
@@ -246,7 +244,7 @@ def test_a_thin_structure_between_two_equal_ends_makes_the_pair_cross() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("labeled", [True, False])
 def test_distance_equals_the_loop_over_pairs(shape: tuple[int, ...], labeled: bool) -> None:
-    student, teacher = torch.rand(2, 2, 1, *shape, dtype=torch.float64)
+    student, teacher = torch.rand(2, 2, 1, *shape, dtype=torch.float64).unbind()
     label = labels_with_ignored_voxels(*shape) if labeled else None
     expected = oracle.affinity_distance_by_loops(
         student[:, 0].numpy(), teacher[:, 0].numpy(), None if label is None else label[:, 0].numpy()
@@ -376,6 +374,8 @@ def test_maps_of_other_grids_are_refused() -> None:
     maps = torch.rand(1, 1, 4, 4)
     with pytest.raises(ValueError, match="`student` and `teacher` must share batch and spatial shape"):
         affinity_distance(maps, torch.rand(1, 1, 4, 5))
+    with pytest.raises(ValueError, match=r"Both maps must have one channel, got 1 \(`student`\) and 2"):
+        affinity_distance(maps, torch.rand(1, 2, 4, 4))
     with pytest.raises(ValueError, match="`student` and `label` must share batch and spatial shape"):
         affinity_distance(maps, maps, torch.zeros(1, 1, 4, 5))
     with pytest.raises(ValueError, match=r"`label` must have shape \(B, 1, \*S\)"):

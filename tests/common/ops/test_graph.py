@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import boundary_relation as oracle
 from torch import Tensor
 
 from medkd.ops.graph import class_balance_weight, gram_relation_distance, unit_vectors
+from oracles import boundary_relation as oracle
 
 TEACHER = [(3, 0), (0, 2), (1, 1)]
 STUDENT = [(1, 0, 0), (1, 1, 0), (0, 0, 2)]

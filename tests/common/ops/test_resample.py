@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracles import boundary_relation as oracle
 
 from medkd.ops.resample import majority_label, pool_average, pool_or_interpolate
+from oracles import boundary_relation as oracle
 
 
 def test_a_single_peak_survives_a_coarser_grid() -> None:

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check before training: one error that lists all that is wrong, and a report when nothing is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from medkd.data.check import DataError, check_data
+
+SHAPE = (8, 7, 6)
+AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
+Make = Callable[..., dict[str, Any]]
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-100, 100, SHAPE).astype(np.int16)
+
+
+def marked(*values: float, dtype: type = np.uint8) -> np.ndarray:
+    label = np.zeros(SHAPE, dtype)
+    for place, value in enumerate(values):
+        label[place] = value
+    return label
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Writer of one case; keywords replace its image, label, affine or the affine of its label."""
+    def write(name: str, **new: Any) -> dict[str, Any]:
+        item = {}
+        affine = new.get("affine", AFFINE)
+        for key, default in (("image", noise(len(name) + ord(name[-1]))), ("label", marked(1, 2))):
+            volume = new.get(key, default)
+            path = tmp_path / f"{name}_{key}.nii.gz"
+            its = new.get("label_affine", affine) if key == "label" else affine
+            nib.save(nib.Nifti1Image(volume, its), path)
+            item[key] = str(path)
+        return item
+    return write
+
+
+def test_sound_data_give_a_report(make: Make) -> None:
+    report = check_data([make("a"), make("b")], [make("c")], num_classes=3, test=[make("d")])
+    assert report.cases == {"training": 2, "validation": 1, "test": 1}
+    assert report.voxels["training"] == {0: 6 * 42 * 2, 1: 84, 2: 84}
+    assert report.voxels["validation"] == {0: 6 * 42, 1: 42, 2: 42}
+    assert report.spacing == ((2.0, 2.0), (2.0, 2.0), (3.0, 3.0))
+    assert report.shapes == ((8, 8), (7, 7), (6, 6))
+    assert report.intensity == (-100.0, 99.0)
+    assert report.orientations == ("RAS",)
+
+
+def test_table_shows_numbers_by_list_and_class(make: Make) -> None:
+    report = check_data([make("a"), make("b")], [make("c")])
+    lines = report.table({"0": "background", "2": "liver"}).splitlines()
+    assert lines[0].split() == ["training", "validation", "test"]
+    assert lines[1].split() == ["cases", "2", "1", "0"]
+    assert lines[2].split() == ["voxels", "of", "0", "background", "504", "252", "0"]
+    assert lines[4].split() == ["voxels", "of", "2", "liver", "84", "42", "0"]
+    assert lines[5].split(maxsplit=3)[-1] == "8 x 7 x 6"
+
+
+def test_table_only_counts_the_values_of_instance_labels(make: Make) -> None:
+    label = np.arange(8 * 7 * 6, dtype=np.uint16).reshape(SHAPE)
+    table = check_data([make("a", label=label), make("b")], [make("c")]).table()
+    assert "label values" in table
+    assert len(table.splitlines()) == 7
+
+
+def test_paths_may_be_pathlib_and_other_keys_are_ignored(make: Make) -> None:
+    items = [{key: Path(value) for key, value in make(name).items()} | {"age": 7} for name in "ab"]
+    assert check_data(items[:1], items[1:]).cases["training"] == 1
+
+
+def test_keys_of_image_and_label_may_be_named(make: Make) -> None:
+    items = [{"ct": item["image"], "seg": item["label"]} for item in (make("a"), make("b"))]
+    assert check_data(items[:1], items[1:], image_key="ct", label_key="seg").cases["training"] == 1
+
+
+def test_test_cases_and_unlabeled_images_need_no_label(make: Make) -> None:
+    test, extra = {"image": make("c")["image"]}, make("d", label=marked(9))
+    report = check_data([make("a")], [make("b")], num_classes=3, test=[test], unlabeled=[extra])
+    assert report.cases == {"training": 1, "validation": 1, "test": 1, "unlabeled": 1}
+    assert report.voxels["unlabeled"] == {}
+
+
+def test_pictures_are_read_too(tmp_path: Path) -> None:
+    items = []
+    for number in range(2):
+        item = {"image": str(tmp_path / f"i{number}.png"), "label": str(tmp_path / f"l{number}.png")}
+        rng = np.random.default_rng(number)
+        Image.fromarray(rng.integers(0, 255, (9, 6, 3), dtype=np.uint8)).save(item["image"])
+        Image.fromarray(rng.integers(0, 2, (9, 6), dtype=np.uint8)).save(item["label"])
+        items.append(item)
+    report = check_data(items[:1], items[1:], num_classes=2)
+    assert report.shapes == ((6, 6), (9, 9))
+    assert sum(report.voxels["training"].values()) == 54
+
+
+# what is wrong with a case
+
+
+def refused(make: Make, message: str, num_classes: int | None = 3, **new: Any) -> None:
+    with pytest.raises(DataError, match=message):
+        check_data([make("a"), make("bad", **new)], [make("c")], num_classes)
+
+
+def test_label_of_another_shape_is_refused(make: Make) -> None:
+    message = r"bad_label.nii.gz must have the shape of its image, \(8, 7, 6\), got \(8, 7, 5\); resample"
+    refused(make, message, label=marked(1)[..., :5])
+
+
+def test_label_of_another_affine_is_refused(make: Make) -> None:
+    shifted = AFFINE.copy()
+    shifted[0, 3] = 1.5
+    refused(make, r"label.nii.gz must have the affine of its image.* up to 1.5 mm off", label_affine=shifted)
+    flipped = AFFINE * [[-1], [1], [1], [1]]
+    refused(make, r"bad_label.nii.gz must have the affine of its image", label_affine=flipped)
+
+
+def test_label_of_another_spacing_is_refused(make: Make) -> None:
+    message = r"bad_label.nii.gz must have the spacing of its image, \(2, 2, 3\), got \(2, 2, 2.5\); resample"
+    refused(make, message, label_affine=np.diag([2.0, 2.0, 2.5, 1.0]))
+
+
+def test_affine_that_differs_by_rounding_passes(make: Make) -> None:
+    near = AFFINE.copy()
+    near[:3, 3] += 0.01
+    check_data([make("a"), make("b", label_affine=near)], [make("c")])
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "expected"), [(2, "values in 0..1, got 2; map"), (1, "values in 0..0, got 1, 2")]
+)
+def test_label_value_outside_the_classes_is_refused(make: Make, num_classes: int, expected: str) -> None:
+    with pytest.raises(DataError, match=f"a_label.nii.gz must have {expected}"):
+        check_data([make("a")], [make("b")], num_classes)
+
+
+def test_negative_label_is_refused_even_without_classes(make: Make) -> None:
+    message = "bad_label.nii.gz must have values of 0 or more, got -1"
+    refused(make, message, num_classes=None, label=marked(1, -1, dtype=np.int16))
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan])
+def test_label_that_is_not_whole_is_refused(make: Make, value: float) -> None:
+    message = f"bad_label.nii.gz must have whole numbers, got {value:g}; it may have been resampled"
+    refused(make, message, label=marked(1, value, dtype=np.float32))
+
+
+def test_whole_numbers_stored_as_float_pass(make: Make) -> None:
+    report = check_data([make("a", label=marked(1, 2, dtype=np.float32))], [make("b")], 3)
+    assert report.voxels["training"] == {0: 252, 1: 42, 2: 42}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_image_with_values_that_are_not_finite_is_refused(make: Make, value: float) -> None:
+    image = noise(0).astype(np.float32)
+    image[0, 0, :2] = value
+    message = "bad_image.nii.gz must have finite values, got 2 NaN or infinite voxels; replace them"
+    refused(make, message, image=image)
+
+
+def test_constant_image_is_refused(make: Make) -> None:
+    message = "bad_image.nii.gz must show something, got -1000 in all voxels"
+    refused(make, message, image=np.full(SHAPE, -1000, np.int16))
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_missing_file_is_refused(make: Make, tmp_path: Path, key: str) -> None:
+    message = rf"none.nii.gz is the {key} of training\[1\], but there is no such file; correct it"
+    with pytest.raises(DataError, match=message):
+        check_data([make("a"), make("b") | {key: str(tmp_path / "none.nii.gz")}], [make("c")])
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+@pytest.mark.parametrize("kept", [0.6, 0.0])
+def test_truncated_file_is_refused(make: Make, key: str, kept: float) -> None:
+    item = make("bad")
+    content = Path(item[key]).read_bytes()
+    Path(item[key]).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(DataError, match=f"bad_{key}.nii.gz must be a readable {key}, got .*copy it again"):
+        check_data([make("a"), item], [make("c")])
+
+
+def test_uncompressed_truncated_file_is_refused(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "cut.nii"
+    nib.save(nib.Nifti1Image(noise(0), AFFINE), path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(DataError, match="cut.nii must be a readable image"):
+        check_data([make("a") | {"image": path}], [make("c")])
+
+
+def test_unreadable_picture_is_refused(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="broken.png must be a readable image"):
+        check_data([make("a") | {"image": tmp_path / "broken.png"}], [make("c")])
+
+
+@pytest.mark.parametrize("place", ["training", "validation"])
+def test_missing_label_is_refused_by_the_name_of_the_case(make: Make, place: str) -> None:
+    lists = {"training": [make("a")], "validation": [make("b")]}
+    del lists[place][0]["label"]
+    message = rf"{place}\[0\] \(.*_image.nii.gz\) must have the path of its label, got None; add it"
+    with pytest.raises(DataError, match=message):
+        check_data(**lists)
+
+
+@pytest.mark.parametrize("value", [None, "", ["a.nii", "b.nii"], 7])
+def test_image_that_is_no_path_is_refused(make: Make, value: object) -> None:
+    with pytest.raises(DataError, match=r"training\[0\] must have the path of its image, got"):
+        check_data([make("a") | {"image": value}], [make("b")])
+
+
+# what is wrong with the lists
+
+
+def test_labels_empty_in_all_training_cases_are_refused(make: Make) -> None:
+    empty = [make(name, label=marked()) for name in "ab"]
+    with pytest.raises(DataError, match="All 2 training labels must mark something, got only 0 in each"):
+        check_data(empty, [make("c")])
+
+
+def test_no_validation_case_is_refused_with_the_way_to_one(make: Make) -> None:
+    with pytest.raises(DataError, match=r"`validation` must have at least one case.*medkd datalist"):
+        check_data([make("a")], [])
+
+
+def test_no_training_case_is_refused(make: Make) -> None:
+    with pytest.raises(DataError, match="`training` must have at least one case, got none"):
+        check_data([], [make("a")])
+
+
+def test_image_in_two_lists_is_refused_however_it_is_written(make: Make, tmp_path: Path) -> None:
+    item = make("a")
+    other = item | {"image": str(tmp_path / "x" / ".." / "a_image.nii.gz")}
+    (tmp_path / "x").mkdir()
+    message = r"`training` and `validation` must have no image in common, got .*a_image.nii.gz"
+    with pytest.raises(DataError, match=message):
+        check_data([item], [other])
+
+
+def test_shared_image_can_be_allowed(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    item = make("a")
+    report = check_data([item], [item], test=[item], allow_shared=True)
+    assert report.cases == {"training": 1, "validation": 1, "test": 1}
+    assert "Allowed for a test, its scores mean nothing: `training` and `validation`" in caplog.text
+
+
+def test_all_problems_come_in_one_error(make: Make, tmp_path: Path) -> None:
+    bad = make("bad", image=np.zeros(SHAPE, np.int16), label=marked(1, 7))
+    with pytest.raises(DataError) as caught:
+        check_data([make("a"), bad, {"image": str(tmp_path / "none.nii")}], [], num_classes=3)
+    text = str(caught.value)
+    assert "5 problem(s)" in text
+    for part in ("`validation`", "must show something", "values in 0..2, got 7", "none.nii", "of its label"):
+        assert part in text
+
+
+def test_more_than_twenty_problems_are_counted(tmp_path: Path) -> None:
+    items = [{"image": tmp_path / f"{number}.nii", "label": tmp_path / "l.nii"} for number in range(15)]
+    with pytest.raises(DataError, match=r"31 problem\(s\)(?s:.*)\n  and 11 more\.$") as caught:
+        check_data(items, [])
+    assert len(str(caught.value).splitlines()) == 22
+
+
+# what is handled with a log line
+
+
+def one_line(caplog: pytest.LogCaptureFixture, text: str) -> None:
+    assert len([record for record in caplog.records if text in record.getMessage()]) == 1
+
+
+def test_empty_label_of_some_cases_is_named_in_one_line(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    check_data([make("a"), make("empty", label=marked())], [make("c")])
+    one_line(caplog, "1 of 3 labels are empty, and used as they are: ")
+    assert "empty_label.nii.gz" in caplog.text
+
+
+def test_single_training_case_is_logged(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    check_data([make("a")], [make("c")])
+    one_line(caplog, "There is a single training case")
+
+
+def test_mixed_spacing_and_orientation_are_logged(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "medkd")
+    check_data([make("a"), make("b", affine=np.diag([-2.0, -2.0, 5.0, 1.0]))], [make("c")])
+    one_line(caplog, "Spacing differs by case, 2 x 2 x 3 to 5; the transforms resample all to one.")
+    one_line(caplog, "Orientation differs by case, LPS, RAS; the transforms turn all to one.")
+
+
+def test_sound_data_log_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "medkd")
+    check_data([make("a"), make("b")], [make("c")])
+    assert not caplog.records

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what they hold, which are kept, and that a whole one is there whatever happens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from ignite.engine import Events
+from torch import nn
+
+from medkd.handlers.checkpoint import CheckpointHandler, save_atomically
+from medkd.handlers.distillation import DistillationHandler
+from medkd.handlers.teacher import Teacher, load_tensors
+from medkd.losses.logits import SoftLabelLoss
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def run(folder: Path, epochs: int = 2, resume: bool = False, handlers: Any = (), **options: Any) -> Any:
+    """Train with a checkpoint handler that has no validation; the engine, its network at `engine.network`."""
+    network = toys.student()
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    saver = CheckpointHandler(folder, {"network": network, "optimizer": optimizer}, resume=resume)
+    engine = toys.make_trainer(network, [*handlers, saver], optimizer=optimizer, epochs=epochs, **options)
+    engine.run()
+    return engine
+
+
+# ---- the student --------------------------------------------------------------------------------------------------
+
+
+def test_the_student_of_the_best_validation_is_saved_as_tensors_alone(tmp_path: Path) -> None:
+    history: list[tuple[float, dict[str, Any]]] = []
+
+    def spoil(engine: Any) -> None:
+        if engine.state.epoch > 3:
+            nn.init.zeros_(engine.network.head.weight)
+
+    whole = toys.Run(tmp_path, epochs=5, extra=[toys.on(Events.ITERATION_COMPLETED, spoil)])
+    whole.evaluator.add_event_handler(
+        Events.COMPLETED,
+        lambda engine: history.append((engine.state.metrics["val_mean_dice"], toys.state_of(whole.network))),
+    )
+    whole.trainer.run()
+    best = max(history, key=lambda entry: entry[0])
+    assert best is not history[-1]
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert toys.same(saved, best[1])
+    toys.student().load_state_dict(saved, strict=True)
+
+
+def test_beside_the_student_lies_how_it_was_trained(tmp_path: Path) -> None:
+    expert = tmp_path / "teacher.pt"
+    torch.save(toys.teacher().state_dict(), expert)
+    reference = Teacher(toys.teacher, expert)
+    run(tmp_path, handlers=[DistillationHandler(reference, SoftLabelLoss(), {"logits": 0.5})])
+    assert json.loads((tmp_path / "model.json").read_text()) == {
+        "mode": "distilled", "teacher": str(expert), "teacher_sha256": reference.file_sha256,
+        "weights": {"logits": 0.5}, "epoch": 2, "max_epochs": 2,
+    }
+
+
+def test_the_metric_of_the_saved_student_is_told(tmp_path: Path) -> None:
+    whole = toys.Run(tmp_path, epochs=2)
+    whole.trainer.run()
+    told = json.loads((tmp_path / "model.json").read_text())
+    assert told["validation"] == {"val_mean_dice": float(whole.evaluator.state.best_metric)}
+    assert told["epoch"] == whole.evaluator.state.best_metric_epoch
+    assert told["teacher"] is None
+
+
+def test_the_description_is_replaced_as_a_whole_like_the_weights(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    for name in ("model.pt", "model.json"):
+        (tmp_path / f"old_{name}").hardlink_to(tmp_path / name)
+    run(tmp_path, epochs=2)
+    assert json.loads((tmp_path / "old_model.json").read_text())["epoch"] == 1
+    assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 2
+    assert not toys.same(load_tensors(tmp_path / "old_model.pt"), load_tensors(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize("weights", [None, {}])
+def test_a_student_without_teacher_is_told_to_be_supervised(tmp_path: Path, weights: dict[str, float] | None) -> None:
+    handlers = [] if weights is None else [DistillationHandler(toys.Bright(), SoftLabelLoss(), weights)]
+    run(tmp_path, handlers=handlers)
+    told = json.loads((tmp_path / "model.json").read_text())
+    assert (told["mode"], told["weights"]) == ("supervised", {})
+
+
+def test_without_validation_the_last_student_is_saved(tmp_path: Path) -> None:
+    engine = run(tmp_path)
+    assert toys.same(torch.load(tmp_path / "model.pt", weights_only=True), engine.network.state_dict())
+
+
+def test_a_wrapper_leaves_no_trace_in_the_names(tmp_path: Path) -> None:
+    network = toys.student()
+    toys.make_trainer(network, [CheckpointHandler(tmp_path, {"network": nn.DataParallel(network)})], epochs=1).run()
+    assert load_tensors(tmp_path / "model.pt").keys() == network.state_dict().keys()
+
+
+# ---- which checkpoints are there --------------------------------------------------------------------------------------
+
+
+def test_the_two_newest_epochs_are_kept_and_hold_tensors_and_numbers_alone(tmp_path: Path) -> None:
+    toys.Run(tmp_path, epochs=4).trainer.run()
+    assert names(tmp_path / "checkpoints") == ["epoch_00003.pt", "epoch_00004.pt"]
+    content = torch.load(tmp_path / "checkpoints" / "epoch_00004.pt", weights_only=True)
+    assert content["objects"].keys() == {"network", "distill_loss", "optimizer", "lr_scheduler"}
+    assert (content["epoch"], content["iteration"], content["epoch_length"]) == (4, 8, 2)
+    assert "1.projectors.0.weight" in content["objects"]["distill_loss"]
+
+
+def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, epochs=5)
+    with caplog.at_level(logging.INFO, "medkd"):
+        run(tmp_path, epochs=1)
+    assert names(tmp_path / "checkpoints") == ["epoch_00001.pt"]
+    assert names(tmp_path / "checkpoints_before") == ["epoch_00004.pt", "epoch_00005.pt"]
+    assert "checkpoints of an earlier run are now in" in caplog.text
+    run(tmp_path, epochs=2)
+    assert names(tmp_path / "checkpoints_before") == ["epoch_00001.pt"]
+
+
+def test_objects_without_the_student_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`objects` must have the key 'network', the student, got \['model'\]"):
+        CheckpointHandler(tmp_path, {"model": toys.student()})
+
+
+# ---- resuming from the right run --------------------------------------------------------------------------------------
+
+
+def test_resuming_without_a_checkpoint_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "medkd"):
+        assert run(tmp_path, resume=True).state.iteration == 4
+    assert "to resume from: starting at the first epoch" in caplog.text
+
+
+def test_resuming_a_finished_run_trains_no_step(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    steps: list[int] = []
+    count = toys.on(Events.ITERATION_STARTED, lambda engine: steps.append(engine.state.iteration))
+    second = run(tmp_path, resume=True, handlers=[count])
+    assert steps == []
+    assert toys.same(first.network.state_dict(), second.network.state_dict())
+
+
+def test_resuming_with_more_epochs_goes_on(tmp_path: Path) -> None:
+    run(tmp_path, epochs=2)
+    assert run(tmp_path, epochs=3, resume=True).state.iteration == 6
+    assert names(tmp_path / "checkpoints") == ["epoch_00002.pt", "epoch_00003.pt"]
+
+
+def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
+    def with_teacher(seed: int) -> list[Any]:
+        path = tmp_path / f"teacher_{seed}.pt"
+        torch.save(toys.teacher(seed).state_dict(), path)
+        return [DistillationHandler(Teacher(toys.teacher, path), SoftLabelLoss())]
+
+    run(tmp_path, epochs=1, handlers=with_teacher(1))
+    message = r"epoch_00001.pt was trained with the teacher [0-9a-f]{64}, this run has [0-9a-f]{64}; resume with the same"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, resume=True, handlers=with_teacher(2))
+    with pytest.raises(ValueError, match="this run has None"):
+        run(tmp_path, resume=True)
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="epoch_00001.pt has 2 steps per epoch, this run 3; resume with the same data"):
+        run(tmp_path, resume=True, data=toys.cases(6))
+
+
+def test_resuming_with_fewer_epochs_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, epochs=3)
+    with pytest.raises(ValueError, match="epoch_00003.pt has done 3 epochs, this run ends at 2; give more epochs"):
+        run(tmp_path, epochs=2, resume=True)
+
+
+def test_resuming_with_another_student_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    saver = CheckpointHandler(tmp_path, {"network": toys.teacher()}, resume=True)
+    with pytest.raises(ValueError, match="epoch_00001.pt does not fit 'network' of this run"):
+        toys.make_trainer(toys.student(), [saver]).run()
+
+
+def test_resuming_with_an_object_that_was_not_saved_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    saver = CheckpointHandler(tmp_path, {"network": toys.student(), "bank": toys.student()}, resume=True)
+    with pytest.raises(ValueError, match=r"epoch_00001.pt must hold 'bank' to resume, got \['network', 'optimizer'\]"):
+        toys.make_trainer(toys.student(), [saver]).run()
+
+
+def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    torch.save(toys.student().state_dict(), tmp_path / "checkpoints" / "epoch_00001.pt")
+    with pytest.raises(ValueError, match="epoch_00001.pt must be a checkpoint of a training run, got"):
+        run(tmp_path, resume=True)
+
+
+class Attack:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_an_untrusted_checkpoint_is_not_run_and_not_taken_for_no_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, epochs=1)
+    path, mark = tmp_path / "checkpoints" / "epoch_00001.pt", tmp_path / "was_here"
+    torch.save({"objects": Attack(mark)}, path)
+    with pytest.raises(ValueError, match="`resume` needs a whole checkpoint with tensors only, got none of 1 in"):
+        run(tmp_path, resume=True)
+    assert not mark.exists()
+    assert names(tmp_path / "checkpoints") == ["epoch_00001.pt"]
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(tmp_path, epochs=3)
+    path = tmp_path / "checkpoints" / "epoch_00003.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run(tmp_path, epochs=3, resume=True).state.iteration == whole.state.iteration
+    assert "Passing over a checkpoint" in caplog.text
+    assert "epoch_00003.pt` must be a whole weights file" in caplog.text
+    load_tensors(path)
+
+
+# ---- whatever happens -------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save_atomically({"a": torch.ones(2)}, path)
+
+    class Unwritable:
+        def __reduce__(self) -> tuple[Any, ...]:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        save_atomically({"a": Unwritable()}, path)
+    assert toys.same(load_tensors(path), {"a": torch.ones(2)})
+    assert names(tmp_path) == ["model.pt"]
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint_and_training_goes_on(tmp_path: Path) -> None:
+    full, free, log = tmp_path / "full", tmp_path / "free", tmp_path / "log.txt"
+    toys.finish(toys.start(toys.train_on_a_full_disk, full, log), toys.start(toys.train, free))
+    assert names(full / "checkpoints") == ["epoch_00001.pt"]
+    assert load_tensors(full / "checkpoints" / "epoch_00001.pt")["epoch"] == 1
+    assert names(full) == ["checkpoints", "model.json", "model.pt", "result.pt"]
+    assert json.loads((full / "model.json").read_text())["epoch"] == 1
+    assert toys.same(torch.load(full / "result.pt"), torch.load(free / "result.pt"))
+    text = log.read_text()
+    assert text.count("The student was NOT saved to") >= 1
+    for epoch in range(2, 6):
+        assert f"epoch_0000{epoch}.pt was NOT saved: [Errno 27] File too large. The previous one is whole" in text
+    toys.finish(toys.start(toys.train, full, resume=True))
+    assert toys.same(torch.load(full / "result.pt"), torch.load(free / "result.pt"))
+
+
+def killed_while_saving(folder: Path, delay: float) -> list[str]:
+    """Let a process save until `delay` seconds after its first checkpoint, kill it, and say what lies there."""
+    before = {path.name for path in folder.glob("epoch_*.pt")}
+    process = toys.start(toys.save_for_ever, folder.parent)
+    while not {path.name for path in folder.glob("epoch_*.pt")} - before:
+        assert process.is_alive()
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return names(folder)
+
+
+def test_a_whole_checkpoint_is_there_after_each_of_fifty_kills(tmp_path: Path) -> None:
+    folder, newest, torn = tmp_path / "checkpoints", 0, 0
+    moments = random.Random(0)
+    for _ in range(50):
+        found = killed_while_saving(folder, moments.uniform(0.0, 0.06))
+        torn += any(name.endswith(".tmp") for name in found)
+        whole = [name for name in found if not name.endswith(".tmp")]
+        assert 1 <= len(whole) <= 3
+        for name in whole:
+            content = load_tensors(folder / name)
+            assert name == f"epoch_{content['epoch']:05d}.pt"
+            assert bool((content["objects"]["network"]["ballast"] == content["epoch"]).all())
+        assert content["epoch"] > newest                           # it went on from the last one
+        newest = content["epoch"]
+    assert torn > 0                                                # some kills came in the middle of a write

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks with gloo: one student, one set of heads, one writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import toys
+
+
+def train(folder: Path, weights: tuple[Path, Path], **options: Any) -> list[tuple[dict[str, Any], list[str]]]:
+    """What each of two ranks ends with, and the cases that it saw."""
+    folder.mkdir(exist_ok=True)
+    (folder / "meeting_point").unlink(missing_ok=True)
+    toys.finish(*(toys.start(toys.train_one_rank, rank, 2, folder, weights[rank], **options) for rank in range(2)))
+    return [torch.load(folder / f"result_{rank}.pt") for rank in range(2)]
+
+
+def test_ranks_end_with_one_student_and_one_head_and_only_the_first_writes(tmp_path: Path) -> None:
+    mine, other = tmp_path / "of_rank_0", tmp_path / "of_rank_1"
+    (first, seen_first), (second, seen_second) = train(tmp_path, (mine, other), epochs=2)
+    for name in ("network", "distill_loss", "optimizer", "best_metric", "best_metric_epoch"):
+        assert toys.same(first[name], second[name]), name
+    assert all(bool(torch.isfinite(value).all()) for value in first["network"].values())
+    assert not toys.same(first["distill_loss"]["1.projectors.0.weight"], toys.hint_loss().projectors[0].weight)
+    assert set(seen_first[:2]).isdisjoint(seen_second[:2])
+    assert set(seen_first) | set(seen_second) == {f"case_{index}.nii.gz" for index in range(4)}
+    assert sorted(path.name for path in mine.iterdir()) == ["checkpoints", "model.json", "model.pt"]
+    assert not other.exists()
+    toys.student().load_state_dict(torch.load(mine / "model.pt"), strict=True)
+
+
+def test_a_run_of_two_ranks_is_resumed_to_the_same_end(tmp_path: Path) -> None:
+    shared = tmp_path / "weights", tmp_path / "weights"
+    whole = train(tmp_path / "whole", (tmp_path / "other", tmp_path / "other"), epochs=4)
+    train(tmp_path / "broken", shared, epochs=4, last=2)
+    resumed = train(tmp_path / "broken", shared, epochs=4, resume=True)
+    for (before, cases), (after, later_cases) in zip(whole, resumed, strict=True):
+        assert toys.same(before, after)
+        assert later_cases == cases[len(later_cases) :]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Surface distances in millimeters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data.dataloader import DataLoader
+from monai.data.dataset import Dataset
+from monai.data.meta_tensor import MetaTensor
+from monai.engines.evaluator import SupervisedEvaluator
+from monai.handlers.metrics_saver import MetricsSaver
+from monai.handlers.utils import from_engine
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.transforms.post.dictionary import AsDiscreted
+from scipy import ndimage
+from torch import Tensor, nn
+
+from medkd.handlers.records import case_meta
+from medkd.metrics.surface import HausdorffDistance95
+
+SPACING = (2.0, 0.5, 3.0)
+
+
+def affine_of(spacing: tuple[float, ...], rotated: bool = True) -> Tensor:
+    """An affine with these voxel sizes, rotated about the third axis and shifted."""
+    turn = math.radians(30.0) if rotated else 0.0
+    rotation = torch.eye(4, dtype=torch.float64)
+    rotation[:2, :2] = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    scale = torch.diag(torch.tensor([*spacing, *[1.0] * (4 - len(spacing))], dtype=torch.float64))
+    scale[:3, 3] = torch.tensor([10.0, -20.0, 5.0], dtype=torch.float64)
+    return rotation @ scale
+
+
+def one_hot(label: Tensor, classes: int = 2, spacing: tuple[float, ...] = SPACING) -> MetaTensor:
+    """Class indices (*S) -> (K, *S) with the affine of the spacing."""
+    maps = torch.stack([(label == index).float() for index in range(classes)])
+    return MetaTensor(maps, affine=affine_of(spacing))
+
+
+def value_of(*cases: tuple[Tensor, Tensor]) -> float:
+    metric = HausdorffDistance95()
+    metric.update(([pred for pred, _ in cases], [label for _, label in cases]))
+    return float(metric.compute())
+
+
+def points(*voxels: tuple[int, ...], size: tuple[int, ...] = (8, 8, 8)) -> Tensor:
+    label = torch.zeros(size, dtype=torch.long)
+    for voxel in voxels:
+        label[voxel] = 1
+    return label
+
+
+def blobs(seed: int, size: tuple[int, ...] = (12, 14, 10)) -> Tensor:
+    noise = np.random.default_rng(seed).normal(size=size)
+    return torch.from_numpy((ndimage.gaussian_filter(noise, 2.0) > 0.03).astype(np.int64))
+
+
+def by_scipy(pred: np.ndarray, label: np.ndarray, spacing: tuple[float, ...]) -> float:
+    """Written down from the definition: both directions, 95th percentile each, the larger one."""
+
+    def edge(mask: np.ndarray) -> np.ndarray:
+        return mask & ~ndimage.binary_erosion(mask)
+
+    def directed(start: np.ndarray, end: np.ndarray) -> float:
+        distance = ndimage.distance_transform_edt(~edge(end), sampling=spacing)
+        return float(np.percentile(distance[edge(start)], 95))
+
+    return max(directed(pred, label), directed(label, pred))
+
+
+@pytest.mark.parametrize(
+    ("voxel", "expected"),
+    [((5, 2, 2), 3 * 2.0), ((2, 6, 2), 4 * 0.5), ((2, 2, 3), 3.0), ((4, 5, 3), math.hypot(2 * 2.0, 3 * 0.5, 3.0))],
+)
+def test_the_distance_of_two_voxels_is_in_millimeters_along_each_axis(voxel: tuple[int, ...], expected: float) -> None:
+    value = value_of((one_hot(points(voxel)), one_hot(points((2, 2, 2)))))
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+def test_each_case_has_its_own_spacing() -> None:
+    pred, label = points((4, 2, 2)), points((2, 2, 2))
+    cases = [(one_hot(pred, spacing=(step, 1.0, 1.0)), one_hot(label, spacing=(step, 1.0, 1.0))) for step in (1.0, 4.0)]
+    assert value_of(*cases) == pytest.approx((2 * 1.0 + 2 * 4.0) / 2)
+
+
+def test_the_spacing_of_two_axes_in_2d() -> None:
+    pred, label = points((4, 2), size=(8, 8)), points((2, 3), size=(8, 8))
+    spacing = (2.0, 0.5)
+    value = value_of((one_hot(pred, spacing=spacing), one_hot(label, spacing=spacing)))
+    assert value == pytest.approx(math.hypot(4.0, 0.5))
+
+
+def test_a_label_without_metadata_has_voxels_of_one_millimeter() -> None:
+    pred, label = (one_hot(points(voxel)).as_tensor() for voxel in ((5, 2, 2), (2, 2, 2)))
+    assert value_of((pred, label)) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_it_agrees_with_the_definition_by_scipy_and_with_monai(seed: int) -> None:
+    pred, label = blobs(seed), blobs(seed + 1)
+    value = value_of((one_hot(pred), one_hot(label)))
+    assert value == pytest.approx(by_scipy(pred.numpy() > 0, label.numpy() > 0, SPACING), rel=1e-5)
+    pair = (one_hot(mask).as_tensor().unsqueeze(0) for mask in (pred, label))
+    assert value == pytest.approx(float(compute_hausdorff_distance(*pair, percentile=95, spacing=list(SPACING))))
+
+
+def test_a_perfect_prediction_is_zero() -> None:
+    assert value_of((one_hot(blobs(0)), one_hot(blobs(0)))) == 0.0
+
+
+def test_a_missed_organ_counts_with_the_diagonal_of_its_image() -> None:
+    label = points((2, 2, 2), size=(8, 6, 4))
+    diagonal = math.hypot(8 * 2.0, 6 * 0.5, 4 * 3.0)
+    assert value_of((one_hot(torch.zeros_like(label)), one_hot(label))) == pytest.approx(diagonal, rel=1e-6)
+
+
+@pytest.mark.parametrize("pred", [points((1, 1, 1)), points()], ids=["invented", "silent"])
+def test_an_organ_that_the_label_does_not_have_counts_nothing(pred: Tensor) -> None:
+    seen = one_hot(points((5, 2, 2))), one_hot(points((2, 2, 2)))
+    assert value_of(seen, (one_hot(pred), one_hot(points()))) == pytest.approx(6.0)
+
+
+def test_classes_are_measured_apart_and_the_background_is_not() -> None:
+    label, pred = points((2, 2, 2)), points((2, 2, 3))
+    label[6, 6, 6] = pred[5, 6, 6] = 2
+    label[0, 0, 0] = 3                                             # missed
+    diagonal = math.hypot(16.0, 4.0, 24.0)
+    value = value_of((one_hot(pred, classes=4), one_hot(label, classes=4)))
+    assert value == pytest.approx((3.0 + 2.0 + diagonal) / 3, rel=1e-6)
+
+
+def test_an_evaluator_gives_the_mean_and_the_values_of_each_case(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return torch.cat((1.0 - image, image), dim=1).roll(1, dims=2)
+
+    data = []
+    for index, spacing in enumerate([(2.0, 1.0, 1.0), (5.0, 1.0, 1.0)]):
+        image = MetaTensor(points((2, 2, 2))[None].float(), affine=affine_of(spacing), meta={"filename_or_obj": f"{index}.nii"})
+        data.append({"image": image, "label": image.clone()})
+    evaluator = SupervisedEvaluator(
+        "cpu", DataLoader(Dataset(data), batch_size=1), Shifted(),
+        postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2),
+        key_val_metric={"val_hd95": HausdorffDistance95(output_transform=from_engine(["pred", "label"]))},
+        val_handlers=[MetricsSaver(str(tmp_path), metric_details="*", batch_transform=case_meta)],
+        metric_cmp_fn=lambda current, best: current < best,
+    )
+    for _ in range(2):                                             # a second validation starts at nothing
+        evaluator.run()
+        assert evaluator.state.metrics["val_hd95"] == pytest.approx(3.5)
+        assert evaluator.state.metric_details["val_hd95"].flatten().tolist() == pytest.approx([2.0, 5.0])
+    assert "1.nii" in (tmp_path / "val_hd95_raw.csv").read_text()
