@@ -133,7 +133,6 @@ def _clocks(work: Work) -> tuple[float, float]:
 
 def peak_memory(work: Work) -> float:
     """Largest sum, in MiB, of what torch's CPU allocator has handed out since the start of `work`."""
-    work()                                                         # what is built once is not counted
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         work()

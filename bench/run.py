@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")               # CPU time must not count threads that wait in a loop
+os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}   # the profiler's notes would tear the table
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]             # the peers are the oracles of the tests
 
@@ -72,7 +73,7 @@ def _measurements(method: str) -> list[str]:
 
 def _measure(method: str, asked: str, quick: bool) -> list[Row]:
     rows: list[Row] = []
-    print(f"{method}\n{'':31}{'ours':>10}{'reference':>11}  {'unit':13}{'ratio':>8}  {'quartiles':15}goal")
+    print(f"{method}\n{'':31}{'ours':>10}{'reference':>11}  {'unit':13}{'ratio':>8}  {'quartiles':18}goal")
     for name, function in importlib.import_module(method).MEASUREMENTS.items():
         if asked in ("", name):
             command = f"python bench/run.py --only {method}.{name}" + (" --quick" if quick else "")
@@ -88,7 +89,7 @@ def _line(row: Row) -> str:
     spread = "" if row.spread is None else "{:.3g} .. {:.3g}".format(*row.spread)
     sign = "<=" if row.better == "lower" else ">="
     goal = "" if row.goal is None else f"{sign} {row.goal:g} {'reached' if row.reached else 'MISSED'}"
-    return f"{row.name:31}{row.subject_value:>10.4g}{reference:>11}  {row.unit:13}{ratio:>8}  {spread:15}{goal}"
+    return f"{row.name:31}{row.subject_value:>10.4g}{reference:>11}  {row.unit:13}{ratio:>8}  {spread:18}{goal}"
 
 
 if __name__ == "__main__":

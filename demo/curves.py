@@ -95,7 +95,7 @@ def curve_figure(curves: Mapping[str, Curve], label: str, marks: bool = False) -
 def _inline(svg: str) -> str:
     """Keep the element alone, of the width it is given, in the color of the text."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)   # a style would hold for the whole page
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     return svg.replace(INK, "currentColor")

@@ -13,19 +13,26 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from medkd import __version__
 from plan import TRAININGS, Sizes, bundle_command, copy_bundle, folder_name, make_steps
+from progress import clock
 from scores import RUNS, Result, gap_text, organ_names, read_result, table
-from steps import Step, StepError, clock, run_step, seconds_of, show_command
+from steps import Step, StepError, run_step, seconds_of, show_command
 
-# TIMES
+from medkd import __version__
+
+# On two idle cores, at about 0.5 s per step of the teacher, 0.17 s of the student and 0.4 s with the teacher beside
+# it (two patches of 48^3), an epoch has 12 steps. Teacher 25 x 12 x 0.5 = 150 s and 5 validations of 8 s; student
+# alone 25 x 12 x 0.17 = 50 s, distilled 25 x 12 x 0.4 = 120 s, each with 5 validations of 2 s and 10 s to start;
+# phantoms 10 s, evaluation 40 s, predictions and speed 70 s, report 10 s. Together 9 minutes.
 FULL = Sizes(
     training=12, validation=3, test=4, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
     teacher_epochs=25, student_epochs=25, val_interval=5,
@@ -34,6 +41,7 @@ QUICK = Sizes(
     training=3, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
     teacher_epochs=2, student_epochs=2, val_interval=1,
 )
+DURATION = {FULL: ", about 9 minutes on two cores", QUICK: ", about a minute on two cores"}
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "boundary_relation_ct_organs"
 
@@ -55,7 +63,11 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be {least} or more, got {value}.")
+    folder = options.output
+    if folder and folder.exists() and not (folder / "stamps").is_dir() and any(folder.iterdir()):
+        parser.error(f"--output must be a new or empty folder, or that of an earlier demo, got {folder}.")
     options.sizes = _sizes(options)
+    options.typed = "make demo" if not words else f"python demo/demo.py {shlex.join(words)}"
     options.report = (options.output or ROOT / "demo").resolve() / "report.html"
     options.output = (options.output or ROOT / "demo" / "output").resolve()
     return options
@@ -71,6 +83,12 @@ def _sizes(options: argparse.Namespace) -> Sizes:
             sizes, teacher_epochs=options.epochs, student_epochs=options.epochs, val_interval=interval
         )
     return sizes
+
+
+def show_start(sizes: Sizes) -> None:
+    """Say what will happen, and how long it takes."""
+    print(f"MedKD demo: phantom CT, {sizes.training} cases to train, {sizes.validation} to validate, {sizes.test} to "
+          f"test; epochs: teacher {sizes.teacher_epochs}, students {sizes.student_epochs}{DURATION.get(sizes, '')}.")
 
 
 def run_steps(steps: Sequence[Step]) -> None:
@@ -117,7 +135,8 @@ def describe_run(options: argparse.Namespace, steps: Sequence[Step]) -> list[tup
         ("versions", ", ".join([f"Python {platform.python_version()}", f"medkd {__version__}"]
                                + [f"{name} {version(name)}" for name in packages])),
         ("seed", str(options.seed)),
-        ("cases", f"{sizes.training} to train, {sizes.validation} to validate, {sizes.test} to test"),
+        ("phantoms", f"{sizes.training} to train, {sizes.validation} to validate, {sizes.test} to test; "
+                     f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
         ("epochs", f"{sizes.teacher_epochs} for the teacher, {sizes.student_epochs} for each student"),
         ("hardware", f"{processor()}, {os.cpu_count()} cores, {platform.system()}"),
         ("times", f"{', '.join(times)}; together {clock(sum(map(seconds_of, steps)))}"),
@@ -145,7 +164,7 @@ def write_all(options: argparse.Namespace, steps: Sequence[Step], results: Mappi
         organ_names(options.output / "data" / "datalist.json"),
         read_cases(options.output / "data", folders),
         {name: read_curves(options.output / "bundle" / run.weights / "logs") for name, run in TRAININGS.items()},
-        describe_run(options, steps),
+        [("command", options.typed), *describe_run(options, steps)],
         [show_command(words, step.folder, ROOT) for step in steps for words in step.commands],
     )
     write_report(report, options.report)
@@ -167,9 +186,12 @@ def main(words: Sequence[str]) -> int:
     if options.fresh:
         for name in ("stamps", "data", "bundle", "predictions"):
             shutil.rmtree(options.output / name, ignore_errors=True)
+    (options.output / "stamps").mkdir(parents=True, exist_ok=True)
     copy_bundle(BUNDLE, options.output / "bundle")
     steps = make_steps(options.output, options.sizes, options.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # ends the running step too
     try:
+        show_start(options.sizes)
         run_steps(steps)
         print(f"\n[{len(steps) + 1}/{len(steps) + 1}] report", flush=True)
         results = read_results(options.output)

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from curves import curve_figure, epoch_means
 from pictures import (
-    COLORS, DIFFERENT, Plane, Volume, best_slice, contour_picture, difference_picture, differing_share, load,
+    COLORS,
+    DIFFERENT,
+    Plane,
+    Volume,
+    best_slice,
+    contour_picture,
+    difference_picture,
+    differing_share,
+    load,
 )
 from scores import ALONE, DISTILLED, RUNS, TEACHER, Result, gap_text, table, verdict
 
@@ -34,9 +42,9 @@ thead th { font-weight: 600; vertical-align: bottom; } tr.total td { font-weight
 .grid { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 46%), 1fr)); }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .plots svg { width: 100%; height: auto; }
-figure { margin: 0; } figure img { width: 100%; display: block; border-radius: 4px; background: #000; }
+figure { margin: 0; min-width: 0; } figure img { width: 100%; display: block; border-radius: 4px; background: #000; }
 figcaption { font-size: .85rem; }
-.legend span { display: inline-block; margin-right: 1rem; white-space: nowrap; }
+.legend span { display: inline-block; margin-right: 1rem; }
 .legend i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .35em;
   vertical-align: -.08em; outline: 1px solid var(--line); }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .82rem; border-radius: 4px; }
@@ -63,7 +71,7 @@ class Report:
         organs: names of the labels 1, 2, ...
         cases: test cases, of which the first two are shown.
         curves: run -> tag -> points (epoch, value).
-        facts: lines such as ("seed", "0") for the section on repeating it.
+        facts: pairs such as ("seed", "0") for the section on repeating it.
         commands: what was run, one line each.
     """
 
@@ -105,10 +113,10 @@ def _summary(report: Report) -> str:
         f"<p><strong>{html.escape(verdict(report.results))}</strong> A student of "
         f"{student.parameters / 1e6:.2f} M parameters, {100 * student.parameters / teacher.parameters:.1f} % of its "
         f"teacher's {teacher.parameters / 1e6:.2f} M, was trained twice with the same data, schedule and number of "
-        "steps: alone with the labels, and with the teacher's help (boundary and relation distillation). It takes "
-        f"{student.seconds_per_case:.2f} s per case, the teacher {teacher.seconds_per_case:.2f} s, on two CPU threads. "
-        f"All three networks saw {len(student.dice)} test cases once, at the end, in their original geometry. The data "
-        "are procedural CT phantoms, and this is one run with one seed: a demonstration, not a benchmark.</p>"
+        "steps: alone with the labels, and with the teacher's help (boundary and relation distillation). The student "
+        f"takes {student.seconds_per_case:.2f} s per case, the teacher {teacher.seconds_per_case:.2f} s, on two CPU "
+        f"threads. All three networks saw {len(student.dice)} test cases once, at the end, in their original geometry. "
+        "The data are procedural CT phantoms, and this is one run with one seed: a demonstration, not a benchmark.</p>"
     )
 
 
@@ -123,9 +131,9 @@ def _table(report: Report) -> str:
         "<tr><th></th><th colspan=3>Dice, higher is better</th>"
         f"<th colspan=3 class=hd>HD95 in mm, lower is better</th></tr><tr><th></th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>\n"
-        f"<p>Gap recovered: {gap_text(report.results)}. HD95 is the 95th percentile of the Hausdorff distance; an organ "
-        "that was missed altogether counts with the diagonal of the image. Only the left kidney and the left adrenal "
-        "are labeled; the right ones look alike on purpose.</p>"
+        f"<p>Gap recovered: {gap_text(report.results)}. HD95 is the 95th percentile of the Hausdorff distance; an "
+        "organ that was missed altogether counts with the diagonal of the image. Only the left kidney and the left "
+        "adrenal are labeled; the right ones look alike on purpose.</p>"
     )
 
 
@@ -169,17 +177,17 @@ def _differences(report: Report) -> str:
         "<h2>Where student and teacher differ</h2>",
         f"<p class=legend><span><i style='background:{DIFFERENT}'></i>student and teacher say something else</span>"
         "<span><i style='background:#fff'></i>outline of the teacher's organs</span></p>"
-        f"<p>Over the test cases the student alone differs from the teacher in {before:.1f} % of the voxels that either "
-        f"calls an organ, the distilled student in {after:.1f} %.</p>",
+        "<p>Of the voxels that either of the two calls an organ, the student alone differs from the teacher in "
+        f"{before:.1f} %, the distilled student in {after:.1f} % (mean of the test cases).</p>",
     ]
     for number, case in enumerate(report.cases[:2]):
         figures = []
         for plane in PLANES:
             position = best_slice(case.label.data, plane)
-            for run, word in zip((ALONE, DISTILLED), ("before, student alone", "after, distilled"), strict=True):
+            for run, word in zip((ALONE, DISTILLED), ("student alone (before)", "distilled (after)"), strict=True):
                 pair = (case.predictions[run], case.predictions[TEACHER])
                 png = difference_picture(case.image, pair, plane, position)
-                figures.append(_figure(png, f"{case.name}, {plane}: {word} ({shares[run][number]:.1f} % of the case)"))
+                figures.append(_figure(png, f"{case.name}, {plane}: {word}; {shares[run][number]:.0f} % of the case"))
         parts.append(f"<div class=grid>{''.join(figures)}</div><br>")
     return "\n".join(parts)
 
@@ -206,6 +214,6 @@ def _repeat(report: Report) -> str:
     facts = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in report.facts)
     commands = html.escape("\n".join(report.commands))
     return (
-        f"<h2>Repeat it</h2>\n<pre>make demo</pre><p>did this:</p><pre>{commands}</pre>"
-        f"<div class=wide><table class=facts>{facts}</table></div>"
+        f"<h2>Repeat it</h2>\n<div class=wide><table class=facts>{facts}</table></div>\n"
+        f"<p>The command above did this, each time from the repository's root:</p><pre>{commands}</pre>"
     )

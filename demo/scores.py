@@ -104,7 +104,7 @@ def gap_text(results: Mapping[str, Result]) -> str:
     gap = gap_recovered(*dice)
     if gap is None:
         return "not defined: the teacher is not better than the student alone"
-    return f"{gap:.0f} % of {dice[0] - dice[1]:.3f} mean Dice"
+    return f"{round(gap)} % of {dice[0] - dice[1]:.3f} mean Dice"
 
 
 def verdict(results: Mapping[str, Result]) -> str:
@@ -121,7 +121,7 @@ def verdict(results: Mapping[str, Result]) -> str:
         return f"Distillation did not help in this run, the student got worse: {numbers}."
     return (
         f"Distillation helped in this run: {numbers}, better in {sum(better)} of {len(better)} test cases; "
-        f"{gap_recovered(teacher, alone, distilled):.0f} % of the gap to the teacher recovered."
+        f"{round(gap_recovered(teacher, alone, distilled) or 0)} % of the gap to the teacher recovered."
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -16,18 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from progress import Bar, progress_of
 
-__all__ = [
-    "Step", "StepError", "clock", "content_of", "last_lines", "progress_of", "run_step", "seconds_of",
-    "show_command",
-]
+__all__ = ["Step", "StepError", "content_of", "last_lines", "run_step", "seconds_of", "show_command"]
 
-SECONDS_BETWEEN_LINES = 20  # without a terminal, a line of progress now and then instead of a bar
 LINES_OF_FAILURE = 15
-_TRAINING = re.compile(r"training \[(\d+)/(\d+)\]: \[(\d+)/(\d+)\]")
-_EPOCH = re.compile(r"Epoch\[(\d+)\] Complete|Epoch (\d+)/\d+: loss")
-_CASES = re.compile(r"(?:CT phantoms|evaluating|predicting|timing)\b[^\r\n]*?\b(\d+)/(\d+)\b")
 
 
 class StepError(RuntimeError):
@@ -74,45 +66,6 @@ class Step:
     def stamp(self) -> Path:
         """File that says how far the step came, and with which options."""
         return self.output / "stamps" / f"{self.name.replace(' ', '_')}.json"
-
-
-def clock(seconds: float) -> str:
-    """Give minutes and seconds.
-
-    Example:
-        >>> clock(131.4)
-        '2:11'
-    """
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def progress_of(log: str, epochs: int = 0) -> tuple[float, str]:
-    """Read from a log how far a command is.
-
-    Args:
-        log: all that the command has written so far.
-        epochs: number of epochs of a training, 0 for another command.
-
-    Returns:
-        Share that is done, 0 to 1, and a word about it.
-
-    Example:
-        >>> progress_of("training [3/4]: [1/2]  50%|█████ [00:02<?]", 4)
-        (0.625, 'epoch 3/4')
-    """
-    if epochs:
-        done = max((int(a or b) for a, b in _EPOCH.findall(log)), default=0)
-        bars = _TRAINING.findall(log)
-        if not bars:
-            return min(done / epochs, 1.0), f"epoch {done}/{epochs}"
-        epoch, _, step, steps = map(int, bars[-1])
-        share = max((epoch - 1 + step / steps) / epochs, done / epochs if done < epochs else 0)
-        return min(share, 1.0), f"epoch {epoch}/{epochs}"
-    cases = _CASES.findall(log)
-    if not cases:
-        return 0.0, ""
-    case, count = map(int, cases[-1])
-    return min(case / max(count, 1), 1.0), f"case {case}/{count}"
 
 
 def content_of(files: Sequence[Path]) -> str:
@@ -176,7 +129,7 @@ def run_step(step: Step, show: Callable[[Sequence[str], Path], str]) -> bool:
     step.log.write_text("")
     start = time.monotonic()
     try:
-        with _Bar() as bar:
+        with Bar() as bar:
             for number, command in enumerate(step.commands):
                 words = [*command, *_resume_words(step)]
                 bar.say(f"  {show(words, step.folder)}")
@@ -219,37 +172,6 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         return
-
-
-class _Bar:
-    """A tqdm bar on a terminal; elsewhere a line every 20 seconds."""
-
-    def __enter__(self) -> _Bar:
-        self.start = self.spoken = time.monotonic()
-        columns, rows = shutil.get_terminal_size()                # tqdm takes a terminal of unknown size for no room
-        self.bar = tqdm(
-            total=1.0, disable=not sys.stderr.isatty(), leave=False, ncols=min(columns - 1, 99), nrows=rows,
-            bar_format="  {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def say(self, text: str) -> None:
-        """Print above the bar."""
-        tqdm.write(text)
-        sys.stdout.flush()
-
-    def move(self, share: float, word: str) -> None:
-        """Show how far the step is."""
-        now = time.monotonic()
-        if not self.bar.disable:
-            self.bar.n = max(share, self.bar.n)
-            self.bar.set_postfix_str(word)
-        elif now - self.spoken > SECONDS_BETWEEN_LINES:
-            self.spoken = now
-            self.say(f"  {100 * share:3.0f} % {word}, {clock(now - self.start)}".replace(" ,", ","))
 
 
 def _remove(path: Path) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Toy data, networks and trainers: bright discs on noise, three small layers, MONAI's own engines."""
+"""Toy data, networks and trainers: bright squares on noise, three small layers, MONAI's own engines."""
 
 from __future__ import annotations
 
 import logging.handlers
 import multiprocessing
+import resource
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +36,7 @@ from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.nan_guard import NanGuard
 from medkd.handlers.randomness import EpochSeed
 from medkd.handlers.schedule import WeightSchedule
+from medkd.handlers.teacher import Teacher
 from medkd.losses.base import DistillationLoss, trainable_parameters
 from medkd.losses.features import HintLoss
 from medkd.losses.logits import SoftLabelLoss
@@ -171,7 +174,7 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-# ---- whole runs -------------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -200,36 +203,39 @@ class Run:
         self.optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=epochs)
         self.evaluator = make_evaluator(network)
-        objects = {
-            "network": network, "distill_loss": self.losses, "optimizer": self.optimizer, "lr_scheduler": self.scheduler,
-        }
-        handlers = [
-            ValidationHandler(interval=1, validator=self.evaluator),
-            LrScheduleHandler(self.scheduler, print_lr=False),
-            EpochSeed(seed),
-            DistillationHandler(teacher, self.losses, {"logits": 0.5, "features": 0.3}),   # type: ignore[arg-type]
-            WeightSchedule(0.5),
-            NanGuard(),
-            *extra,
-            CheckpointHandler(directory, objects, self.evaluator, resume=resume),
-        ]
+        saver = CheckpointHandler(directory, self._objects(), self.evaluator, resume=resume)
+        handlers = [*self._handlers(seed), *extra, saver]
         self.trainer = make_trainer(
             network, handlers, optimizer=self.optimizer, epochs=epochs, workers=workers, **options
         )
 
+    def _objects(self) -> dict[str, Any]:
+        return {
+            "network": self.network, "distill_loss": self.losses,
+            "optimizer": self.optimizer, "lr_scheduler": self.scheduler,
+        }
+
+    def _handlers(self, seed: int) -> list[Any]:
+        return [
+            ValidationHandler(interval=1, validator=self.evaluator),
+            LrScheduleHandler(self.scheduler, print_lr=False),
+            EpochSeed(seed),
+            DistillationHandler(Teacher(teacher), self.losses, {"logits": 0.5, "features": 0.3}),
+            WeightSchedule(0.5),
+            NanGuard(),
+        ]
+
     def result(self) -> dict[str, Any]:
         """All that two equal runs have equal."""
         return {
-            "network": self.network.state_dict(),
+            **{name: part.state_dict() for name, part in self._objects().items() if name != "distill_loss"},
             "distill_loss": nn.ModuleList(self.losses).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
             "best_metric": float(self.evaluator.state.best_metric),
             "best_metric_epoch": self.evaluator.state.best_metric_epoch,
         }
 
 
-# ---- in processes of their own, to be killed, starved or multiplied ---------------------------------------------------
+# ---- in processes of their own, to be killed, starved or multiplied ------------------------------------------------
 
 
 def start(target: Callable[..., None], *args: Any, **options: Any) -> BaseProcess:
@@ -266,9 +272,6 @@ def train(directory: Path, **options: Any) -> None:
 
 def train_on_a_full_disk(directory: Path, log: Path) -> None:
     """From the second epoch on, no file may grow beyond 1000 bytes; the log is written at the end."""
-    import resource
-    import signal
-
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = on(Events.EPOCH_STARTED(once=2), lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most)))

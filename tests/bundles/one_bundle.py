@@ -207,9 +207,8 @@ def test_volume_smaller_than_the_window_is_handled(run: Run, data: Path, tmp_pat
     ("overrides", "message"),
     [
         ({"teacher_sha256": "00"}, "`teacher_sha256` must be the hash of"),
-        ({"teacher_def#filters": [2, 4, 8, 8, 8]}, "must hold weights of the teacher's network"),
+        ({"teacher_def#channels": [2, 4, 8, 16]}, "must hold weights of the teacher's network"),
         ({"distill_weights": {"boundry": 1.0}}, "must name terms of the loss, got 'boundry'"),
-        ({"teacher_check#mode": "refuse"}, "must be better than that of class"),
         ({"teacher_input": "teacher_image"}, "`teacher_input` must be a key of the batch, got 'teacher_image'"),
         ({"teacher_check#metric": "dice"}, "`teacher_check#metric` must be a metric of the validation"),
     ],
@@ -220,6 +219,15 @@ def test_wrong_options_are_refused(
     with pytest.raises(Exception) as error:   # noqa: PT011  (MONAI wraps it; the cause is matched)
         run("training", "train", "smoke", ckpt_dir=str(tmp_path), **overrides)
     assert message in cause(error.value)
+
+
+def test_teacher_that_says_one_class_everywhere_is_refused(run: Run, teacher: Path, tmp_path: Path) -> None:
+    silent = {key: torch.zeros_like(value) for key, value in torch.load(teacher, weights_only=True).items()}
+    torch.save(silent, tmp_path / "silent.pt")
+    options = {"teacher_path": str(tmp_path / "silent.pt"), "teacher_check#mode": "refuse"}
+    with pytest.raises(Exception) as error:   # noqa: PT011
+        run("training", "train", "smoke", ckpt_dir=str(tmp_path / "run"), **options)
+    assert "must be better than that of class" in cause(error.value)
 
 
 def test_broken_data_is_refused_before_the_first_iteration(run: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -238,12 +246,13 @@ def test_broken_data_is_refused_before_the_first_iteration(run: Run, data: Path,
 def test_two_ranks_end_with_one_student(bundle: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
     configs = "['configs/train.json','configs/smoke.json','configs/multi_gpu_train.json']"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m", "monai.bundle",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle",
         "run", "training", "--config_file", configs, "--bundle_root", ".", "--dataset_dir", str(data),
         "--ckpt_dir", str(tmp_path),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=bundle, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=bundle, env=environment, capture_output=True, text=True, check=False,
+                            timeout=200)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert weights(tmp_path)
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from medkd.phantoms.ct import CT_LABELS
 
 
@@ -41,13 +42,17 @@ class Page(HTMLParser):
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self.rows.append([])
+
     def handle_data(self, data: str) -> None:
         if self.rows and self.rows[-1]:
             self.rows[-1][-1] += data.strip()
 
 
-def run_demo(repository: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "demo" / "demo.py"), "--quick", "--output", str(output)]
+def run_demo(repository: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(repository / "demo" / "demo.py"), "--quick", "--output", str(output), *more]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -91,6 +96,17 @@ def test_the_terminal_shows_commands_best_scores_and_what_to_type_next(demo: Dem
     assert demo.text.count("best validation Dice") == 3
     assert "Gap recovered by distillation:" in demo.text
     assert "configs/inference.json" in demo.text.splitlines()[-1]
+
+
+def test_a_folder_with_something_else_in_it_is_refused(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.nii.gz").touch()
+
+    done = run_demo(repository, tmp_path, "--fresh")
+
+    assert done.returncode == 2
+    assert "--output must be a new or empty folder" in done.stderr
+    assert (tmp_path / "data" / "mine.nii.gz").exists()
 
 
 def test_finished_steps_are_skipped_and_a_failing_one_shows_the_end_of_its_log(

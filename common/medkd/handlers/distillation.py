@@ -183,7 +183,9 @@ class DistillationHandler:
         steps = engine.state.epoch_length
         mean = {name: float(value) / steps for name, value in self._sums.items()}
         terms = "".join(
-            f" + {mean[f'part/{term}']:.4f} ({term} {mean[f'kd/{term}']:.4f})" for term in self.weights if f"kd/{term}" in mean
+            f" + {mean[f'part/{term}']:.4f} ({term} {mean[f'kd/{term}']:.4f})"
+            for term in self.weights
+            if f"kd/{term}" in mean
         )
         logger.info(
             "Epoch %d/%d: loss %.4f = supervised %.4f%s",

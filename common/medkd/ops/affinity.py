@@ -86,7 +86,7 @@ class _FeatureContrast(torch.autograd.Function):
         return pull.addcmul_(features, along.mul_(inverse), value=-1.0).mul_(inverse), None
 
 
-def _slabs(features: Tensor, elements: int = 2**20) -> list[Tensor]:
+def _slabs(features: Tensor, elements: int = 2**19) -> list[Tensor]:
     """Views of a few channels each, of about so many elements."""
     channels = features.shape[1]
     few = max(1, elements * channels // max(1, features.numel()))

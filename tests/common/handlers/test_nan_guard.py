@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import toys
 import torch
 from monai.engines.utils import IterationEvents
 from torch import Tensor
 
+import toys
 from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.nan_guard import NanGuard, NonFiniteLossError
 from medkd.losses.base import DistillationLoss
@@ -34,12 +34,16 @@ class Breaking(DistillationLoss):
         return {"edge": student["pred"].square().mean() * self.value}
 
 
+def nan_loss(pred: Tensor, label: Tensor) -> Tensor:
+    return pred.mean() * float("nan")
+
+
 def stopped(*handlers: Any, **options: Any) -> str:
     """The message with which training stops; student and optimizer are as they were."""
     network = toys.student()
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
-    engine = toys.make_trainer(network, [*handlers, NanGuard()], **options)
-    engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, lambda _: pytest.fail("backward ran"))
+    backward = toys.on(IterationEvents.BACKWARD_COMPLETED, lambda _: pytest.fail("backward ran"))
+    engine = toys.make_trainer(network, [*handlers, backward, NanGuard()], **options)
     with pytest.raises(NonFiniteLossError, match="The weights were not changed; the last checkpoint is good") as error:
         engine.run()
     assert toys.same(before, dict(network.named_parameters()))
@@ -61,9 +65,7 @@ def test_the_cases_of_the_batch_are_named() -> None:
 
 
 def test_a_broken_supervised_loss_is_named() -> None:
-    message = stopped(
-        DistillationHandler(toys.Bright(), SoftLabelLoss()), loss_function=lambda pred, label: pred.mean() * float("nan")
-    )
+    message = stopped(DistillationHandler(toys.Bright(), SoftLabelLoss()), loss_function=nan_loss)
     assert ": supervised_loss = nan, on case_" in message
 
 
@@ -73,12 +75,12 @@ def test_finite_terms_with_a_sum_that_is_not_are_told_as_such() -> None:
 
 
 def test_plain_training_is_guarded_too() -> None:
-    assert "got nan" in stopped(loss_function=lambda pred, label: pred.mean() * float("nan"))
+    assert "got nan" in stopped(loss_function=nan_loss)
 
 
 def test_images_without_metadata_are_said_to_have_no_names() -> None:
     data = [{key: torch.ones(1, 4, 4) for key in ("image", "label")} for _ in range(2)]
-    assert "on cases without file names" in stopped(data=data, loss_function=lambda pred, label: pred.mean() * float("nan"))
+    assert "on cases without file names" in stopped(data=data, loss_function=nan_loss)
 
 
 def test_a_finite_loss_passes() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toys
 from ignite.engine import Events
 from monai.data.dataloader import DataLoader
 from torch import Tensor
 
+import toys
 from medkd.handlers.randomness import EpochSeed, preserved_random_state
 
 
@@ -21,7 +21,7 @@ def draw() -> list[float]:
     return [random.random(), float(np.random.rand()), torch.rand(()).item()]
 
 
-def images_of(seed: int, workers: int = 0, epochs: int = 2, disturbed: bool = False) -> list[list[Tensor]]:
+def images_of(seed: int, epochs: int = 2, disturbed: bool = False, **options: Any) -> list[list[Tensor]]:
     """The augmented images of each epoch; when disturbed, others draw numbers between the epochs."""
     seen: list[list[Tensor]] = []
     handlers = [
@@ -30,7 +30,7 @@ def images_of(seed: int, workers: int = 0, epochs: int = 2, disturbed: bool = Fa
         toys.on(Events.EPOCH_STARTED, lambda _: seen.append([])),
         toys.on(Events.GET_BATCH_COMPLETED, lambda engine: seen[-1].append(engine.state.batch["image"].as_tensor())),
     ]
-    toys.make_trainer(toys.student(), handlers, epochs=epochs, workers=workers).run()
+    toys.make_trainer(toys.student(), handlers, epochs=epochs, **options).run()
     return seen
 
 
@@ -42,11 +42,15 @@ def test_the_generators_go_on_as_if_nothing_had_been_drawn() -> None:
 
 
 def test_the_generators_are_set_back_after_an_error() -> None:
-    with preserved_random_state():
-        before = draw()
-    with pytest.raises(RuntimeError, match="in between"), preserved_random_state():
+    @preserved_random_state()
+    def draw_and_fail() -> None:
         draw()
         raise RuntimeError("in between")
+
+    with preserved_random_state():
+        before = draw()
+    with pytest.raises(RuntimeError, match="in between"):
+        draw_and_fail()
     with preserved_random_state():
         assert draw() == before
 
@@ -63,6 +67,10 @@ def test_an_epoch_depends_on_its_seed_alone(workers: int) -> None:
 def test_an_epochs_seed_is_the_runs_seed_plus_its_number() -> None:
     assert toys.same(images_of(seed=1, epochs=2)[1], images_of(seed=2, epochs=1)[0])
     assert not toys.same(images_of(seed=1, epochs=1), images_of(seed=2, epochs=1))
+
+
+def test_an_epoch_shorter_than_the_data_does_not_go_on_with_the_pass_of_the_one_before() -> None:
+    assert toys.same(images_of(seed=1, epoch_length=1)[1], images_of(seed=2, epochs=1, epoch_length=1)[0])
 
 
 def test_other_ranks_draw_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

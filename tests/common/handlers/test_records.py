@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import toys
 from monai.handlers.metrics_saver import MetricsSaver
 from monai.handlers.tensorboard_handlers import TensorBoardStatsHandler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import toys
 from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.records import case_meta, step_losses
 from medkd.losses.logits import SoftLabelLoss

@@ -10,26 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+
 import toys
 
 EPOCHS = 5
 
 
 def kill_after(folder: Path, epochs: int, delay: float, **options: Any) -> int:
-    """Train until so many checkpoints were written, and `delay` seconds more; kill it. Gives the epochs it has saved."""
+    """Train until so many checkpoints are there, and `delay` seconds more; kill it. Gives the epochs it has saved."""
     process = toys.start(toys.train, folder, epochs=EPOCHS, **options)
     last = folder / "checkpoints" / f"epoch_{epochs:05d}.pt"
-    while epochs and not last.exists():
-        assert process.is_alive()
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    process.join()
+    try:
+        while epochs and not last.exists():
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(delay)
+    finally:
+        process.kill()
+        process.join()
     return max((int(path.stem[-5:]) for path in folder.glob("checkpoints/epoch_*.pt")), default=0)
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["no workers", "2 workers"])
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+def uninterrupted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, Any]]:
     """The workers of a run, and what it ends with."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     toys.finish(toys.start(toys.train, folder, epochs=EPOCHS, workers=request.param))

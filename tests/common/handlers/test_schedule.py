@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys
 from ignite.engine import Events
 
+import toys
 from medkd.handlers.checkpoint import CheckpointHandler
 from medkd.handlers.distillation import DistillationEvents, DistillationHandler
 from medkd.handlers.schedule import WeightSchedule
@@ -61,11 +61,12 @@ def test_a_resumed_run_goes_on_with_the_same_factors(tmp_path: Path) -> None:
     def stop(engine: Any) -> None:
         raise KeyboardInterrupt
 
-    saver = CheckpointHandler(tmp_path, {"network": toys.student()})
+    objects = {"network": toys.student()}
+    extra = CheckpointHandler(tmp_path, objects), toys.on(Events.EPOCH_STARTED(once=3), stop)
     with pytest.raises(KeyboardInterrupt):
-        factors_of(WeightSchedule(1.0), extra=(saver, toys.on(Events.EPOCH_STARTED(once=3), stop)))
-    resumed = factors_of(WeightSchedule(1.0), extra=(CheckpointHandler(tmp_path, {"network": toys.student()}, resume=True),))
-    assert resumed == whole[4:]
+        factors_of(WeightSchedule(1.0), extra=extra)
+    extra = (CheckpointHandler(tmp_path, objects, resume=True),)
+    assert factors_of(WeightSchedule(1.0), extra=extra) == whole[4:]
 
 
 def test_a_fraction_outside_its_range_is_refused() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toys
 from monai.data.dataloader import DataLoader
 from monai.transforms.post.dictionary import AsDiscreted
 from torch import Tensor, nn
 
+import toys
 from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.teacher_check import TeacherCheck
 from medkd.losses.logits import SoftLabelLoss
@@ -51,7 +51,8 @@ def test_a_teacher_that_sees_passes_and_its_metric_is_told(caplog: pytest.LogCap
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_teacher_that_is_a_constant_is_refused(index: int) -> None:
-    message = rf"val_mean_dice must be better than that of class 1 everywhere, {ALL_FOREGROUND:.4f}, got {index * ALL_FOREGROUND:.4f}"
+    own = index * ALL_FOREGROUND
+    message = f"val_mean_dice must be better than that of class 1 everywhere, {ALL_FOREGROUND:.4f}, got {own:.4f}"
     with pytest.raises(ValueError, match=message):
         a_check()(Constant(index))
 
@@ -105,12 +106,12 @@ def test_without_validation_data_it_warns_and_goes_on(validator: str | None, cap
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
     check = TeacherCheck(toys.make_evaluator(toys.student()), "val_mean_dise")
-    with pytest.raises(ValueError, match="must be a metric of the validation, got 'val_mean_dise'; did you mean 'val_mean_dice'"):
+    with pytest.raises(ValueError, match="must be a metric .* got 'val_mean_dise'; did you mean 'val_mean_dice'"):
         check(toys.Bright())
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`teacher_check#mode` must be one of \('refuse', 'warn', 'off'\), got 'strict'"):
+    with pytest.raises(ValueError, match=r"mode` must be one of \('refuse', 'warn', 'off'\), got 'strict'"):
         a_check("strict")
 
 
@@ -123,7 +124,7 @@ def test_an_error_of_the_teacher_leaves_the_validators_inferer_and_no_hook() -> 
     assert not expert._forward_hooks
 
 
-# ---- in a run ---------------------------------------------------------------------------------------------------------
+# ---- in a run ------------------------------------------------------------------------------------------------------
 
 
 def train(expert: nn.Module, mode: str, network: nn.Module) -> Any:
