@@ -35,7 +35,7 @@ from medkd import __version__
 # phantoms 10 s, evaluation 40 s, predictions and speed 70 s, report 10 s. Together 9 minutes.
 FULL = Sizes(
     training=12, validation=3, test=4, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=25, student_epochs=25, val_interval=5,
+    teacher_epochs=45, student_epochs=45, val_interval=5,
 )
 QUICK = Sizes(
     training=3, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),

@@ -175,7 +175,7 @@ def _differences(report: Report) -> str:
     before, after = (sum(shares[run]) / len(shares[run]) for run in (ALONE, DISTILLED))
     parts = [
         "<h2>Where student and teacher differ</h2>",
-        f"<p class=legend><span><i style='background:{DIFFERENT}'></i>student and teacher say something else</span>"
+        f"<p class=legend><span><i style='background:{DIFFERENT}'></i>student and teacher differ</span>"
         "<span><i style='background:#fff'></i>outline of the teacher's organs</span></p>"
         "<p>Of the voxels that either of the two calls an organ, the student alone differs from the teacher in "
         f"{before:.1f} %, the distilled student in {after:.1f} % (mean of the test cases).</p>",

@@ -6,10 +6,15 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
 import medkd
+from medkd.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
 
 # wheels of the extras; a module that needs one of them may be absent from a plain installation
 OPTIONAL = frozenset({
@@ -29,3 +34,38 @@ def test_examples_of_the_docstrings_run(name: str) -> None:
         pytest.skip(f"{error.name} is not installed")
     failed, _ = doctest.testmod(module)
     assert failed == 0, f"examples of {name} failed; their output stands above"
+
+
+BUNDLE_PAGES = sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("bundles/*/docs/README.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *BUNDLE_PAGES]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_of_a_page_runs(page: str) -> None:
+    for code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), {"__name__": "page"})   # noqa: S102
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page_exist(page: str) -> None:
+    folder = (ROOT / page).parent.parent if page.startswith("bundles") else ROOT
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    text = "\n".join(blocks(page, "sh"))
+    assert [name for name in re.findall(r"^\s*make (\w+)", text, flags=re.MULTILINE) if name not in targets] == []
+    assert [name for name in re.findall(r"^medkd ([\w-]+)", text, flags=re.MULTILINE) if name not in COMMANDS] == []
+    configs = set(re.findall(r"configs/\w+\.json", text))
+    bundles = [folder] if folder != ROOT else sorted((ROOT / "bundles").glob("*/"))
+    assert [name for name in configs for bundle in bundles if not (bundle / name).is_file()] == []
+
+
+def test_every_link_within_the_repository_leads_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            if not ((ROOT / page).parent / target).exists():
+                broken.append(f"{page}: {target}")
+    assert broken == []
