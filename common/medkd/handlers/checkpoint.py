@@ -133,7 +133,10 @@ class CheckpointHandler:
         aside = self._folder.with_name("checkpoints_before")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(self._folder, aside)
-        logger.info("Starting anew; checkpoints of an earlier run are now in %s (`--resume true` goes on).", aside)
+        logger.info(
+            "Starting anew; the checkpoints of an earlier run are now in %s. To go on with them instead, rename the "
+            "folder back to %s and give `--resume true`.", aside, self._folder.name,
+        )
 
     def _restore(self, engine: Any, content: dict[str, Any], path: Path) -> None:
         _refuse_other_run(engine, content, path)

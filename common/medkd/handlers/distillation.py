@@ -145,7 +145,9 @@ class DistillationHandler:
         if not isinstance(batch, Mapping) or self.teacher_input not in batch:
             keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise KeyError(f"`teacher_input` must be a key of the batch, got {self.teacher_input!r}; there are {keys}.")
-        image = plain_tensor(batch[self.teacher_input]).to(engine.state.device, non_blocking=engine.non_blocking)
+        image = plain_tensor(batch[self.teacher_input]).to(
+            device=engine.state.device, dtype=self.teacher.dtype, non_blocking=engine.non_blocking
+        )
         self._network.eval()
         self._taps[1].open()
         with torch.no_grad():

@@ -42,8 +42,8 @@ def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"`{path}` must hold tensors only, got other objects, which could run code when loaded; "
-            "save the state dict alone, or convert it to safetensors."
+            f"`{path}` must hold tensors only, got other objects, which could run code when loaded "
+            "(or it is no weights file at all); save the state dict alone, or convert it to safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, SafetensorError) as error:
         raise ValueError(f"`{path}` must be a whole weights file, got one that cannot be read: {error}") from error
@@ -63,6 +63,7 @@ class Teacher:
 
     Attributes:
         file_sha256: hash of the loaded file, None before `load` and without a file.
+        dtype: of the network's parameters, known after `load`; the teacher's input is cast to it.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Teacher:
         self.path = None if path is None else Path(path)
         self.sha256 = sha256
         self.file_sha256: str | None = None
+        self.dtype = torch.float32
         self.may_be_missing = False
 
     @property
@@ -117,6 +119,7 @@ class Teacher:
             _load_strictly(network, load_tensors(self.path), self.path)
         count = sum(p.numel() for p in network.parameters())
         logger.info("Teacher %s, %s parameters, %s", type(network).__name__, f"{count:,}", self._origin())
+        self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         return network.to(device).eval().requires_grad_(False)
 
     def _origin(self) -> str:
