@@ -29,13 +29,12 @@ from steps import Step, StepError, run_step, seconds_of, show_command
 
 from medkd import __version__
 
-# On two idle cores, at about 0.5 s per step of the teacher, 0.17 s of the student and 0.4 s with the teacher beside
-# it (two patches of 48^3), an epoch has 12 steps. Teacher 25 x 12 x 0.5 = 150 s and 5 validations of 8 s; student
-# alone 25 x 12 x 0.17 = 50 s, distilled 25 x 12 x 0.4 = 120 s, each with 5 validations of 2 s and 10 s to start;
-# phantoms 10 s, evaluation 40 s, predictions and speed 70 s, report 10 s. Together 9 minutes.
+# On two idle cores a step (two patches of 48^3) takes about 0.35 s for the teacher, 0.12 s for the student and 0.25 s
+# for the student with the teacher beside it; an epoch has 12 steps: 36 x 12 x 0.35 = 150 s, 52 s and 108 s. To that 18
+# validations of 2 to 6 s, 10 s of start per training, phantoms 10 s, evaluation 30 s, predictions and speed 20 s.
 FULL = Sizes(
     training=12, validation=3, test=4, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=45, student_epochs=45, val_interval=5,
+    teacher_epochs=36, student_epochs=36, val_interval=6,
 )
 QUICK = Sizes(
     training=3, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),

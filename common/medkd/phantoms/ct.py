@@ -83,6 +83,7 @@ def ct_phantom(
     _draw_pancreas(canvas, rng, hu)
     _draw_vessels(canvas, rng, hu)
     _draw_kidneys(canvas, rng, hu)
+    _remove_liver_islands(canvas, hu)
     return CTPhantom(_scan(canvas.hu, rng), canvas.label, affine)
 
 
@@ -249,6 +250,15 @@ def _draw_liver(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) 
     at = center + (-14, 30, -42) + rng.normal(0, 3, 3)
     bladder = ellipsoid(at, (12, 13, 20) * rng.uniform(0.8, 1.2, 3))
     canvas.paint(bladder, float(rng.uniform(5, 20)), inside=canvas.wall)
+
+
+def _remove_liver_islands(canvas: Canvas, hu: dict[str, float]) -> None:
+    """Turn bits that vessels and kidneys cut off the liver into fat: a liver is one piece."""
+    parts, count = ndimage.label(canvas.label == 1)
+    if count > 1:
+        island = (parts > 0) & (parts != np.bincount(parts[parts > 0]).argmax())
+        canvas.label[island] = 0
+        canvas.hu[island] = hu["fat"]
 
 
 def _draw_spleen(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:

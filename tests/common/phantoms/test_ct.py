@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from numpy.random import mtrand
+from scipy import ndimage
 
 from medkd.data.datalist import load_datalist
 from medkd.phantoms.canvas import Canvas, carve, ellipsoid, join, tube
@@ -183,3 +184,9 @@ def test_painting_changes_only_the_solid_and_the_voxels_at_its_edge() -> None:
     assert ((canvas.label == 3) == (distance < 0)).all()
     assert (canvas.hu[distance > 2] == -1000).all()
     assert (canvas.hu[distance < -2] == 50).all()
+
+
+def test_the_liver_is_one_piece() -> None:
+    for seed in range(6):
+        _, pieces = ndimage.label(ct_phantom(seed, shape=(64, 56, 40), spacing=(4.5, 4.5, 6.0)).label == 1)
+        assert pieces == 1
