@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import os
 import shutil
 import subprocess
 import sys
@@ -151,7 +152,8 @@ def _run(step: Step, words: Sequence[str], report: Callable[[float, str], None])
     """Run one command into the step's log, and report on its progress twice a second."""
     begin = step.log.stat().st_size
     with step.log.open("ab") as log:
-        process = subprocess.Popen(words, cwd=step.folder, stdout=log, stderr=subprocess.STDOUT)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}      # or the error would stand above what led to it
+        process = subprocess.Popen(words, cwd=step.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 report(*progress_of(_text(step.log, begin), step.epochs))

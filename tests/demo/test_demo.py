@@ -77,7 +77,7 @@ def test_the_report_holds_pictures_of_two_cases_and_a_plot_of_each_loss(demo: De
 
     assert len(pictures) == 2 * 2 * 4 + 2 * 2 * 2   # cases, planes, networks and truth; cases, planes, students
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
-    assert page.plots == 5                          # Dice, supervised loss, total loss, boundary, relation
+    assert page.plots == 6                          # Dice, supervised and total loss, boundary, relation, logits
 
 
 def test_the_table_has_every_organ_and_finite_numbers(demo: Demo) -> None:
