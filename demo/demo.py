@@ -30,11 +30,11 @@ from steps import Step, StepError, run_step, seconds_of, show_command
 from medkd import __version__
 
 # On two idle cores a step (two patches of 48^3) takes about 0.35 s for the teacher, 0.12 s for the student and 0.25 s
-# for the student with the teacher beside it; an epoch has 12 steps: 36 x 12 x 0.35 = 150 s, 52 s and 108 s. To that 18
+# for the student with the teacher beside it; an epoch has 12 steps: 36 x 12 x 0.35 = 150 s, 45 x 12 x 0.12 = 65 s and 135 s. To that 14
 # validations of 2 to 6 s, 10 s of start per training, phantoms 10 s, evaluation 30 s, predictions and speed 20 s.
 FULL = Sizes(
     training=12, validation=3, test=4, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=36, student_epochs=36, val_interval=6,
+    teacher_epochs=36, student_epochs=45, val_interval=9,
 )
 QUICK = Sizes(
     training=3, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
