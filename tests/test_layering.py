@@ -16,10 +16,11 @@ LAYERS: dict[str, set[str]] = {
     "checks": set(),
     "ops": {"checks"},
     "taps": {"checks"},
-    "losses": {"checks", "ops"},
-    "handlers": {"checks", "ops", "taps", "losses"},
+    "weights": {"checks"},
+    "losses": {"checks", "ops", "weights"},
+    "handlers": {"checks", "ops", "taps", "weights", "losses"},
 }
-SHARED_BY_LOSSES = {"base"}
+SHARED_BY_LOSSES = {"base", "boundary_head"}
 OURS = {"bundles", "scripts", "tests", "ci", "demo", "bench"}  # what the shared package knows nothing of
 STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB

@@ -33,6 +33,12 @@ def relation_distance(student: Tensor, teacher: Tensor, weight: Tensor | None = 
     return (pair * squared).sum((1, 2)) / pair.sum((1, 2))
 
 
+def softmax_relation_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL of the rows of two attention maps softmax(R / temperature); unit nodes (B, N, C); shape (B, N)."""
+    attention = [(nodes @ nodes.transpose(1, 2) / temperature).softmax(2) for nodes in (teacher, student)]   # (B, N, N)
+    return (attention[0] * (attention[0] / attention[1]).log()).sum(2)
+
+
 # ---- boundary map --------------------------------------------------------------------------------------------------
 
 
@@ -78,9 +84,17 @@ def path_affinity(boundary: Tensor, direction: Sequence[int], length: int) -> Te
 
 
 def affinity_distance(
-    student: Tensor, teacher: Tensor, label: Tensor | None = None, lengths: Sequence[int] = (1, 2, 4), ignore: int = 255
+    student: Tensor,
+    teacher: Tensor,
+    label: Tensor | None = None,
+    lengths: Sequence[int] = (1, 2, 4),
+    ignore: int = 255,
+    divergence: str = "squared",
 ) -> Tensor:
-    """Balanced mean of (a^S - a^T)^2 with a = 1 - maximum on the path, by slices and autograd; a scalar."""
+    """Balanced mean of (a^S - a^T)^2 with a = 1 - maximum on the path, by slices and autograd; a scalar.
+
+    With `binary_kl`: of the KL divergence of the affinities as probabilities.
+    """
     squared, crosses, counts = [], [], []
     label = torch.zeros_like(student, dtype=torch.long) if label is None else label
     for direction, length in product(directions(student.dim() - 2), lengths):
@@ -89,7 +103,11 @@ def affinity_distance(
         mine, other, labels = ([_shifted(m, direction, k, length) for k in range(length + 1)]
                                for m in (student, teacher, label))
         a_student, a_teacher = 1 - _maximum(mine), 1 - _maximum(other)
-        squared.append((a_student - a_teacher).square().flatten())
+        if divergence == "squared":
+            squared.append((a_student - a_teacher).square().flatten())
+        else:
+            p, q = a_teacher.clamp(1e-5, 1 - 1e-5), a_student.clamp(1e-5, 1 - 1e-5)
+            squared.append((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).flatten())
         crosses.append((_maximum(labels) != -_maximum([-part for part in labels])).flatten())
         counts.append(torch.stack([part != ignore for part in labels]).all(0).flatten())
     if not squared:

@@ -16,8 +16,8 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from medkd.handlers.teacher import load_tensors
 from medkd.taps import unwrap
+from medkd.weights import load_tensors
 
 __all__ = ["CheckpointHandler", "save_atomically"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medkd.checks import suggest
 
-__all__ = ["DistillationLoss", "TapPair", "tap_pairs", "trainable_parameters"]
+__all__ = ["DistillationLoss", "TapPair", "pointwise_convolution", "tap_pairs", "trainable_parameters"]
 
 TapPair = tuple[str, str]
 
@@ -113,3 +113,21 @@ def trainable_parameters(*modules: nn.Module | Sequence[nn.Module]) -> Iterator[
     """Parameters of the student and of the learnable heads of one loss or several, for the optimizer."""
     flat = chain.from_iterable([m] if isinstance(m, nn.Module) else m for m in modules)
     return (p for module in flat for p in module.parameters() if p.requires_grad)
+
+
+def pointwise_convolution(
+    channels_in: int, channels_out: int, rank: int, generator: torch.Generator, bias: bool = False
+) -> nn.Conv2d | nn.Conv3d:
+    """A 1 x 1 convolution for a learnable head, whose first values come from `generator` alone.
+
+    Weights are normal with variance 1 / channels_in, the bias is 0; the global random generators stay untouched.
+    """
+    convolution = nn.Conv3d if rank == 3 else nn.Conv2d
+    with torch.device("meta"):                                     # no draw from the global generator
+        layer = convolution(channels_in, channels_out, kernel_size=1, bias=bias)
+    layer = layer.to_empty(device="cpu")
+    with torch.no_grad():
+        layer.weight.normal_(std=channels_in**-0.5, generator=generator)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return layer

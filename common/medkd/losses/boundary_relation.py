@@ -3,52 +3,90 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.checks import check_label, check_maps
 from medkd.losses.base import DistillationLoss, tap_pairs
-from medkd.ops.affinity import affinity_distance, feature_contrast
-from medkd.ops.graph import class_balance_weight, gram_relation_distance, unit_vectors
+from medkd.losses.boundary_head import BoundaryHead, TeacherHead
+from medkd.ops.affinity import AffinityDivergence, affinity_distance, feature_contrast
+from medkd.ops.border import border_auc
+from medkd.ops.graph import (
+    class_balance_weight,
+    gram_relation_distance,
+    softmax_relation_distance,
+    unit_vectors,
+)
 from medkd.ops.resample import majority_label, pool_average, pool_or_interpolate
 from medkd.ops.voxel_weight import two_class_logits
 
-__all__ = ["BoundaryRelationLoss"]
+__all__ = ["BoundaryMap", "BoundaryRelationLoss", "RelationBalance", "boundary_grid"]
 
-_PRESET_WEIGHTS = {"default": {"boundary": 5.0, "relation": 0.5}}
+BoundaryMap = Literal["contrast", "head", "prob"]
+RelationBalance = Literal["class", "none"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    boundary_map: BoundaryMap
+    divergence: AffinityDivergence
+    softmax: bool
+    balance: RelationBalance
+    cells: int
+    weights: Mapping[str, float]
+
+
+_PRESETS = {
+    "default": _Preset("contrast", "squared", False, "class", 13_824, {"boundary": 5.0, "relation": 0.5}),
+    "paper": _Preset("head", "binary_kl", True, "none", 4_096, {"boundary": 1.0, "relation": 1.0}),
+}
 
 
 class BoundaryRelationLoss(DistillationLoss):
     """Distil where boundaries lie in the encoder's features, and how voxels relate to each other.
 
-    * `boundary`: contrast of each voxel's feature direction to its face neighbors, fused over the tapped levels to
-      one map per network; affinity of two voxels = 1 - maximum on the straight path between them; squared difference
-      of the affinities, balanced between pairs that cross a label border and pairs that do not. Range [0, 1].
-    * `relation`: cosine self-relation of all voxels of a level, compared as N x N matrices in exact Gram form, with
-      every class of a sample weighing the same; mean over levels. Range [0, 4].
+    * `boundary`: a boundary map per network; affinity of two voxels = 1 - maximum on the straight path between them;
+      difference of the affinities, balanced between pairs that cross a label border and pairs that do not.
+    * `relation`: cosine self-relation of all voxels of a level, compared as N x N matrices that are never built;
+      mean over levels.
 
-    The paper's body could not be obtained, so this is a re-implementation after its abstract. Preset `default` differs
-    from our reading of the paper in these points: boundaries by feature contrast instead of a learned head (no
-    trainable parameter, no extra stage); squared error on affinities instead of binary KL; no softmax over relations;
-    class-balanced nodes; the two deepest stages instead of the last one; weights 5 and 0.5 from measured gradients.
+    The paper's body could not be obtained, so both presets are re-implementations after its abstract and its lineage:
+
+    | | `default` (ours) | `paper` (our reading of the paper) |
+    |---|---|---|
+    | boundary map | contrast of feature directions, mean over levels; nothing to train | learned one-channel heads |
+    | affinities | squared difference, range [0, 1] | binary Kullback-Leibler divergence |
+    | relation | squared difference, exact by Gram matrices, range [0, 4] | row softmax at temperature 0.1, KL |
+    | nodes | every class of a sample weighs the same | equal weights |
+    | weights | 5, 0.5 (from measured gradients) | 1, 1 |
 
     Args:
         boundary_taps: encoder layers, one per level, finest first: paths, or pairs `[student, teacher]`. Decoder layers
-            of instance-normalized networks show inverted boundaries; leave them out.
+            of instance-normalized networks show inverted boundaries; leave them out. Not read by `prob`.
         relation_taps: layers whose voxels are related, likewise.
-        preset: `default`.
+        preset: `default` or `paper`; the arguments below win over it.
+        boundary_map: `contrast`, `head`, or `prob`: contrast of the square roots of the predicted probabilities
+            (Hellinger), which tells the student of mask borders only.
+        heads: for `head`: the student's, which learns, and the teacher's, which was fitted before.
         pair_lengths: path lengths in cells of the boundary grid, ascending.
         boundary_cells: the boundary grid is the finest tapped one with at most so many cells per sample.
         relation_cells: a larger tapped grid is average-pooled to at most so many cells.
         relation_balance: `class`, or `none` for equal weights.
+        min_boundary_auc: the teacher's boundary map is compared with the borders of the labels in the first batches
+            (area under the ROC curve); below this, it would teach wrong boundaries, and training stops. 0 never stops.
         ignore_label: label of voxels that do not count.
 
     Raises:
-        ValueError: unknown preset or balance, no tap, a label of another shape than the prediction.
+        ValueError: unknown preset, map or balance, no tap, no heads for `head`; a label of another shape than the
+            prediction; a teacher whose boundary map is worse than `min_boundary_auc`.
 
     Reference:
         Zhang et al., Boundary and Relation Distillation for Semantic Segmentation, arXiv 2401.13174.
@@ -66,36 +104,51 @@ class BoundaryRelationLoss(DistillationLoss):
 
     terms = ("boundary", "relation")
 
-    def __init__(
+    def __init__(   # noqa: PLR0913 - options of a config, each with a default
         self,
         boundary_taps: Sequence[str | Sequence[str]],
         relation_taps: Sequence[str | Sequence[str]],
-        preset: Literal["default"] = "default",
+        preset: Literal["default", "paper"] = "default",
+        boundary_map: BoundaryMap | None = None,
+        heads: tuple[BoundaryHead, TeacherHead] | None = None,
         pair_lengths: Sequence[int] = (1, 2, 4),
         boundary_cells: int = 131_072,
-        relation_cells: int = 13_824,
-        relation_balance: Literal["class", "none"] = "class",
+        relation_cells: int | None = None,
+        relation_balance: RelationBalance | None = None,
+        min_boundary_auc: float = 0.6,
         ignore_label: int = 255,
     ) -> None:
-        boundary_pairs = tap_pairs(boundary_taps, "boundary_taps")
+        if preset not in _PRESETS:
+            raise ValueError(f"`preset` must be one of {list(_PRESETS)}, got {preset!r}.")
+        chosen = _PRESETS[preset]
+        boundary_map = boundary_map or chosen.boundary_map
+        relation_balance = relation_balance or chosen.balance
+        relation_cells = chosen.cells if relation_cells is None else relation_cells
+        _check_options(boundary_map, relation_balance, heads is not None, min(boundary_cells, relation_cells))
+        boundary_pairs = () if boundary_map == "prob" else tap_pairs(boundary_taps, "boundary_taps")
         relation_pairs = tap_pairs(relation_taps, "relation_taps")
-        if preset not in _PRESET_WEIGHTS:
-            raise ValueError(f"`preset` must be one of {list(_PRESET_WEIGHTS)}, got {preset!r}.")
-        if relation_balance not in ("class", "none"):
-            raise ValueError(f"`relation_balance` must be 'class' or 'none', got {relation_balance!r}.")
-        if min(boundary_cells, relation_cells) < 1:
-            raise ValueError(
-                f"`boundary_cells` and `relation_cells` must be positive, got {boundary_cells} and {relation_cells}."
-            )
         super().__init__(list(dict.fromkeys(boundary_pairs + relation_pairs)))
         self.boundary_pairs = boundary_pairs
         self.relation_pairs = relation_pairs
-        self.preset_weights = _PRESET_WEIGHTS[preset]
+        self.preset_weights = chosen.weights
+        self.boundary_map = boundary_map
+        self.divergence = chosen.divergence
+        self.relation_distance = softmax_relation_distance if chosen.softmax else gram_relation_distance
+        self.relation_balance = relation_balance
+        self.relation_cells = relation_cells
         self.pair_lengths = tuple(pair_lengths)
         self.boundary_cells = boundary_cells
-        self.relation_cells = relation_cells
-        self.relation_balance = relation_balance
         self.ignore_label = ignore_label
+        self.head = None if heads is None else heads[0]
+        self.teacher_head = None if heads is None else heads[1]
+        self._frozen_head: list[BoundaryHead] = []                 # a list keeps it out of optimizer and checkpoint
+        self._check = _BoundaryCheck(min_boundary_auc)
+
+    def activate(self, terms: Iterable[str]) -> None:
+        """Compute only these terms from now on; the teacher's head is read here if it is needed."""
+        super().activate(terms)
+        if "boundary" in self.active_terms and self.teacher_head is not None:
+            self._frozen_head[:] = [self.teacher_head.load()]
 
     def compute_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
@@ -113,13 +166,28 @@ class BoundaryRelationLoss(DistillationLoss):
         return terms
 
     def _boundary(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor) -> Tensor:
-        mine = [student[s] for s, _ in self.boundary_pairs]
-        other = [teacher[t] for _, t in self.boundary_pairs]
-        grid = _finest_grid([tuple(maps.shape[2:]) for maps in mine], self.boundary_cells)
-        with torch.no_grad():
-            target = _fused_contrast(other, grid)                  # (B, 1, *grid)
+        mine, other = self._levels(student, 0), self._levels(teacher, 1)
+        grid = boundary_grid(mine, self.boundary_cells)
         labels, _ = majority_label(label, grid, self.ignore_label)
-        return affinity_distance(_fused_contrast(mine, grid), target, labels, self.pair_lengths, self.ignore_label)
+        with torch.no_grad():
+            target = self._map(other, grid, self._frozen_head)     # (B, 1, *grid)
+        self._check(target, labels, self.ignore_label)
+        boundary = self._map(mine, grid, [] if self.head is None else [self.head])
+        return affinity_distance(boundary, target, labels, self.pair_lengths, self.ignore_label, self.divergence)
+
+    def _levels(self, maps: Mapping[str, Tensor], role: int) -> list[Tensor]:
+        if self.boundary_map == "prob":
+            return [F.softmax(two_class_logits(maps["pred"]), dim=1).clamp(min=1e-12).sqrt()]
+        return [maps[pair[role]] for pair in self.boundary_pairs]
+
+    def _map(self, levels: Sequence[Tensor], grid: tuple[int, ...], head: Sequence[BoundaryHead]) -> Tensor:
+        if self.boundary_map != "head":
+            return _fused_contrast(levels, grid)
+        if not head and self.teacher_head is not None:
+            self._frozen_head.append(self.teacher_head.load())
+            head = self._frozen_head
+        boundary: Tensor = head[0].to(levels[0].device)(levels, grid)
+        return boundary
 
     def _relation(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         check_maps("student", student)
@@ -128,7 +196,48 @@ class BoundaryRelationLoss(DistillationLoss):
         labels, share = majority_label(label, grid, self.ignore_label)
         valid = share.flatten(1) >= 0.5
         weight = class_balance_weight(labels.flatten(1), valid, self.relation_balance == "class")
-        return gram_relation_distance(_nodes(student, grid), _nodes(teacher, grid), weight).mean().to(student.dtype)
+        return self.relation_distance(_nodes(student, grid), _nodes(teacher, grid), weight).mean().to(student.dtype)
+
+
+class _BoundaryCheck:
+    """Compares the teacher's boundary maps of the first batches with the borders of the labels, once."""
+
+    def __init__(self, least: float, batches: int = 8) -> None:
+        self.least = least
+        self.batches = batches
+        self.values: list[float] = []
+
+    def __call__(self, boundary: Tensor, label: Tensor, ignore: int) -> None:
+        if len(self.values) == self.batches:
+            return
+        value = border_auc(boundary, label, ignore)
+        if math.isnan(value):
+            return                                                 # no border in this batch
+        self.values.append(value)
+        if len(self.values) < self.batches:
+            return
+        mean = sum(self.values) / self.batches
+        logger.info("The teacher's boundary map shows the borders of the labels with an AUC of %.3f.", mean)
+        if mean < self.least:
+            raise ValueError(
+                f"The teacher's boundary map must show the borders of the labels with an AUC of at least {self.least}, "
+                f"got {mean:.3f} over {self.batches} batches; tap encoder layers behind their activation, take "
+                "boundary_map 'prob', or set `min_boundary_auc` to 0 to distil from it all the same."
+            )
+
+
+def _check_options(boundary_map: str, balance: str, heads: bool, cells: int) -> None:
+    if boundary_map not in get_args(BoundaryMap):
+        raise ValueError(f"`boundary_map` must be one of {get_args(BoundaryMap)}, got {boundary_map!r}.")
+    if balance not in get_args(RelationBalance):
+        raise ValueError(f"`relation_balance` must be one of {get_args(RelationBalance)}, got {balance!r}.")
+    if heads != (boundary_map == "head"):
+        raise ValueError(
+            "`heads` must be [student's, teacher's] for the boundary map 'head', and None for any other, "
+            f"got {'heads' if heads else 'None'} for {boundary_map!r}."
+        )
+    if cells < 1:
+        raise ValueError(f"`boundary_cells` and `relation_cells` must be positive, got {cells} as the smaller one.")
 
 
 def _nodes(features: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -141,7 +250,9 @@ def _fused_contrast(levels: Sequence[Tensor], grid: tuple[int, ...]) -> Tensor:
     return torch.stack([pool_or_interpolate(feature_contrast(maps), grid) for maps in levels]).mean(0)
 
 
-def _finest_grid(grids: Sequence[tuple[int, ...]], cells: int) -> tuple[int, ...]:
+def boundary_grid(levels: Sequence[Tensor], cells: int) -> tuple[int, ...]:
+    """Grid of the boundary map: the finest of the levels (B, C, *S) with at most so many cells per sample."""
+    grids = [tuple(level.shape[2:]) for level in levels]
     fitting = [grid for grid in grids if math.prod(grid) <= cells]
     return max(fitting, key=math.prod) if fitting else _shrunk(min(grids, key=math.prod), cells)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medkd.checks import check_maps
-from medkd.losses.base import DistillationLoss, tap_pairs
+from medkd.losses.base import DistillationLoss, pointwise_convolution, tap_pairs
 from medkd.ops.resample import pool_average
 from medkd.ops.voxel_weight import VoxelWeighting, voxel_weight
 
@@ -68,7 +68,9 @@ class HintLoss(DistillationLoss):
         self.weighting: VoxelWeighting = weighting
         self.preset_weights = {"features": 1.0}
         generator = torch.Generator().manual_seed(seed)
-        self.projectors = nn.ModuleList(_projector(c_s, c_t, spatial_dims, generator) for c_s, c_t in channels)
+        self.projectors = nn.ModuleList(
+            pointwise_convolution(c_s, c_t, spatial_dims, generator) for c_s, c_t in channels
+        )
 
     def compute_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
@@ -96,14 +98,3 @@ class HintLoss(DistillationLoss):
         difference = projector(pool_average(student, grid)) - pool_average(teacher, grid)   # (B, C_T, *grid)
         error: Tensor = (pool_average(weight, grid) * difference.square().mean(1, keepdim=True)).mean()
         return error
-
-
-def _projector(channels_in: int, channels_out: int, rank: int, generator: torch.Generator) -> nn.Conv2d | nn.Conv3d:
-    """A 1 x 1 convolution without bias whose first values come from `generator` alone."""
-    convolution = nn.Conv3d if rank == 3 else nn.Conv2d
-    with torch.device("meta"):                                     # no draw from the global generator
-        layer = convolution(channels_in, channels_out, kernel_size=1, bias=False)
-    layer = layer.to_empty(device="cpu")
-    with torch.no_grad():
-        layer.weight.normal_(std=channels_in**-0.5, generator=generator)
-    return layer

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, product
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_label, check_maps, check_same_grid
 
-__all__ = ["affinity_distance", "feature_contrast", "half_directions", "path_affinity"]
+__all__ = ["AffinityDivergence", "affinity_distance", "feature_contrast", "half_directions", "path_affinity"]
+
+AffinityDivergence = Literal["squared", "binary_kl"]
 
 
 def feature_contrast(features: Tensor, eps: float = 1e-6) -> Tensor:
@@ -208,8 +210,9 @@ def affinity_distance(
     label: Tensor | None = None,
     lengths: Sequence[int] = (1, 2, 4),
     ignore: int = 255,
+    divergence: AffinityDivergence = "squared",
 ) -> Tensor:
-    """Squared difference of two networks' pair affinities, balanced between crossing and other pairs.
+    """Difference of two networks' pair affinities, balanced between crossing and other pairs.
 
     Pairs are the ends of straight paths in all `half_directions` (see `path_affinity`); a pair crosses when the labels
     on its path are not all equal. Few pairs cross (often under 3 %), so crossing and other pairs are averaged apart
@@ -223,12 +226,14 @@ def affinity_distance(
         label: class indices on the same grid, shape (B, 1, *S), whole numbers; None averages over all pairs.
         lengths: ascending path lengths, in voxels.
         ignore: label of voxels that do not count.
+        divergence: of one pair: `squared`, (a_S - a_T)^2, or `binary_kl`, the Kullback-Leibler divergence of two coins
+            that show a_T and a_S; affinities are then clamped to [1e-5, 1 - 1e-5], with no gradient beyond.
 
     Returns:
         Scalar, float32 (float64 for a float64 student); 0 with zero gradient when no pair is valid.
 
     Raises:
-        ValueError: maps or labels of different grids, or lengths that do not ascend.
+        ValueError: maps or labels of different grids, lengths that do not ascend, an unknown divergence.
 
     Reference:
         Zhang et al., arXiv 2401.13174 (boundary distillation by semantic affinity of pixel pairs).
@@ -242,16 +247,21 @@ def affinity_distance(
         check_same_grid("student", student, "label", label)
     if list(lengths) != sorted(set(lengths)) or not lengths or min(lengths) < 1:
         raise ValueError(f"`lengths` must be ascending positive numbers of voxels, got {list(lengths)}.")
+    if divergence not in get_args(AffinityDivergence):
+        raise ValueError(f"`divergence` must be one of {get_args(AffinityDivergence)}, got {divergence!r}.")
     student = student if student.dtype == torch.float64 else student.float()
     weights = _PairWeights(student, label, tuple(lengths), ignore)
-    return _AffinityDistance.apply(student, teacher.detach().to(student), weights)   # type: ignore[no-any-return, no-untyped-call]
+    difference = _squared if divergence == "squared" else _binary_kl
+    return _AffinityDistance.apply(student, teacher.detach().to(student), weights, difference)   # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AffinityDistance(torch.autograd.Function):
     """Keeps one map: the gradient of the finished scalar with respect to the student's map."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, weights: _PairWeights) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weights: _PairWeights, difference: _Difference
+    ) -> Tensor:
         mine, other = student.flatten(), teacher.flatten()
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.zeros_like(mine)
@@ -261,9 +271,8 @@ class _AffinityDistance(torch.autograd.Function):
             pulls: dict[int, Tensor] = {}
             for length, target in enumerate(_running_maximum(other, stride, longest), start=1):
                 if (weight := weights.of(direction, length)) is not None:
-                    difference = above[length - 1] - target
-                    pulls[length] = weight.mul_(difference)
-                    total += torch.dot(pulls[length], difference)
+                    value, pulls[length] = difference(above[length - 1], target, weight)
+                    total += value
             if ctx.needs_input_grad[0]:
                 _pull_back(gradient, mine, above, pulls, stride)
         ctx.save_for_backward(gradient.view_as(student))
@@ -271,9 +280,31 @@ class _AffinityDistance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (2.0 * grad), None, None
+        return gradient * (2.0 * grad), None, None, None
+
+
+_Difference = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _squared(mine: Tensor, other: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted sum over pairs of the difference, and half its derivative for `mine`; both are maxima, 1 - affinity."""
+    difference = mine - other
+    pull = weight.mul_(difference)
+    return torch.dot(pull, difference), pull
+
+
+def _binary_kl(mine: Tensor, other: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the Kullback-Leibler divergence; it does not change when both affinities become 1 - a."""
+    low, high = _CLAMP, 1.0 - _CLAMP
+    p, q = other.clamp(low, high), mine.clamp(low, high)
+    divergence = p * (p / q).log() + (1.0 - p) * ((1.0 - p) / (1.0 - q)).log()
+    slope = (q - p) / (q * (1.0 - q)) * ((mine > low) & (mine < high))
+    return torch.dot(weight, divergence), weight * slope * 0.5
+
+
+_CLAMP = 1e-5
 
 
 def _pull_back(

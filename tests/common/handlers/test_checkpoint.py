@@ -18,8 +18,9 @@ from torch import nn
 import toys
 from medkd.handlers.checkpoint import CheckpointHandler, save_atomically
 from medkd.handlers.distillation import DistillationHandler
-from medkd.handlers.teacher import Teacher, load_tensors
+from medkd.handlers.teacher import Teacher
 from medkd.losses.logits import SoftLabelLoss
+from medkd.weights import load_tensors
 
 
 def names(folder: Path) -> list[str]:

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import toys
-from medkd.handlers.teacher import Teacher, load_tensors
+from medkd.handlers.teacher import Teacher
+from medkd.weights import load_tensors
 
 
 @pytest.fixture

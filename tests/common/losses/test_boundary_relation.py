@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medkd.losses.boundary_head import BoundaryHead, TeacherHead
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.taps import FeatureTaps
 from oracles import boundary_relation as oracle
@@ -365,13 +367,174 @@ def test_a_tap_that_is_no_map_is_refused() -> None:
 
 
 def test_wrong_options_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"`preset` must be one of \['default'\], got 'paper'"):
+    with pytest.raises(ValueError, match=r"`preset` must be one of \['default', 'paper'\], got 'free'"):
+        a_loss(preset="free")
+    with pytest.raises(ValueError, match=r"`boundary_map` must be one of \('contrast', 'head', 'prob'\), got 'edge'"):
+        a_loss(boundary_map="edge")
+    with pytest.raises(ValueError, match=r"`heads` must be \[student's, teacher's\] for .*'head'.*None for"):
         a_loss(preset="paper")
-    with pytest.raises(ValueError, match="`relation_balance` must be 'class' or 'none', got 'organ'"):
+    with pytest.raises(ValueError, match=r"`heads` must be .* got heads for 'contrast'"):
+        a_loss(heads=heads((3, 4), (5, 6)))
+    with pytest.raises(ValueError, match=r"`relation_balance` must be one of \('class', 'none'\), got 'organ'"):
         a_loss(relation_balance="organ")
-    with pytest.raises(ValueError, match="`boundary_cells` and `relation_cells` must be positive, got 0 and"):
+    with pytest.raises(ValueError, match="`boundary_cells` and `relation_cells` must be positive, got 0"):
         a_loss(boundary_cells=0)
     with pytest.raises(ValueError, match="`boundary_taps` must list at least one layer path"):
         BoundaryRelationLoss([], ["e2"])
     with pytest.raises(ValueError, match="`relation_taps` must list at least one layer path"):
         BoundaryRelationLoss(["e1"], [])
+
+
+# ---- preset `paper` and the boundary of the prediction -------------------------------------------------------------
+
+KINDS = ["default", "prob", "paper"]
+
+
+class _Loaded(TeacherHead):
+    """A teacher's head without a file."""
+
+    def __init__(self, head: BoundaryHead) -> None:
+        super().__init__(head.channels, "none", 2)
+        self.head = head
+
+    def load(self, device: torch.device | str = "cpu") -> BoundaryHead:
+        return copy.deepcopy(self.head).to(device).requires_grad_(False)
+
+
+def heads(mine: tuple[int, ...], other: tuple[int, ...], rank: int = 2) -> tuple[BoundaryHead, TeacherHead]:
+    return BoundaryHead(mine, rank).double(), _Loaded(BoundaryHead(other, rank, seed=1).double())
+
+
+def a_kind(kind: str, channels: tuple[tuple[int, int], tuple[int, int]] = ((3, 4), (5, 6)), rank: int = 2,
+           **options: object) -> BoundaryRelationLoss:
+    if kind == "paper":
+        return a_loss(preset="paper", heads=heads(*channels, rank), **options)
+    return a_loss(boundary_map="prob" if kind == "prob" else "contrast", **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(8, 12), (6, 8, 10)])
+def test_every_kind_gives_finite_terms_and_a_gradient_wherever_it_reads(kind: str, size: tuple[int, ...]) -> None:
+    student, teacher = with_gradient(features(size, (3, 4))), features(size, (5, 6))
+    terms = a_kind(kind, rank=len(size))(student, teacher, blocks(size))
+    assert min(values(terms)) > 0
+    for term, taps in (("boundary", ["pred"] if kind == "prob" else ["e1", "e2"]), ("relation", ["e2"])):
+        for tap in student:
+            (gradient,) = torch.autograd.grad(terms[term], student[tap], retain_graph=True, allow_unused=True)
+            assert (gradient is not None) is (tap in taps)
+            assert gradient is None or (gradient.isfinite().all() and gradient.any())
+
+
+def test_the_paper_preset_equals_the_plain_formulas() -> None:
+    size = (8, 12)
+    student, teacher, label = with_gradient(features(size, (3, 4))), features(size, (5, 6)), blocks(size)
+    loss = a_kind("paper")
+    terms = loss(student, teacher, label)
+    fine, coarse = (oracle.majority_label(label, tuple(s // stride for s in size), 3) for stride in (2, 4))
+    maps = [
+        head([m["e1"], m["e2"]], (4, 6)) for head, m in ((loss.head, student), (loss.teacher_head.load(), teacher))
+    ]
+    nodes = [(m["e2"] / m["e2"].norm(dim=1, keepdim=True)).flatten(2).transpose(1, 2) for m in (student, teacher)]
+    assert coarse.shape[2:] == (2, 3)
+    torch.testing.assert_close(
+        terms, {
+            "boundary": oracle.affinity_distance(*maps, fine, divergence="binary_kl"),
+            "relation": oracle.softmax_relation_rows(*nodes, 0.1).mean(),
+        },
+    )
+
+
+def test_the_map_of_the_prediction_is_hellinger_contrast() -> None:
+    size = (4, 6)
+    student, teacher, label = features(size, (3, 4)), features(size, (5, 6)), blocks(size)
+    maps = [oracle.contrast(m["pred"].softmax(1).sqrt()) for m in (student, teacher)]
+    value = a_kind("prob")(student, teacher, label)["boundary"]
+    torch.testing.assert_close(value, oracle.affinity_distance(*maps, label))
+    assert a_kind("prob").tap_pairs == (("e2", "e2"),)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_networks_and_heads_have_no_loss(kind: str) -> None:
+    maps = with_gradient(features((8, 12), (3, 4)))
+    loss = a_kind(kind, ((3, 4), (3, 4)))
+    if kind == "paper":
+        loss.head.load_state_dict(loss.teacher_head.load().state_dict())
+    terms = loss(maps, maps, blocks((8, 12)))
+    assert values(terms) == pytest.approx([0, 0], abs=1e-6)
+    for gradient in torch.autograd.grad(sum(terms.values()), list(maps.values()), allow_unused=True):
+        assert gradient is None or gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["no foreground", "everything ignored", "constant", "zero", "large", "teacher zero"])
+def test_every_kind_stays_finite_on_degenerate_input(kind: str, case: str) -> None:
+    size = (11, 13)
+    student, teacher, label = features(size, (3, 4), batch=1), features(size, (5, 6), batch=1), blocks(size, 3, 1)
+    if case == "teacher zero":
+        teacher = {name: torch.zeros_like(value) for name, value in teacher.items()}
+    elif case in ("constant", "zero", "large"):
+        factor = {"constant": 0, "zero": 0, "large": 1e4}[case]
+        student = {name: value * factor + (case == "constant") for name, value in student.items()}
+    else:
+        label = torch.full_like(label, 0 if case == "no foreground" else 255)
+    student = with_gradient(student)
+    terms = a_kind(kind)(student, teacher, label)
+    sum(terms.values()).backward()
+    assert all(value.isfinite() for value in terms.values())
+    assert all(value.grad is None or value.grad.isfinite().all() for value in student.values())
+    if case == "everything ignored":
+        assert values(terms) == [0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_volume_of_depth_one_equals_two_dimensions_in_every_kind(kind: str) -> None:
+    student, teacher, label = features((11, 13), (3, 4)), features((11, 13), (5, 6)), blocks((11, 13))
+    deep = [{name: value.unsqueeze(2) for name, value in maps.items()} for maps in (student, teacher)]
+    flat, solid = a_kind(kind), a_kind(kind, rank=3)
+    torch.testing.assert_close(solid(*deep, label.unsqueeze(2)), flat(student, teacher, label))
+
+
+def test_only_the_students_head_learns_and_is_saved() -> None:
+    loss = a_kind("paper")
+    loss.activate(loss.terms)
+    size = (8, 12)
+    sum(loss(features(size, (3, 4)), features(size, (5, 6)), blocks(size)).values()).backward()
+    assert all(name.startswith("head.") for name in loss.state_dict())
+    assert all(p.grad is not None and p.grad.any() for p in loss.parameters())
+    assert sum(p.numel() for p in loss.parameters()) == 32 * 7 + 64 * 2 + 32 * 2 + 1
+    assert loss.preset_weights == {"boundary": 1.0, "relation": 1.0}
+
+
+def test_a_missing_head_file_is_an_error_only_when_the_boundary_has_a_weight(tmp_path: Path) -> None:
+    pair = (BoundaryHead((3, 4), 2), TeacherHead((5, 6), tmp_path / "no.pt", 2))
+    loss = a_loss(preset="paper", heads=pair)
+    loss.activate(["relation"])
+    with pytest.raises(FileNotFoundError, match="`teacher_head` must be the weights .*no.pt.* teacher_head.json"):
+        loss.activate(["boundary"])
+
+
+def test_a_teacher_whose_boundaries_are_inverted_is_refused_once_it_is_certain(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    size = (16, 16)
+    label = torch.zeros(1, 1, *size, dtype=torch.long)
+    label[..., 8:] = 1
+    pred = torch.where(label == 1, 9.0, -9.0).double()
+    flat = torch.randn(1, 2, *size).double() * 30                  # noise in the flat parts, silence at the border
+    flat[..., 6:10] = 0.0
+    student = {"e2": torch.rand(1, 4, *size).double()} | {"pred": torch.rand(1, 2, *size).double()}
+    good = {"e2": student["e2"], "pred": torch.cat([-pred, pred], 1)}
+    bad = good | {"pred": flat}
+    loss = BoundaryRelationLoss([], ["e2"], boundary_map="prob")
+    with caplog.at_level("INFO"):
+        for _ in range(8):
+            loss(student, good, label)
+    assert "AUC of 1.000" in caplog.text
+    loss = BoundaryRelationLoss([], ["e2"], boundary_map="prob")
+    for _ in range(7):
+        loss(student, bad, label)
+    with pytest.raises(ValueError, match="AUC of at least 0.6, got 0.* over 8 batches"):
+        loss(student, bad, label)
+    loss = BoundaryRelationLoss([], ["e2"], boundary_map="prob", min_boundary_auc=0.0)
+    for _ in range(8):
+        loss(student, bad, label)

@@ -273,6 +273,34 @@ def test_distance_passes_gradcheck(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(lambda maps: affinity_distance(maps, teacher, label), student)
 
 
+@pytest.mark.parametrize(("labeled", "expected"), [(True, 0.194146), (False, 0.204423)])
+def test_binary_divergence_on_a_row_matches_the_values_by_hand(labeled: bool, expected: float) -> None:
+    student = torch.tensor([0.1, 0.2, 0.4, 0.3, 0.0, 0.0]).double().view(1, 1, 1, 6)
+    teacher = torch.tensor([0.0, 0.6, 0.6, 0.0, 0.0, 0.1]).double().view(1, 1, 1, 6)
+    label = torch.tensor([0, 0, 1, 1, 1, 1]).view(1, 1, 1, 6) if labeled else None
+    value = affinity_distance(student, teacher, label, LENGTHS, divergence="binary_kl")
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 5, 6), (1, 6, 7)])
+def test_binary_divergence_and_its_gradient_equal_autograd_of_the_plain_formula(shape: tuple[int, ...]) -> None:
+    student, teacher = torch.rand(2, 2, 1, *shape, dtype=torch.float64)
+    student.flatten()[:3] = torch.tensor([0.0, 1.0, 1e-6])         # outside the clamp: a value, but no gradient
+    student.requires_grad_()
+    label = torch.randint(0, 2, (2, 1, *shape))
+    ours = affinity_distance(student, teacher, label, divergence="binary_kl")
+    plain = oracle.affinity_distance(student, teacher, label, divergence="binary_kl")
+    torch.testing.assert_close(ours, plain)
+    found, expected = (torch.autograd.grad(value, student)[0] for value in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_unknown_divergence_is_refused() -> None:
+    maps = torch.rand(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"`divergence` must be one of \('squared', 'binary_kl'\), got 'l1'"):
+        affinity_distance(maps, maps, divergence="l1")   # type: ignore[arg-type]
+
+
 def test_equal_maps_have_no_distance_and_no_gradient() -> None:
     student = torch.rand(1, 1, 5, 6, 7, requires_grad=True)
     distance = affinity_distance(student, student.detach(), torch.randint(0, 3, (1, 1, 5, 6, 7)))

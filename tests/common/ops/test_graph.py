@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from medkd.ops.graph import class_balance_weight, gram_relation_distance, unit_vectors
+from medkd.ops.graph import (
+    class_balance_weight,
+    gram_relation_distance,
+    softmax_relation_distance,
+    unit_vectors,
+)
 from oracles import boundary_relation as oracle
 
 TEACHER = [(3, 0), (0, 2), (1, 1)]
@@ -170,3 +175,78 @@ def test_the_teacher_gets_no_gradient() -> None:
 def test_nodes_of_other_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must have shapes \(B, N, C\).*pool both to one grid"):
         gram_relation_distance(torch.zeros(1, 4, 2), torch.zeros(1, 5, 2))
+
+
+# ---- relations through a softmax -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "rows", "mean"),
+    [(1.0, (0.126512, 0.126512, 0.061657), 0.104893), (0.1, (0.358478, 0.358478, 0.581463), 0.432806)],
+)
+def test_softmax_distance_of_three_nodes_matches_the_values_by_hand(
+    temperature: float, rows: tuple[float, ...], mean: float
+) -> None:
+    student, teacher = nodes(STUDENT), nodes(TEACHER)
+    assert softmax_relation_distance(student, teacher, None, temperature).item() == pytest.approx(mean, abs=1e-6)
+    dense = oracle.softmax_relation_rows(student, teacher, temperature)
+    torch.testing.assert_close(dense, torch.tensor([rows], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("block", [1, 7, 30])
+def test_streamed_softmax_distance_and_gradient_equal_the_dense_matrices(block: int) -> None:
+    student, teacher = random_nodes(2, 30, 5).requires_grad_(), random_nodes(2, 30, 8)
+    weight = torch.rand(2, 30, dtype=torch.float64)
+    weight[0, :4] = 0                                              # ignored nodes are in no row
+    ours = softmax_relation_distance(student, teacher, weight, 0.1, block)
+    plain = torch.stack([
+        (w[w > 0] * oracle.softmax_relation_rows(s[None, w > 0], t[None, w > 0], 0.1)[0]).sum() / w.sum()
+        for s, t, w in zip(student, teacher, weight, strict=True)
+    ])
+    torch.testing.assert_close(ours, plain)
+    pull = torch.rand(2, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(v, student, pull, retain_graph=True)[0] for v in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
+def test_softmax_distance_passes_gradcheck() -> None:
+    student, teacher = torch.randn(1, 6, 3, dtype=torch.float64, requires_grad=True), random_nodes(1, 6, 2)
+
+    def distance(vectors: Tensor) -> Tensor:
+        return softmax_relation_distance(unit_vectors(vectors, 2), teacher, None, 0.3, 4)
+
+    assert torch.autograd.gradcheck(distance, student)
+
+
+def test_equal_rotated_and_moved_nodes_behave_as_in_gram_form() -> None:
+    student, teacher = random_nodes(1, 20, 4).requires_grad_(), random_nodes(1, 20, 6)
+    zero = softmax_relation_distance(student, student)
+    (gradient,) = torch.autograd.grad(zero.sum(), student)
+    assert zero.item() == pytest.approx(0, abs=1e-12)
+    assert gradient.abs().max() < 1e-12
+    rotation, order = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q, torch.randperm(20)
+    expected = softmax_relation_distance(student, teacher)
+    torch.testing.assert_close(softmax_relation_distance(student @ rotation, teacher), expected)
+    torch.testing.assert_close(softmax_relation_distance(student[:, order], teacher[:, order]), expected)
+
+
+def test_softmax_distance_without_weight_is_zero_and_float32_keeps_five_digits() -> None:
+    student, teacher = random_nodes(2, 9, 3).requires_grad_(), random_nodes(2, 9, 3)
+    weight = torch.ones(2, 9)
+    weight[1] = 0
+    value = softmax_relation_distance(student, teacher, weight)
+    value.sum().backward()
+    assert value[1] == 0
+    assert student.grad is not None
+    assert not student.grad[1].any()
+    assert student.grad[0].any()
+    single = softmax_relation_distance(student.detach().float(), teacher.float(), weight)
+    assert single.dtype == torch.float32
+    assert single[0].item() == pytest.approx(value[0].item(), rel=1e-5)
+
+
+def test_wrong_options_of_the_softmax_distance_are_refused() -> None:
+    with pytest.raises(ValueError, match="`temperature` must be above 0 and `rows` at least 1, got 0"):
+        softmax_relation_distance(random_nodes(1, 3, 2), random_nodes(1, 3, 2), temperature=0)
+    with pytest.raises(ValueError, match=r"`student` and `teacher` must have shapes \(B, N, C\)"):
+        softmax_relation_distance(random_nodes(1, 3, 2), random_nodes(1, 4, 2))
