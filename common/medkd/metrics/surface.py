@@ -1,27 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Surface distances in millimeters, with each case's own spacing."""
+"""Distances between the surfaces of prediction and label in millimeters, with each case's own spacing."""
 
 from __future__ import annotations
 
 import math
-import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from monai.handlers.ignite_metric import IgniteMetricHandler
-from monai.metrics.hausdorff_distance import HausdorffDistanceMetric
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import KDTree
 
-__all__ = ["HausdorffDistance95"]
+from medkd.metrics.base import CaseMetric, Mask, bounding_box
+
+__all__ = ["AverageSurfaceDistance", "HausdorffDistance95", "SurfaceDice", "surface_distances"]
+
+Distances = tuple[NDArray[np.float64], NDArray[np.float64]]
+ROUNDING = 1e-4  # relative; affines are stored in float32, so one voxel may be a little more than its own size
 
 
-class HausdorffDistance95(IgniteMetricHandler):
+def surface_distances(pred: Mask, label: Mask, spacing: Sequence[float]) -> Distances:
+    """Measure how far the surface of the prediction is from that of the label, and the other way round.
+
+    The surface is every voxel of a mask that has a neighbor outside the mask, or outside the image, across a face.
+    Equal to MONAI's `get_edge_surface_distance`, which spends most of its time on cropping large volumes.
+
+    Args:
+        pred: one class of the prediction, shape (*S).
+        label: the same of the label.
+        spacing: voxel size in mm, one per axis.
+
+    Returns:
+        The distances in mm from each surface voxel of the prediction to the label's surface, and from each of the
+        label to the prediction's. Both are empty when the label is. When the prediction alone is empty, the label's
+        surface voxels have the distance of the image's diagonal.
+
+    Example:
+        >>> pred, label = np.zeros((4, 3), dtype=bool), np.zeros((4, 3), dtype=bool)
+        >>> pred[0, 0] = label[1, 0] = label[3, 0] = True
+        >>> [distance.tolist() for distance in surface_distances(pred, label, spacing=(2.0, 1.0))]
+        [[2.0], [2.0, 6.0]]
+        >>> surface_distances(pred & False, label, spacing=(2.0, 4 / 3))[1].tolist()     # 8 mm by 4 mm
+        [8.94427190999916, 8.94427190999916]
+    """
+    nothing = np.empty(0)
+    if not label.any():
+        return nothing, nothing
+    box = bounding_box(pred | label)
+    surfaces = (mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (pred, label))
+    from_pred, from_label = (np.argwhere(surface) * np.asarray(spacing) for surface in surfaces)   # (E, axes) in mm
+    if not len(from_pred):
+        diagonal = math.hypot(*(size * step for size, step in zip(label.shape, spacing, strict=True)))
+        return nothing, np.full(len(from_label), diagonal)
+    return KDTree(from_label).query(from_pred)[0], KDTree(from_pred).query(from_label)[0]
+
+
+class _SurfaceMetric(CaseMetric):
+    """Metric of the surface distances; NaN where the label does not have the organ."""
+
+    measure = staticmethod(surface_distances)
+
+    def score(self, measured: Distances, spacing: Sequence[float]) -> float:
+        return self.summarize(measured, spacing) if any(map(len, measured)) else math.nan
+
+    @abstractmethod
+    def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:
+        """Make the value of an organ that the label has."""
+
+
+class HausdorffDistance95(_SurfaceMetric):
     """95th percentile of the Hausdorff distance per class, in millimeters; the background is left out.
 
-    MONAI's handler measures in voxels. Here the spacing comes from the affine of each case's label. An organ that the
-    network missed altogether counts with the diagonal of its image, so that silence is not rewarded; an organ that the
-    label does not have counts nothing.
+    The larger one of the two directions' percentiles. MONAI's handler measures in voxels. Here the spacing comes from
+    the affine of each case's label. An organ that the network missed altogether counts with the diagonal of its image,
+    so that silence is not rewarded; an organ that the label does not have counts nothing.
 
     Args:
         output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
@@ -30,35 +84,97 @@ class HausdorffDistance95(IgniteMetricHandler):
 
     Reference:
         Huttenlocher et al., Comparing Images Using the Hausdorff Distance, IEEE TPAMI 15(9), 1993.
+
+    Example:
+        >>> import torch
+        >>> label, pred = torch.zeros(2, 6, 6)
+        >>> label[0, 0] = pred[3, 4] = 1
+        >>> metric = HausdorffDistance95(save_details=False)
+        >>> metric.update(([torch.stack((1 - pred, pred))], [torch.stack((1 - label, label))]))
+        >>> metric.compute()
+        5.0
     """
 
-    def __init__(self, output_transform: Callable[[Any], Any] = lambda x: x, save_details: bool = True) -> None:
-        super().__init__(
-            metric_fn=_MissedIsDiagonal(include_background=False, percentile=95),
-            output_transform=output_transform,
-            save_details=save_details,
-        )
-
-    def update(self, output: Sequence[Any]) -> None:
-        """Add cases; `output` is `(pred, label)`, each a list or a batch."""
-        pred, label = output
-        for one_pred, one_label in zip(pred, label, strict=True):
-            pixdim = getattr(one_label, "pixdim", torch.ones(one_label.dim() - 1))
-            spacing = [float(step) for step in pixdim[: one_label.dim() - 1]]
-            self.metric_fn([one_pred], [one_label], spacing=spacing)
+    def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:
+        return max(float(np.percentile(one, 95)) for one in distances if len(one))
 
 
-class _MissedIsDiagonal(HausdorffDistanceMetric):
-    """MONAI's metric with a defined value for a missed organ; it gives infinity there."""
+class AverageSurfaceDistance(_SurfaceMetric):
+    """Average symmetric surface distance (ASSD) per class, in millimeters; the background is left out.
 
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor, **kwargs: Any) -> Tensor:   # type: ignore[override]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*all 0, this may result in nan/inf distance.*")
-            warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")   # MONAI 1.6 calling itself
-            distance: Tensor = super()._compute_tensor(y_pred, y, **kwargs)
-        spacing = kwargs.get("spacing") or [1.0] * (y.dim() - 2)
-        diagonal = math.hypot(*(size * step for size, step in zip(y.shape[2:], spacing, strict=True)))
-        missed = (y_pred.flatten(2).sum(-1) == 0)[:, 1:] & (y.flatten(2).sum(-1) > 0)[:, 1:]
-        absent = (y.flatten(2).sum(-1) == 0)[:, 1:]
-        distance = torch.where(missed.to(distance.device), diagonal, distance)
-        return torch.where(absent.to(distance.device), float("nan"), distance)
+    The mean over the surface voxels of both, taken together: in contrast to the Hausdorff distance it tells by how
+    much the boundary is off on the whole. Spacing, missed organs (the diagonal of the image) and organs that the label
+    does not have (nothing) are as in `HausdorffDistance95`.
+
+    Args:
+        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
+            output.
+        save_details: keep the values per case and class for `MetricsSaver`.
+
+    Reference:
+        Heimann et al., Comparison and Evaluation of Methods for Liver Segmentation From CT Datasets, IEEE TMI 28(8),
+        2009.
+
+    Example:
+        >>> import torch
+        >>> label, pred = torch.zeros(2, 6, 6)
+        >>> label[0, 0] = pred[0, 0] = pred[0, 4] = 1              # distances 0 and 4 one way, 0 the other
+        >>> metric = AverageSurfaceDistance(save_details=False)
+        >>> metric.update(([torch.stack((1 - pred, pred))], [torch.stack((1 - label, label))]))
+        >>> round(metric.compute(), 4)
+        1.3333
+    """
+
+    def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:
+        return float(np.concatenate(distances).mean())
+
+
+class SurfaceDice(_SurfaceMetric):
+    """Share of the surfaces within a tolerance of each other per class, 0 to 1; the background is left out.
+
+    Also called normalized surface Dice: surface voxels of both that lie within the tolerance, divided by all of them.
+    A missed organ is 0; an organ that the label does not have counts nothing, as in `HausdorffDistance95` (MONAI's
+    `SurfaceDiceMetric` gives 0 where such an organ is predicted). As there, the area of a surface is the number of its
+    voxels; the reference weights them by their area.
+
+    Args:
+        tolerance: largest distance that is right, in mm. None is one voxel, by the largest of a case's voxel sizes:
+            a surface that is shifted by one voxel along any axis is right. Give millimeters to compare data sets of
+            different spacing, or when slices are thick.
+        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
+            output.
+        save_details: keep the values per case and class for `MetricsSaver`.
+
+    Raises:
+        ValueError: a tolerance that is negative or not finite.
+
+    Reference:
+        Nikolov et al., Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
+        radiotherapy, arXiv:1809.04430.
+
+    Example:
+        >>> import torch
+        >>> label, pred = torch.zeros(2, 6, 6)
+        >>> label[2, 2:4] = pred[3, 2:4] = 1                       # a line of two pixels, shifted by one pixel
+        >>> for tolerance in (0.5, None):
+        ...     metric = SurfaceDice(tolerance, save_details=False)
+        ...     metric.update(([torch.stack((1 - pred, pred))], [torch.stack((1 - label, label))]))
+        ...     print(metric.compute())
+        0.0
+        1.0
+    """
+
+    def __init__(
+        self,
+        tolerance: float | None = None,
+        output_transform: Callable[[Any], Any] = lambda x: x,
+        save_details: bool = True,
+    ) -> None:
+        if tolerance is not None and not 0.0 <= tolerance < math.inf:
+            raise ValueError(f"`tolerance` must be 0 mm or more and finite, got {tolerance}; None is one voxel.")
+        super().__init__(output_transform=output_transform, save_details=save_details)
+        self.tolerance = tolerance
+
+    def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:
+        tolerance = max(spacing) if self.tolerance is None else self.tolerance
+        return float((np.concatenate(distances) <= tolerance * (1 + ROUNDING)).mean())

@@ -17,12 +17,15 @@ from monai.engines.evaluator import SupervisedEvaluator
 from monai.handlers.metrics_saver import MetricsSaver
 from monai.handlers.utils import from_engine
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.surface_dice import compute_surface_dice
+from monai.metrics.surface_distance import compute_average_surface_distance
 from monai.transforms.post.dictionary import AsDiscreted
 from scipy import ndimage
 from torch import Tensor, nn
 
 from medkd.handlers.records import case_meta
-from medkd.metrics.surface import HausdorffDistance95
+from medkd.metrics.base import CaseMetric
+from medkd.metrics.surface import AverageSurfaceDistance, HausdorffDistance95, SurfaceDice, surface_distances
 
 SPACING = (2.0, 0.5, 3.0)
 
@@ -43,9 +46,9 @@ def one_hot(label: Tensor, classes: int = 2, spacing: tuple[float, ...] = SPACIN
     return MetaTensor(maps, affine=affine_of(spacing))
 
 
-def value_of(*cases: tuple[Tensor, Tensor]) -> float:
-    metric = HausdorffDistance95()
-    metric.attach(Engine(lambda _engine, _batch: None), "hd95")
+def value_of(*cases: tuple[Tensor, Tensor], metric: CaseMetric | None = None) -> float:
+    metric = metric or HausdorffDistance95()
+    metric.attach(Engine(lambda _engine, _batch: None), "value")
     metric.update(([pred for pred, _ in cases], [label for _, label in cases]))
     return float(metric.compute())
 
@@ -62,17 +65,16 @@ def blobs(seed: int, size: tuple[int, ...] = (12, 14, 10)) -> Tensor:
     return torch.from_numpy((ndimage.gaussian_filter(noise, 2.0) > 0.03).astype(np.int64))
 
 
-def by_scipy(pred: np.ndarray, label: np.ndarray, spacing: tuple[float, ...]) -> float:
-    """Written down from the definition: both directions, 95th percentile each, the larger one."""
+def by_scipy(pred: np.ndarray, label: np.ndarray, spacing: tuple[float, ...]) -> list[np.ndarray]:
+    """Written down from the definition: the distance of each edge voxel of one to the nearest of the other."""
 
     def edge(mask: np.ndarray) -> np.ndarray:
         return mask & ~ndimage.binary_erosion(mask)
 
-    def directed(start: np.ndarray, end: np.ndarray) -> float:
-        distance = ndimage.distance_transform_edt(~edge(end), sampling=spacing)
-        return float(np.percentile(distance[edge(start)], 95))
+    def directed(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        return ndimage.distance_transform_edt(~edge(end), sampling=spacing)[edge(start)]
 
-    return max(directed(pred, label), directed(label, pred))
+    return [directed(pred, label), directed(label, pred)]
 
 
 @pytest.mark.parametrize(
@@ -103,29 +105,97 @@ def test_a_label_without_metadata_has_voxels_of_one_millimeter() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy.*:FutureWarning")
+@pytest.mark.parametrize("size", [(12, 14, 10), (25, 31)])
 @pytest.mark.parametrize("seed", [0, 2, 4])
-def test_it_agrees_with_the_definition_by_scipy_and_with_monai(seed: int) -> None:
-    pred, label = blobs(seed), blobs(seed + 1)
-    value = value_of((one_hot(pred), one_hot(label)))
-    assert value == pytest.approx(by_scipy(pred.numpy() > 0, label.numpy() > 0, SPACING), rel=1e-5)
-    pair = (one_hot(mask).as_tensor().unsqueeze(0) for mask in (pred, label))
-    assert value == pytest.approx(float(compute_hausdorff_distance(*pair, percentile=95, spacing=list(SPACING))))
+def test_values_agree_with_the_definition_by_scipy_and_with_monai(seed: int, size: tuple[int, ...]) -> None:
+    pred, label, spacing = blobs(seed, size), blobs(seed + 1, size), SPACING[: len(size)]
+    case = one_hot(pred, spacing=spacing), one_hot(label, spacing=spacing)
+    tensors = [maps.as_tensor().unsqueeze(0) for maps in case]
+    distances = by_scipy(pred.numpy() > 0, label.numpy() > 0, spacing)
+    for own, expected in zip(surface_distances(pred.numpy() > 0, label.numpy() > 0, spacing), distances, strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-9)
+
+    value = value_of(case)
+    assert value == pytest.approx(max(np.percentile(one, 95) for one in distances), rel=1e-5)
+    assert value == pytest.approx(float(compute_hausdorff_distance(*tensors, percentile=95, spacing=spacing)))
+
+    both = np.concatenate(distances)
+    value = value_of(case, metric=AverageSurfaceDistance())
+    assert value == pytest.approx(both.mean(), rel=1e-5)
+    assert value == pytest.approx(float(compute_average_surface_distance(*tensors, symmetric=True, spacing=spacing)))
+
+    value = value_of(case, metric=SurfaceDice(tolerance=1.25))
+    assert 0.1 < value < 0.9
+    assert value == pytest.approx((both <= 1.25).mean(), rel=1e-5)
+    assert value == pytest.approx(float(compute_surface_dice(*tensors, class_thresholds=[1.25], spacing=spacing)))
 
 
-def test_a_perfect_prediction_is_zero() -> None:
-    assert value_of((one_hot(blobs(0)), one_hot(blobs(0)))) == 0.0
+def test_the_average_is_over_the_voxels_of_both_surfaces() -> None:
+    pred, label = points((2, 2, 2), (5, 2, 2)), points((2, 2, 2))
+    value = value_of((one_hot(pred), one_hot(label)), metric=AverageSurfaceDistance())
+    assert value == pytest.approx((0.0 + 3 * 2.0 + 0.0) / 3)
 
 
-def test_a_missed_organ_counts_with_the_diagonal_of_its_image() -> None:
-    label = points((2, 2, 2), size=(8, 6, 4))
-    diagonal = math.hypot(8 * 2.0, 6 * 0.5, 4 * 3.0)
-    assert value_of((one_hot(torch.zeros_like(label)), one_hot(label))) == pytest.approx(diagonal, rel=1e-6)
+@pytest.mark.parametrize("tolerance", [2.9, 3.0, None])
+def test_a_distance_up_to_the_tolerance_is_right(tolerance: float | None) -> None:
+    """SPACING has a largest step of 3 mm, and 2 of the 3 surface voxels are at 0 mm."""
+    pred, label = points((2, 2, 2), (2, 2, 3)), points((2, 2, 2))
+    value = value_of((one_hot(pred), one_hot(label)), metric=SurfaceDice(tolerance))
+    assert value == pytest.approx(2 / 3 if tolerance == 2.9 else 1.0)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("spacing", [(1.1, 1.3, 1.7), SPACING, (0.9765625, 0.9765625, 5.0)])
+def test_a_surface_shifted_by_one_voxel_is_right_though_affines_are_rounded(
+    spacing: tuple[float, ...], axis: int
+) -> None:
+    label = torch.zeros(8, 9, 10, dtype=torch.long)
+    label[2:5, 2:6, 2:7] = 1
+    case = [one_hot(mask, spacing=spacing) for mask in (label.roll(1, axis), label)]
+    for maps in case:
+        maps.affine = maps.affine.float()                          # as a NIfTI file keeps it
+    for tolerance in (None, max(spacing)):
+        assert value_of((case[0], case[1]), metric=SurfaceDice(tolerance)) == 1.0
+    twice = one_hot(label.roll(2, 2), spacing=spacing)             # two voxels along the axis of the largest step
+    assert value_of((twice, case[1]), metric=SurfaceDice()) < 1.0
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.inf, math.nan])
+def test_a_tolerance_that_is_no_distance_is_refused(tolerance: float) -> None:
+    with pytest.raises(ValueError, match="`tolerance` must be 0 mm or more and finite, got .*; None is one voxel"):
+        SurfaceDice(tolerance)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [(HausdorffDistance95, 0.0), (AverageSurfaceDistance, 0.0), (SurfaceDice, 1.0)]
+)
+def test_a_perfect_prediction_has_the_best_value(metric: type[CaseMetric], expected: float) -> None:
+    assert value_of((one_hot(blobs(0)), one_hot(blobs(0))), metric=metric()) == expected
+
+
+@pytest.mark.parametrize("metric", [HausdorffDistance95, AverageSurfaceDistance])
+@pytest.mark.parametrize("size", [(8, 6, 4), (8, 6)])
+def test_a_missed_organ_counts_with_the_diagonal_of_its_image(metric: type[CaseMetric], size: tuple[int, ...]) -> None:
+    label, spacing = points((2,) * len(size), size=size), SPACING[: len(size)]
+    diagonal = math.hypot(*(count * step for count, step in zip(size, spacing, strict=True)))
+    case = one_hot(torch.zeros_like(label), spacing=spacing), one_hot(label, spacing=spacing)
+    assert value_of(case, metric=metric()) == pytest.approx(diagonal, rel=1e-6)
+
+
+def test_a_missed_organ_has_a_surface_dice_of_zero() -> None:
+    assert value_of((one_hot(points()), one_hot(points((2, 2, 2)))), metric=SurfaceDice()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [(HausdorffDistance95(), 6.0), (AverageSurfaceDistance(), 6.0), (SurfaceDice(6.0), 1.0)]
+)
 @pytest.mark.parametrize("pred", [points((1, 1, 1)), points()], ids=["invented", "silent"])
-def test_an_organ_that_the_label_does_not_have_counts_nothing(pred: Tensor) -> None:
+def test_an_organ_that_the_label_does_not_have_counts_nothing(
+    pred: Tensor, metric: CaseMetric, expected: float
+) -> None:
+    metric.reset()
     seen = one_hot(points((5, 2, 2))), one_hot(points((2, 2, 2)))
-    assert value_of(seen, (one_hot(pred), one_hot(points()))) == pytest.approx(6.0)
+    assert value_of(seen, (one_hot(pred), one_hot(points())), metric=metric) == pytest.approx(expected)
 
 
 def test_classes_are_measured_apart_and_the_background_is_not() -> None:

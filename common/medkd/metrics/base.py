@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the metrics of a case have in common: a value per class, native spacing, and measuring once for several."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.exceptions import NotComputableError
+from monai.handlers.ignite_metric import IgniteMetricHandler
+from monai.metrics.metric import CumulativeIterationMetric
+from monai.metrics.utils import do_metric_reduction
+from monai.utils.type_conversion import convert_to_numpy
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["CaseMetric", "Mask", "bounding_box", "spacing_of"]
+
+Mask = NDArray[np.bool_]
+
+
+class CaseMetric(IgniteMetricHandler):
+    """A value per case and class, and the mean over classes, then cases; the background is left out.
+
+    A subclass gives `measure`, which is costly and does not depend on arguments, and `score`, which makes the value of
+    it. Metrics on one engine whose `measure` is the same function measure each case once between them. NaN is no
+    value: it counts nothing in the mean.
+
+    Args:
+        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), 2-D or 3-D, from the
+            engine's output. The spacing comes from the affine of each label; without one, voxels have 1 mm.
+        save_details: keep the values per case and class for `MetricsSaver`.
+    """
+
+    def __init__(self, output_transform: Callable[[Any], Any] = lambda x: x, save_details: bool = True) -> None:
+        super().__init__(metric_fn=_Mean(), output_transform=output_transform, save_details=save_details)
+
+    @staticmethod
+    @abstractmethod
+    def measure(pred: Mask, label: Mask, spacing: Sequence[float]) -> Any:
+        """Measure one class of a case; masks of shape (*S), spacing in mm."""
+
+    @abstractmethod
+    def score(self, measured: Any, spacing: Sequence[float]) -> float:
+        """Make the value of a class from what `measure` gave."""
+
+    def attach(self, engine: Engine, name: str) -> None:   # type: ignore[override]
+        """Put the mean under `name` in `engine.state.metrics`, the values in `engine.state.metric_details`."""
+        super().attach(engine, name)
+        engine.add_event_handler(Events.ITERATION_STARTED, _forget)
+
+    def update(self, output: Sequence[Any]) -> None:
+        """Add cases; `output` is `(pred, label)`, each a list or a batch.
+
+        Raises:
+            ValueError: prediction and label are not one-hot of one shape.
+        """
+        for pred, label in zip(*output, strict=True):
+            if pred.shape != label.shape or label.dim() not in (3, 4) or len(label) < 2:
+                raise ValueError(
+                    f"`pred` and `label` must be one-hot of one shape (K, *S), got {tuple(pred.shape)} and "
+                    f"{tuple(label.shape)}; put `AsDiscreted` with `to_onehot` into the postprocessing."
+                )
+            spacing = spacing_of(label)
+            values = [self.score(measured, spacing) for measured in self._measure_classes(pred, label, spacing)]
+            self.metric_fn.append(torch.tensor(values, device=pred.device))   # (K - 1,)
+
+    def _measure_classes(self, pred: Tensor, label: Tensor, spacing: Sequence[float]) -> list[Any]:
+        """What `measure` gives for each class, taken from `engine.state.measured` if another metric was here before."""
+        state = self._engine.state if self._engine is not None else None
+        known: dict[Any, tuple[list[Any], Tensor, Tensor]] = getattr(state, "measured", {})
+        key = self.measure, pred.data_ptr(), label.data_ptr(), label.shape
+        if key not in known:
+            masks = [convert_to_numpy(maps[1:] > 0.5) for maps in (pred, label)]   # (K - 1, *S) each
+            measured = [self.measure(one_pred, one_label, spacing) for one_pred, one_label in zip(*masks, strict=True)]
+            known[key] = measured, pred, label   # while both are kept, no other tensor has their addresses
+        return known[key][0]
+
+
+def _forget(engine: Engine) -> None:
+    """Measure anew in each iteration: its tensors may be the last one's memory, filled with another case."""
+    engine.state.measured = {}   # type: ignore[attr-defined]
+
+
+class _Mean(CumulativeIterationMetric):
+    """The buffer of values, gathered from all ranks."""
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("`CaseMetric` computes; this adds up.")
+
+    def aggregate(self) -> Tensor:
+        values = self.get_buffer()   # type: ignore[no-untyped-call]
+        if values is None:
+            raise NotComputableError("The metric must be updated with a case before its mean is taken, got none.")
+        mean: Tensor = do_metric_reduction(values, "mean")[0]
+        return mean
+
+
+def spacing_of(label: Tensor) -> tuple[float, ...]:
+    """Voxel size of a case in mm, one per spatial axis; 1 for a tensor without metadata.
+
+    Args:
+        label: shape (K, *S).
+
+    Example:
+        >>> from monai.data.meta_tensor import MetaTensor
+        >>> spacing_of(MetaTensor(torch.zeros(2, 5, 5), affine=torch.diag(torch.tensor([0.5, 3.0, 1.0, 1.0]))))
+        (0.5, 3.0)
+        >>> spacing_of(torch.zeros(2, 5, 5, 5))
+        (1.0, 1.0, 1.0)
+    """
+    axes = label.dim() - 1
+    return tuple(float(step) for step in getattr(label, "pixdim", torch.ones(axes))[:axes])
+
+
+def bounding_box(mask: Mask) -> tuple[slice, ...]:
+    """Smallest box that holds all of a mask; an empty one of an empty mask.
+
+    Example:
+        >>> bounding_box(np.array([[False, True, True], [False, False, False]]))
+        (slice(0, 1, None), slice(1, 3, None))
+    """
+    box = []
+    for axis in range(mask.ndim):
+        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0))
+    return tuple(box)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of a prediction where the label has nothing: how many, and how large."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from medkd.metrics.base import CaseMetric, Mask, bounding_box
+
+__all__ = ["WrongComponents", "WrongVolume", "wrong_component_sizes"]
+
+Sizes = NDArray[np.int64]
+
+
+def wrong_component_sizes(pred: Mask, label: Mask, spacing: Sequence[float] = ()) -> Sizes:
+    """Find the connected components of the prediction that share no voxel with the label.
+
+    Voxels that meet in a face, an edge or a corner are connected (26 neighbors in 3-D, 8 in 2-D).
+
+    Args:
+        pred: one class of the prediction, shape (*S).
+        label: the same of the label.
+        spacing: not needed, as sizes are in voxels.
+
+    Returns:
+        Number of voxels of each such component, shape (N,).
+
+    Example:
+        >>> pred = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0]], dtype=bool)
+        >>> label = np.array([[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=bool)
+        >>> wrong_component_sizes(pred, label).tolist()
+        [2, 1]
+    """
+    box = bounding_box(pred)
+    components, _ = ndimage.label(pred[box], structure=np.ones((3,) * pred.ndim))   # (*S) of the box, 0 is outside
+    sizes: Sizes = np.bincount(components.ravel(), minlength=1)
+    sizes[components[label[box]]] = 0
+    return sizes[1:][sizes[1:] > 0]
+
+
+class WrongComponents(CaseMetric):
+    """Number of predicted pieces per class that touch no voxel of that class in the label; the background is left out.
+
+    A piece is a connected component (26 neighbors in 3-D, 8 in 2-D), and touching is sharing a voxel. Such pieces are
+    what Dice hardly sees: an island far from its organ, or an organ that is not in the image. So every case has a
+    value: 0 for an organ that was missed, since this counts what was invented only (Dice and `HausdorffDistance95`
+    tell what was missed), and all pieces of an organ that the label does not have.
+
+    Args:
+        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
+            output.
+        save_details: keep the values per case and class for `MetricsSaver`.
+
+    Example:
+        >>> import torch
+        >>> from monai.data.meta_tensor import MetaTensor
+        >>> label, pred = torch.zeros(2, 6, 6)
+        >>> label[0, 0] = pred[0, :2] = pred[3, 3] = pred[5, 0] = 1    # the first piece touches the label
+        >>> affine = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0]))    # pixels of 10 mm^2
+        >>> pair = [[MetaTensor(torch.stack((1 - mask, mask)), affine=affine)] for mask in (pred, label)]
+        >>> metric = WrongComponents(save_details=False)
+        >>> metric.update(pair)
+        >>> round(metric.compute(), 6)
+        2.0
+    """
+
+    measure = staticmethod(wrong_component_sizes)
+
+    def score(self, measured: Sizes, spacing: Sequence[float]) -> float:
+        return float(len(measured))
+
+
+class WrongVolume(CaseMetric):
+    """Size per class of what `WrongComponents` counts, in ml (3-D) or cm^2 (2-D); the background is left out.
+
+    The sum over the pieces. The voxel size comes from the affine of each case's label; without one, or when an image
+    has no physical size, such as a PNG, voxels have 1 mm, and 1000 voxels (100 in 2-D) are 1.
+
+    Args:
+        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
+            output.
+        save_details: keep the values per case and class for `MetricsSaver`.
+
+    Example:
+        >>> import torch
+        >>> from monai.data.meta_tensor import MetaTensor
+        >>> label, pred = torch.zeros(2, 6, 6)
+        >>> label[0, 0] = pred[0, :2] = pred[3, 3] = pred[5, 0] = 1    # the first piece touches the label
+        >>> affine = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0]))    # pixels of 10 mm^2
+        >>> pair = [[MetaTensor(torch.stack((1 - mask, mask)), affine=affine)] for mask in (pred, label)]
+        >>> metric = WrongVolume(save_details=False)
+        >>> metric.update(pair)
+        >>> round(metric.compute(), 6)
+        0.2
+    """
+
+    measure = staticmethod(wrong_component_sizes)
+
+    def score(self, measured: Sizes, spacing: Sequence[float]) -> float:
+        return int(measured.sum()) * math.prod(step / 10 for step in spacing)   # mm to cm
