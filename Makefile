@@ -6,11 +6,21 @@
 #   GPU          1: use the CUDA device and run its tests too. Empty: everything runs on the CPU, alike on all machines.
 #   TORCH_INDEX  URL of another wheel index for torch alone, such as that of its CPU build (half a gigabyte instead of
 #                several; pytorch.org, "Get Started", shows the URL). Empty: pip's own. Read when .venv is made.
+#   BUNDLE       name of a folder of bundles/, for pack, standalone and results. Empty: all of them (not for results).
+#   DATA         folder with the data of `make results`: datalist.json, or images/, labels/ and splits.json
+#   WORKERS      trainings that `make results` runs at once, sharing the cores
+#   SEARCH       1: `make results` tries the recipe's other configurations, on validation only
+#   TEACHER      1: pack the teacher's weights too
 #   PYTEST_ARGS  passed on to pytest, such as PYTEST_ARGS="-k affinity" or PYTEST_ARGS="-m slow"
 #   CONSTRAINTS  file of exact versions. CONSTRAINTS= takes the newest that setup.cfg allows. Read when .venv is made.
 PYTHON      ?= $(call find_python)
 GPU         ?=
 TORCH_INDEX ?=
+BUNDLE      ?=
+TEACHER     ?=
+DATA        ?=
+WORKERS     ?= 1
+SEARCH      ?=
 PYTEST_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 
@@ -20,16 +30,17 @@ BEGUN  := $(VENV)/.unfinished
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 ON_CPU := $(if $(GPU),,CUDA_VISIBLE_DEVICES=)
+CHOSEN := $(if $(BUNDLE),--bundle $(BUNDLE))
 
 find_python = $(shell for name in python3.11 python3 python3.12 python3.13; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
 	&& echo $$name && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench smoke venv clean
+.PHONY: help demo test check bench smoke results pack standalone venv clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables, such as GPU=1 and TORCH_INDEX=URL, are explained at the top of the Makefile."
 
 demo: $(READY)  ## phantom data, teacher, student alone, distilled student, and a report with pictures
@@ -48,12 +59,22 @@ check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config 
 	$(RUN) ci/lint_configs.py
 	$(RUN) -m pytest -q tests/test_layering.py
 
+results: $(READY)  ## train and compare all arms of BUNDLE on DATA: results/BUNDLE.json, figure, README tables; hours
+	@[ -n "$(BUNDLE)" ] && [ -n "$(DATA)" ] || { echo "make results needs BUNDLE=name and DATA=folder"; exit 1; }
+	$(ON_CPU) $(RUN) results/run.py $(BUNDLE) $(DATA) --workers $(WORKERS) $(if $(SEARCH),--search)
+
 bench: $(READY)  ## speed and memory against peers, written to bench/*.json
 	$(ON_CPU) $(RUN) bench/run.py
 
 smoke: $(READY)  ## every bundle in seconds: phantom data, teacher, distillation, inference, on a copy
 	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
 	for bundle in bundles/*/; do $(smoke_one); done
+
+pack: $(READY)  ## bundles as zips in dist/ that need no medkd; BUNDLE names one, TEACHER=1 adds the teacher
+	$(RUN) ci/pack_bundle.py $(CHOSEN) $(if $(TEACHER),--teacher)
+
+standalone: $(READY)  ## packed bundles in a new environment, without this repository: train, evaluate, infer, export
+	$(ON_CPU) $(RUN) ci/standalone.py $(CHOSEN) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 venv: $(READY)
 

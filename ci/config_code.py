@@ -11,6 +11,8 @@ from typing import Any
 
 STUDENT_PACKAGES = frozenset({"monai", "torch", "scripts"})
 PACKAGES = STUDENT_PACKAGES | {"ignite", "medkd"}
+# MONAI runs all imports of a config before `initialize`, which puts the bundle and its copy of medkd on the path
+LATE_PACKAGES = frozenset({"medkd", "scripts"})
 # of these modules, with all that is below
 LIBRARY = (
     "functools.partial operator.itemgetter itertools math os.path os.environ.get sys.argv sys.path".split()
@@ -74,7 +76,17 @@ def check_import(text: str, packages: frozenset[str]) -> tuple[dict[str, str], s
     name = alias.asname or (path.split(".")[0] if plain else alias.name)
     names = {name: path if alias.asname or not plain else name}
     whole_library = plain and path in {known.split(".")[0] for known in LIBRARY}
-    return names, None if whole_library else check_name(path, packages)
+    return names, None if whole_library else check_name(path, packages) or _check_early(path, name)
+
+
+def _check_early(path: str, name: str) -> str | None:
+    if path.split(".")[0] not in LATE_PACKAGES:
+        return None
+    component = f'"{name}": {{"_target_": "{path}", "_mode_": "callable"}}'
+    return (
+        f"must not import {path}: imports run before `initialize` puts the bundle on the path, so that a packed "
+        f"bundle finds nothing; give the key {component} and write @{name}."
+    )
 
 
 class Expression(ast.NodeVisitor):

@@ -6,6 +6,7 @@
 
 Each message names the file, the key, what is wrong and the way out. The rules:
   * a config is code, so `_target_`, `$` expressions and `$import` lines name only what ci/config_code.py lists;
+  * an import names no medkd and no `scripts`: it runs before `initialize` puts them on the path;
   * an expression has at most 100 characters and no lambda, walrus, or private attribute;
   * inference*.json name MONAI, torch and `scripts` only;
   * no %file.json::key, %network, @_meta_ or absolute path;

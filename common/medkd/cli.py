@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from difflib import get_close_matches
+from hashlib import file_digest
 from typing import Any
 
 import fire
@@ -137,7 +138,24 @@ def check_data(datalist: str, *, num_classes: int | None = None, allow_shared: b
     print(f"Next, in the folder of a bundle: {run} --dataset_dir {folder}")
 
 
-COMMANDS: dict[str, Any] = {"phantom": {"ct": phantom_ct}, "datalist": datalist, "check-data": check_data}
+def verify(path: str) -> None:
+    """Check that a packed bundle is whole and unchanged: no file changed, missing or added since `make pack`.
+
+    Args:
+        path: the zip, or the folder unpacked from it, as long as nothing ran in it.
+    """
+    from medkd.verify import verify as check
+
+    number = check(path)
+    print(f"OK: {number} files of {path} are as they were packed.")
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            print(f"SHA-256 of the zip, to compare with its author's: {file_digest(file, 'sha256').hexdigest()}")
+
+
+COMMANDS: dict[str, Any] = {
+    "phantom": {"ct": phantom_ct}, "datalist": datalist, "check-data": check_data, "verify": verify,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

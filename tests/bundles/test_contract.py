@@ -61,13 +61,40 @@ def test_the_committed_student_fits_its_definition_and_holds_tensors_only(bundle
     assert (bundle / "models/model.pt").stat().st_size < 5e6
 
 
+def overridden(bundle: Path, *names: str) -> dict[str, Any]:
+    """train.json with the flat keys of overrides set."""
+    merged = config(bundle, "train")
+    for name in names:
+        for key, value in config(bundle, name).items():
+            *parents, last = key.split("#")
+            node: Any = merged
+            for part in parents:
+                node = node[int(part) if isinstance(node, list) else part]
+            node[int(last) if isinstance(node, list) else last] = value
+    return merged
+
+
+def presets(bundle: Path) -> list[str]:
+    """Overrides that have an inference config of their own, such as 2d."""
+    return sorted(path.stem.removeprefix("inference_") for path in (bundle / "configs").glob("inference_*.json"))
+
+
 def test_student_is_the_same_in_training_and_inference(bundle: Path) -> None:
-    train, inference = config(bundle, "train"), config(bundle, "inference")
-    for definition in (train["network_def"], inference["network_def"]):
-        definition.pop("output", None)
-    assert train["network_def"] == inference["network_def"]
+    pairs = [(overridden(bundle), "inference")]
+    pairs += [(overridden(bundle, name), f"inference_{name}") for name in presets(bundle)]
     shared = ("spacing", "intensity_range", "patch_size", "out_channels")
-    assert {key: train.get(key) for key in shared} == {key: inference.get(key) for key in shared}
+    for train, name in pairs:
+        inference = config(bundle, name)
+        for definition in (train["network_def"], inference["network_def"]):
+            definition.pop("output", None)
+        assert train["network_def"] == inference["network_def"], name
+        assert {key: train.get(key) for key in shared} == {key: inference.get(key) for key in shared}, name
+
+
+def test_inference_of_a_preset_takes_the_weights_that_its_training_writes(bundle: Path) -> None:
+    for name in presets(bundle):
+        written = config(bundle, name)["ckpt_dir"].rstrip("'") + "/model.pt'"
+        assert config(bundle, f"inference_{name}")["ckpt_path"] == written
 
 
 def test_metadata_agrees_with_the_network(bundle: Path) -> None:
@@ -131,16 +158,32 @@ def _is_ignored(path: Path) -> bool:
 def test_bundle_trains_evaluates_and_infers_in_a_process_of_its_own(
     bundle_path: Path, tmp_path: Path, repository: Path
 ) -> None:
-    checks = repository / "tests/bundles/one_bundle.py"
-    environment = os.environ | {"MEDKD_BUNDLE": str(bundle_path), "PYTHONPATH": str(repository / "common")}
+    run_in_a_process_of_its_own([repository / "tests/bundles/one_bundle.py"], bundle_path, tmp_path, repository)
+
+
+OWN_CHECKS = {folder: sorted((Path(__file__).parent / folder.name).glob("*.py")) for folder in BUNDLES}
+
+
+@pytest.mark.parametrize(
+    "bundle_path", [folder for folder, files in OWN_CHECKS.items() if files], ids=lambda folder: folder.name
+)
+def test_what_only_this_bundle_has_works_in_a_process_of_its_own(
+    bundle_path: Path, tmp_path: Path, repository: Path
+) -> None:
+    run_in_a_process_of_its_own(OWN_CHECKS[bundle_path], bundle_path, tmp_path, repository)
+
+
+def run_in_a_process_of_its_own(checks: list[Path], bundle: Path, folder: Path, repository: Path) -> None:
+    """Run test files about one bundle: two bundles in one process would share the name `scripts`."""
+    environment = os.environ | {"MEDKD_BUNDLE": str(bundle), "PYTHONPATH": str(repository / "common")}
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(repository),
         "-c", str(repository / "pyproject.toml"), "-o", "python_files=one_bundle.py",
         "-o", "addopts=--import-mode=importlib",
-        "--basetemp", str(tmp_path / "work"), "--durations=5", str(checks),
+        "--basetemp", str(folder / "work"), "--durations=5", *map(str, checks),
     ]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=280
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=280
     )
     print(result.stdout[-3000:])
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

@@ -14,14 +14,14 @@ TRAIN: dict[str, Any] = {
         "$import os",
         "$import sys",
         "$import torch.distributed as dist",
-        "$from medkd.data import x",
     ],
+    "x": {"_target_": "medkd.data.x", "_mode_": "callable"},
     "bundle_root": ".",
     "dataset_dir": "$@bundle_root + '/data'",
     "datalist": "$os.path.join(@dataset_dir, 'datalist.json')",
     "rank": "$int(os.environ.get('RANK', 0))",
     "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
-    "files": "$[{'image': x(item)} for item in @datalist]",
+    "files": "$[{'image': @x(item)} for item in @datalist]",
     "network_def": {"_target_": "UNet", "channels": [4, 8]},
     "network": "$@network_def.to(@device)",
     "loss": {"_target_": "medkd.losses.graph_relation.GraphRelationLoss"},
@@ -34,7 +34,7 @@ TRAIN: dict[str, Any] = {
     "run": ["$@train#trainer.run()"],
 }
 INFERENCE: dict[str, Any] = {
-    "imports": ["$from scripts.networks import Student"],
+    "imports": ["$import torch"],
     "network_def": {"_target_": "scripts.networks.Student"},
     "amp": "$torch.cuda.is_available()",
     "inferer": {"_target_": "monai.inferers.SlidingWindowInferer", "overlap": 0.25},
@@ -115,7 +115,7 @@ def test_a_call_that_runs_or_fetches_what_is_not_in_the_bundle_is_refused(
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("lambda x: x", "a lambda"),
+        ("lambda: 1", "a lambda"),
         ("(y := 1)", "a walrus"),
         ("@network.__class__", "private attribute '__class__'"),
         ("''.__class__", "private attribute '__class__'"),
@@ -157,6 +157,19 @@ def test_an_import_outside_the_allow_list_is_refused(bundle: Path, line: str, me
     assert problems
     assert all(f"train.json: imports#{len(lines) - 1}: " in problem for problem in problems)
     assert any(message in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("line", "way_out"),
+    [
+        ("$from medkd.data import x", '"x": {"_target_": "medkd.data.x", "_mode_": "callable"} and write @x.'),
+        ("$from scripts.nets import Net as S", '"S": {"_target_": "scripts.nets.Net", "_mode_": "callable"} and'),
+    ],
+)
+def test_an_import_that_would_run_before_the_bundle_is_on_the_path_is_refused(
+    bundle: Path, line: str, way_out: str
+) -> None:
+    refuses(bundle, "train", TRAIN | {"imports": [*TRAIN["imports"], line]}, "imports#3", way_out)
 
 
 def test_an_alias_does_not_hide_a_module(bundle: Path) -> None:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -95,6 +96,13 @@ class _Volume:
         return "".join(code or "?" for code in nib.aff2axcodes(self.affine))   # type: ignore[no-untyped-call]
 
 
+class _Rules(NamedTuple):
+    """What every file is held to; None does not bound."""
+
+    num_classes: int | None
+    spatial_dims: int | None
+
+
 @dataclass
 class _Inspected:
     """One case: its problems, and its files as far as they could be read."""
@@ -104,7 +112,7 @@ class _Inspected:
     label: _Volume | None = None
 
 
-def check_data(
+def check_data(   # noqa: PLR0913 - options of a config, each with a default
     training: Sequence[Case],
     validation: Sequence[Case],
     num_classes: int | None = None,
@@ -113,6 +121,7 @@ def check_data(
     label_key: str = "label",
     allow_shared: bool = False,
     unlabeled: Sequence[Case] = (),
+    spatial_dims: int | None = None,
 ) -> DataReport:
     """Check that all files can be read and fit together; read each once, a volume per thread in memory.
 
@@ -122,12 +131,13 @@ def check_data(
     Args:
         training: items with the path of an image and of its label; other keys are ignored.
         validation: the same.
-        num_classes: number of label values, background included; None does not bound them.
+        num_classes: number of label values, background included; None does not bound them, as instances need it.
         test: the same; the label may be missing.
         image_key: key of the image in an item.
         label_key: key of the label in an item.
         allow_shared: only log that an image is in two lists; for tests on a single case.
         unlabeled: items of which only the image is read.
+        spatial_dims: 2 for pictures and single slices, 3 for volumes; None takes both.
 
     Returns:
         Numbers of cases and voxels, and ranges of spacing, shape and intensity.
@@ -144,7 +154,7 @@ def check_data(
         logger.warning("Allowed for a test, its scores mean nothing: %s", shared.partition(";")[0])
     elif shared:
         problems.append(shared)
-    cases = _inspect_all(lists, image_key, label_key, num_classes)
+    cases = _inspect_all(lists, image_key, label_key, _Rules(num_classes, spatial_dims))
     every = [case for group in cases.values() for case in group]
     problems += dict.fromkeys(problem for case in every for problem in case.problems)
     labels = [case.label for case in cases["training"] if case.label]
@@ -194,7 +204,7 @@ def _is_path(value: object) -> bool:
 
 
 def _inspect_all(
-    lists: Mapping[str, Sequence[Case]], image_key: str, label_key: str, num_classes: int | None
+    lists: Mapping[str, Sequence[Case]], image_key: str, label_key: str, rules: _Rules
 ) -> dict[str, list[_Inspected]]:
     """Inspect each pair of files once, even if several lists name it."""
     places = {(name, number): item for name, items in lists.items() for number, item in enumerate(items)}
@@ -203,7 +213,7 @@ def _inspect_all(
 
     def run(job: tuple[tuple[str, int], tuple[Any, Any]]) -> _Inspected:
         (name, number), (image, label) = job
-        return _inspect(image, label, f"{name}[{number}]", name in _LABELED, num_classes)
+        return _inspect(image, label, f"{name}[{number}]", name in _LABELED, rules)
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         running = pool.map(run, jobs.values())
@@ -215,7 +225,7 @@ def _inspect_all(
     }
 
 
-def _inspect(image: object, label: object, where: str, labeled: bool, num_classes: int | None) -> _Inspected:
+def _inspect(image: object, label: object, where: str, labeled: bool, rules: _Rules) -> _Inspected:
     case = _Inspected()
     for key, value in (("image", image), ("label", label)):
         if value is None and key == "label" and not labeled:
@@ -226,25 +236,26 @@ def _inspect(image: object, label: object, where: str, labeled: bool, num_classe
         elif not os.path.exists(str(value)):
             case.problems.append(f"{value} is the {key} of {where}, but there is no such file; correct it.")
         else:
-            _read_into(case, key, str(value), num_classes)
+            _read_into(case, key, str(value), rules)
     if case.image and case.label:
         case.problems += _misfits(case.image, case.label)
     return case
 
 
-def _read_into(case: _Inspected, key: str, path: str, num_classes: int | None) -> None:
+def _read_into(case: _Inspected, key: str, path: str, rules: _Rules) -> None:
     try:
         data, volume = _read(path)
     except Exception as error:   # a broken file makes readers raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         case.problems.append(f"{path} must be a readable {key}, got {reason!r}; if cut, copy it again.")
         return
+    case.problems += _rank_problems(volume, rules.spatial_dims)
     if key == "image":
         case.image = volume
         case.problems += _image_problems(data, volume)
     else:
         case.label = volume
-        case.problems += _label_problems(data, volume, num_classes)
+        case.problems += _label_problems(data, volume, rules.num_classes)
 
 
 def _read(path: str) -> tuple[NDArray[Any], _Volume]:
@@ -262,6 +273,15 @@ def _read(path: str) -> tuple[NDArray[Any], _Volume]:
     return tensor.numpy(), _Volume(path, tuple(tensor.shape[1:]), affine)
 
 
+def _rank_problems(volume: _Volume, spatial_dims: int | None) -> list[str]:
+    if spatial_dims is None or len(volume.shape) == spatial_dims:
+        return []
+    way_out = "take the config for volumes" if spatial_dims == 2 else "take the config for slices, 2d.json"
+    if volume.shape[2:] == (1,):
+        way_out = "save it without the axis of one voxel"
+    return [f"{volume.path} must have {spatial_dims} spatial axes, got {volume.shape}; {way_out}."]
+
+
 def _image_problems(data: NDArray[Any], volume: _Volume) -> list[str]:
     volume.low, volume.high = float(data.min()), float(data.max())
     if not np.isfinite([volume.low, volume.high]).all():
@@ -273,6 +293,12 @@ def _image_problems(data: NDArray[Any], volume: _Volume) -> list[str]:
 
 
 def _label_problems(data: NDArray[Any], volume: _Volume, num_classes: int | None) -> list[str]:
+    channels = data.size // max(1, math.prod(volume.shape))
+    if channels > 1:
+        return [
+            f"{volume.path} must have one channel of class numbers, got {channels}; "
+            "save a label in color as gray, with the number of the class as value."
+        ]
     for slab in np.array_split(data, max(1, data.size // 2**24), axis=-1):   # np.unique sorts a copy
         for value, count in zip(*np.unique(slab, return_counts=True), strict=True):
             volume.counts[float(value)] = volume.counts.get(float(value), 0) + int(count)

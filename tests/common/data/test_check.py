@@ -105,6 +105,18 @@ def test_pictures_are_read_too(tmp_path: Path) -> None:
     assert sum(report.voxels["training"].values()) == 54
 
 
+def test_instances_are_not_bounded_by_classes(make: Make) -> None:
+    label = np.zeros(SHAPE, np.uint32)
+    label[1:] = 70_000 + np.arange(7, dtype=np.uint32)[:, None, None]
+    report = check_data([make("a", label=label)], [make("b", label=label)], num_classes=None)
+    assert set(report.voxels["training"]) == {0, *range(70_000, 70_007)}
+
+
+@pytest.mark.parametrize("spatial_dims", [None, 3])
+def test_volumes_pass_where_volumes_are_expected(make: Make, spatial_dims: int | None) -> None:
+    assert check_data([make("a")], [make("b")], spatial_dims=spatial_dims).cases["training"] == 1
+
+
 # what is wrong with a case
 
 
@@ -218,6 +230,43 @@ def test_missing_label_is_refused_by_the_name_of_the_case(make: Make, place: str
 def test_image_that_is_no_path_is_refused(make: Make, value: object) -> None:
     with pytest.raises(DataError, match=r"training\[0\] must have the path of its image, got"):
         check_data([make("a") | {"image": value}], [make("b")])
+
+
+def pictures(folder: Path, label: np.ndarray) -> list[dict[str, Any]]:
+    items = []
+    for number in range(2):
+        item = {key: str(folder / f"{key}{number}.png") for key in ("image", "label")}
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (9, 6), dtype=np.uint8)).save(item["image"])
+        Image.fromarray(label).save(item["label"])
+        items.append(item)
+    return items
+
+
+def test_label_in_color_is_refused(tmp_path: Path) -> None:
+    items = pictures(tmp_path, np.ones((9, 6, 3), np.uint8))
+    with pytest.raises(DataError, match=r"label0.png must have one channel of class numbers, got 3; save .* as gray"):
+        check_data(items[:1], items[1:])
+
+
+def test_label_of_several_volumes_is_refused(make: Make) -> None:
+    two = np.ones((*SHAPE, 2), np.uint8)
+    refused(make, "bad_label.nii.gz must have one channel of class numbers, got 2", label=two)
+
+
+def test_pictures_are_refused_where_volumes_are_expected(tmp_path: Path) -> None:
+    items = pictures(tmp_path, np.ones((9, 6), np.uint8))
+    check_data(items[:1], items[1:], spatial_dims=2)
+    with pytest.raises(DataError, match=r"image0.png must have 3 spatial axes, got \(6, 9\); take .*2d.json"):
+        check_data(items[:1], items[1:], spatial_dims=3)
+
+
+def test_volumes_are_refused_where_slices_are_expected(make: Make) -> None:
+    with pytest.raises(DataError, match=r"a_image.nii.gz must have 2 spatial axes, got \(8, 7, 6\); take the config"):
+        check_data([make("a")], [make("b")], spatial_dims=2)
+    one = {"image": noise(0)[..., :1], "label": marked(1)[..., :1]}
+    message = r"c_image.nii.gz must have 2 spatial axes, got \(8, 7, 1\); save it without the axis of one voxel"
+    with pytest.raises(DataError, match=message):
+        check_data([make("c", **one)], [make("d", **one)], spatial_dims=2)
 
 
 # what is wrong with the lists

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher's boundary head, trained on top of the frozen teacher (preset `paper`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medkd.handlers.teacher import Teacher
+from medkd.losses.boundary_head import BoundaryHead
+from medkd.losses.boundary_relation import boundary_grid
+from medkd.taps import FeatureTaps
+
+__all__ = ["TeacherBoundary"]
+
+
+class TeacherBoundary(BoundaryHead):
+    """A network that is the frozen teacher followed by a boundary head; its weights are the head's alone.
+
+    Args:
+        teacher: loaded here, and from then on frozen.
+        channels: channels of the tapped levels.
+        taps: encoder layers of the teacher, as `boundary_taps` of the loss.
+        boundary_cells: as in the loss.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        channels: Sequence[int],
+        taps: Sequence[str],
+        boundary_cells: int = 131_072,
+        spatial_dims: int = 3,
+    ) -> None:
+        super().__init__(channels, spatial_dims)
+        network = teacher.load()
+        self._hidden: list[tuple[nn.Module, FeatureTaps]] = [(network, FeatureTaps(network, taps, "teacher"))]
+        self.paths = tuple(taps)
+        self.boundary_cells = boundary_cells
+
+    def forward(self, image: Tensor) -> Tensor:   # type: ignore[override]
+        """Boundary map of an image (B, C, *S): on the boundary grid in training, else of shape (B, 1, *S)."""
+        network, taps = self._hidden[0]
+        network.to(image.device).eval()
+        taps.open()
+        with torch.no_grad():
+            network(image)
+        outputs = taps.close()
+        levels = [outputs[path].float() for path in self.paths]
+        boundary = super().forward(levels, boundary_grid(levels, self.boundary_cells))
+        if self.training:
+            return boundary
+        mode = "bilinear" if image.dim() == 4 else "trilinear"
+        return F.interpolate(boundary, size=image.shape[2:], mode=mode, align_corners=False)

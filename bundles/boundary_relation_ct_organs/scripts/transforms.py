@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms of the 2-D and the EM preset; inference uses them too, so they need torch and monai only."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, SaveImage, SaveImaged
+from monai.utils import convert_to_dst_type
+from torch import Tensor
+
+__all__ = ["GrayFromColord", "MembraneFromInstancesd", "SaveLikeImaged", "membranes"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+_EXACT = 2**24   # float32 holds whole numbers up to here
+
+
+def membranes(instances: Tensor, axes: Sequence[int] | None = None, grow: int = 0) -> Tensor:
+    """Mark the membranes between instances: the voxels on both sides where two touch, and lines of 0 between them.
+
+    A voxel is a membrane if it has a face neighbor that belongs to an instance, and to another one than the voxel:
+
+    * where instances touch, the membrane is 2 voxels thick, one on each side;
+    * a line of 0 between instances is the membrane, 1 or 2 voxels thick as it is drawn;
+    * of a larger region of 0 (background, or not labeled) only the rim is, 1 voxel thick.
+
+    There is no neighbor beyond the edge of the volume.
+
+    Args:
+        instances: ids, 0 for none. Shape (C, *S), any integer type, or floats below 2^24, where they are exact.
+        axes: spatial axes, from 0 on, along which neighbors are compared; None for all. `[0, 1]` is for sections along
+            the last axis whose ids do not link from one to the next.
+        grow: voxels that are added on each side of a membrane, along the same axes; at least 0.
+
+    Returns:
+        1 for membrane, else 0. Shape of `instances`, uint8.
+
+    Raises:
+        ValueError: no such axis, a negative `grow`, or floats too large to tell ids apart.
+
+    Example:
+        >>> membranes(torch.tensor([[3, 3, 3, 7, 7, 0, 8, 8]])).tolist()
+        [[0, 0, 1, 1, 0, 1, 0, 0]]
+    """
+    chosen = _check_axes(axes, instances.dim() - 1)
+    if grow < 0:
+        raise ValueError(f"`grow` must be a number of voxels of at least 0, got {grow}.")
+    if instances.is_floating_point() and instances.numel() and float(instances.max()) >= _EXACT:
+        raise ValueError(
+            f"`instances` must have ids below {_EXACT:,} as {instances.dtype}, got {float(instances.max()):.0f}, where "
+            "floats no longer tell neighbors apart; number the instances anew from 1 on, or load them as integers."
+        )
+    mask = torch.zeros(instances.shape, dtype=torch.bool, device=instances.device)
+    for axis in chosen:
+        first, second = _neighbors(instances, axis)
+        differ = first != second
+        for side, other in zip(_neighbors(mask, axis), (second, first), strict=True):
+            side |= differ & (other != 0)                          # a view: this writes into `mask`
+    for _ in range(grow):
+        before = mask.clone()
+        for axis in chosen:
+            for side, other in zip(_neighbors(mask, axis), reversed(_neighbors(before, axis)), strict=True):
+                side |= other
+    return mask.to(torch.uint8)
+
+
+def _check_axes(axes: Sequence[int] | None, rank: int) -> list[int]:
+    chosen = list(range(rank)) if axes is None else list(axes)
+    if not chosen or any(axis not in range(rank) for axis in chosen):
+        raise ValueError(f"`axes` must be spatial axes out of {list(range(rank))}, got {axes}.")
+    return chosen
+
+
+def _neighbors(volume: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Views of all voxels but the last, and of all but the first, along a spatial axis."""
+    size = volume.shape[axis + 1]
+    return volume.narrow(axis + 1, 0, size - 1), volume.narrow(axis + 1, 1, size - 1)
+
+
+class MembraneFromInstancesd(MapTransform):
+    """Replace instance labels by membrane (1) and the rest (0); see `membranes`.
+
+    Args:
+        keys: keys of instance labels, shape (1, *S).
+        axes: see `membranes`.
+        grow: see `membranes`.
+        allow_missing_keys: do nothing where a key is absent.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        axes: Sequence[int] | None = None,
+        grow: int = 0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.axes = axes
+        self.grow = grow
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give a copy of `data` with membranes, in the type of the labels and with their metadata."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            mask = membranes(torch.as_tensor(result[key]), self.axes, self.grow)
+            result[key] = convert_to_dst_type(mask, result[key])[0]
+        return result
+
+
+class GrayFromColord(MapTransform):
+    """Turn pictures in color, with or without transparency, to gray: the mean of red, green and blue.
+
+    Args:
+        keys: keys of pictures of shape (C, *S): gray, gray and alpha, red green blue, or these and alpha.
+        allow_missing_keys: do nothing where a key is absent.
+
+    Raises:
+        ValueError: more than four channels.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give a copy of `data` with pictures of shape (1, *S)."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            channels = result[key].shape[0]
+            if channels > 4:
+                raise ValueError(f"`{key}` must be a picture of 1 to 4 channels, got {channels}; save it as gray.")
+            if channels > 1:
+                colors = 1 if channels == 2 else 3                 # what follows is alpha
+                result[key] = result[key][:colors].mean(0, keepdim=True)
+        return result
+
+
+class SaveLikeImaged(SaveImaged):
+    """Save a label map of a picture (PNG, JPEG, BMP) as PNG, and of anything else as NIfTI with its affine.
+
+    Args:
+        keys: keys of label maps with the metadata of their images, shape (1, *S), values 0 to 255.
+        options: of `SaveImaged`, but for `output_ext`.
+    """
+
+    def __init__(self, keys: KeysCollection, **options: Any) -> None:
+        super().__init__(keys, output_ext=".nii.gz", **options)
+        self.picture_saver = SaveImage(output_ext=".png", **options)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write the files; gives a copy of `data`."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            label = result[key]
+            name = str(label.meta["filename_or_obj"]).lower()
+            saver = self.picture_saver if name.endswith(PICTURES) else self.saver
+            saver(label.reshape(1, *map(int, label.meta["spatial_shape"])))   # an axis of one voxel was dropped
+        return result

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of runs: hashes of what decides on a result and of nothing else, so that finished runs stay valid.
+
+A key holds the part of the merged config that the run id reaches through references, the code of `medkd` and `scripts`
+that this part names (without comments and docstrings), the cases by name and size, and the weights that it starts from.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle.config_parser import ConfigParser
+from monai.bundle.utils import merge_kv
+
+__all__ = ["code_hash", "data_hash", "distils", "effective_config", "file_hash", "needed_part", "run_key"]
+
+# places differ between machines, and say nothing about the result; weights come in by their hash
+PLACES = frozenset({
+    "bundle_root", "dataset_dir", "datalist", "ckpt_dir", "output_dir", "teacher_path", "teacher_sha256", "resume",
+})
+ONLY_DISTILLATION = ("distill_loss", "distill_weights", "distill_ramp", "teacher_check", "teacher_input")
+LAYERS = frozenset({"ops", "losses", "handlers", "metrics", "taps", "weights"})
+REFERENCE = re.compile(r"[@%](\w+)")
+MODULE = re.compile(r"\bmedkd(?:\.\w+)+")
+
+
+def effective_config(files: Sequence[Path], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge config files and options, later ones win, as MONAI does at the start of a run."""
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+    for key, value in options.items():
+        merge_kv(parser, key, value)
+    return dict(parser.get())
+
+
+def distils(config: Mapping[str, Any]) -> bool:
+    """Tell whether any distillation weight is above 0; null takes the loss's own."""
+    weights = config.get("distill_weights")
+    return "distill_loss" in config and (not isinstance(weights, Mapping) or any(weights.values()))
+
+
+def needed_part(config: Mapping[str, Any], starts: Iterable[str]) -> dict[str, Any]:
+    """Top-level keys that `starts` refer to, directly or through others, without places.
+
+    Example:
+        >>> needed_part({"run": ["$@a.go()"], "a": {"x": "%b#0"}, "b": [1], "c": 2, "bundle_root": "."}, ["run"])
+        {'run': ['$@a.go()'], 'a': {'x': '%b#0'}, 'b': [1]}
+    """
+    left_out = PLACES if distils(config) else PLACES | set(ONLY_DISTILLATION)
+    found: dict[str, Any] = {}
+    waiting = list(starts)
+    while waiting:
+        key = waiting.pop()
+        if key in config and key not in found and key not in left_out:
+            found[key] = config[key]
+            waiting += REFERENCE.findall(json.dumps(config[key]))
+    return found
+
+
+def code_hash(part: Mapping[str, Any], source: Path) -> str:
+    """Hash of the code that a part of a config names: modules of `medkd` with what they import, and `scripts`.
+
+    Args:
+        part: of a config.
+        source: folder with `package/medkd` and `scripts`.
+    """
+    text = json.dumps(part)
+    files = _closure(source / "package", MODULE.findall(text))
+    if "scripts." in text:
+        scripts = sorted((source / "scripts").rglob("*.py"))
+        files |= set(scripts) | _closure(source / "package", [name for file in scripts for name in _imports(file)])
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(source)} {_meaning(file)}".encode())
+    return digest.hexdigest()
+
+
+def _closure(package: Path, names: Iterable[str]) -> set[Path]:
+    found: set[Path] = set()
+    waiting = list(names)
+    while waiting:
+        parts = waiting.pop().split(".")
+        if len(parts) < 2 or parts[0] != "medkd" or parts[1] not in LAYERS:
+            continue
+        paths = [package.joinpath(*parts[:depth]) for depth in range(2, len(parts) + 1)]
+        for file in [f for path in paths for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()]:
+            if file not in found:
+                found.add(file)
+                waiting += _imports(file)
+    return found
+
+
+def _imports(file: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _meaning(file: Path) -> str:
+    """The syntax tree without docstrings; comments are not in it anyway."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                del body[0]
+    return ast.dump(tree)
+
+
+def data_hash(datalist: Path, lists: Sequence[str]) -> str:
+    """Hash of the cases of some lists: paths as they stand in the file, and sizes of the files."""
+    content = json.loads(datalist.read_text())
+    root = datalist.parent / content.get("data_root", "")
+    cases = [
+        [name, sorted((key, value, (root / value).stat().st_size) for key, value in case.items()
+                      if isinstance(value, str) and (root / value).is_file())]
+        for name in lists for case in content.get(name, [])
+    ]
+    return _hash(cases)
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def run_key(part: Mapping[str, Any], source: Path, *more: Any) -> str:
+    """Key of a run.
+
+    Args:
+        part: what `needed_part` gave.
+        source: folder with `package/medkd` and `scripts`.
+        more: what else decides: hash of the data, hashes of weights.
+    """
+    return _hash([part, code_hash(part, source), more])[:12]
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

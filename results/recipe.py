@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained for a bundle: arms (what is compared) and rows (on which data, how long), read from a JSON file.
+
+`recipes/<bundle>.json` replaces keys of `recipes/default.json`:
+
+    metric             file name of the main metric, as evaluate.json saves it
+    higher_is_better   true or false
+    default            id of the row that stands at the top level of the results
+    distilled_from     arms of which the better one on validation is called `distilled`
+    arms, ablations    name -> arm, below; ablations and the arms with "seeds": 1 run with the first seed only
+    helpers            name -> arm that is trained and never evaluated, such as a head of the teacher
+    rows               id -> row, below; the id is the name of the DATA folder
+
+An arm is train.json with `overrides` (names of configs) and `options` (keys and values). With `candidates` (name ->
+arm) the best one on validation, with the first seed, gets the other seeds. `weights_of` (config key -> arm) names the
+weights it needs; an arm that distils needs {"teacher_path": "teacher"} unless it says otherwise.
+
+A row has `overrides` (right behind train.json), `options`, `epochs` and `val_interval` (each {"teacher": n, "student":
+n}), `seeds`, `preset`, `inference` and `evaluate` (config names), `arms` (what differs from the recipe's arms in this
+row), `patient` (regular expression: cases with the same group are averaged to one), `datalist` (arguments of
+`medkd.data.datalist.make_datalist`), `ship` (copy the student into the bundle), and `search` (name -> arm, see
+`make results SEARCH=1`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TEACHER", "Arm", "Recipe", "Row", "read_recipe"]
+
+TEACHER = "teacher"
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared; see the top of this file."""
+
+    overrides: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int | None = None
+    candidates: Mapping[str, Arm] = field(default_factory=dict)
+    weights_of: Mapping[str, str] | None = None
+
+    def changed(self, more: Arm) -> Arm:
+        """This arm with what `more` brings: its overrides and options come behind."""
+        return Arm(
+            (*self.overrides, *more.overrides),
+            {**self.options, **more.options},
+            more.seeds or self.seeds,
+            {**self.candidates, **more.candidates},
+            more.weights_of if more.weights_of is not None else self.weights_of,
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One data set and schedule; see the top of this file."""
+
+    id: str
+    preset: str = "default"
+    overrides: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: Mapping[str, int] = field(default_factory=dict)
+    val_interval: Mapping[str, int] = field(default_factory=dict)
+    seeds: Sequence[int] = (0, 1, 2)
+    inference: str = "inference.json"
+    evaluate: Sequence[str] = ("evaluate",)
+    arms: Mapping[str, Arm] = field(default_factory=dict)
+    patient: str | None = None
+    datalist: Mapping[str, Any] = field(default_factory=dict)
+    ship: bool = False
+    search: Mapping[str, Arm] = field(default_factory=dict)
+
+    def schedule(self, arm: str) -> dict[str, int]:
+        """Options of the length of a training."""
+        kind = TEACHER if arm == TEACHER else "student"
+        given = {"epochs": self.epochs, "val_interval": self.val_interval}
+        return {name: numbers[kind] for name, numbers in given.items() if kind in numbers}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a bundle; see the top of this file."""
+
+    metric: str
+    higher_is_better: bool
+    default: str | None
+    distilled_from: Sequence[str]
+    arms: Mapping[str, Arm]
+    ablations: Mapping[str, Arm]
+    helpers: Mapping[str, Arm]
+    rows: Mapping[str, Row]
+
+    def row(self, name: str) -> Row:
+        """The row of a DATA folder; one without a row of its own is run as the configs stand."""
+        return self.rows.get(name, Row(name))
+
+    def arms_of(self, row: Row) -> dict[str, Arm]:
+        """All that is trained for a row, the teacher first."""
+        everything = {**self.helpers, **self.arms, **self.ablations}
+        unknown = row.arms.keys() - everything.keys()
+        if unknown:
+            raise ValueError(f"`arms` of row {row.id!r} must be arms of the recipe, got {sorted(unknown)}.")
+        changed = {name: arm.changed(row.arms[name]) if name in row.arms else arm for name, arm in everything.items()}
+        return {TEACHER: changed.pop(TEACHER), **changed}
+
+    def better(self, value: float, other: float) -> bool:
+        """Tell whether `value` of the metric is better than `other`."""
+        return value > other if self.higher_is_better else value < other
+
+
+def read_recipe(bundle: Path, folder: Path = HERE / "recipes") -> Recipe:
+    """Read the recipe of a bundle; without one, the default recipe with the arms whose configs the bundle has.
+
+    Args:
+        bundle: folder of the bundle.
+        folder: where the recipes are.
+
+    Raises:
+        ValueError: an unknown key, or a config that the bundle does not have.
+    """
+    content = json.loads((folder / "default.json").read_text())
+    own = folder / f"{bundle.name}.json"
+    if own.exists():
+        content |= json.loads(own.read_text())
+    else:
+        content["arms"] = {
+            name: arm for name, arm in content["arms"].items()
+            if all((bundle / "configs" / f"{config}.json").exists() for config in _configs(arm))
+        }
+    arms = {kind: _arms(content.pop(kind), kind) for kind in ("arms", "ablations", "helpers")}
+    rows = {name: _row(name, value) for name, value in content.pop("rows").items()}
+    recipe: Recipe = _make(Recipe, content | arms | {"rows": rows}, own.name)
+    for name in recipe.distilled_from:
+        if name not in recipe.arms and own.exists():
+            raise ValueError(f"`distilled_from` of {own.name} must name arms, got {name!r}.")
+    _check_configs(recipe, bundle)
+    return recipe
+
+
+def _configs(arm: Mapping[str, Any]) -> list[str]:
+    inner = [name for candidate in arm.get("candidates", {}).values() for name in _configs(candidate)]
+    return [*arm.get("overrides", ()), *inner]
+
+
+def _arms(content: Mapping[str, Any], what: str) -> dict[str, Arm]:
+    made = {}
+    for name, value in content.items():
+        candidates = _arms(value.get("candidates", {}), f"{what} {name}")
+        made[name] = _make(Arm, value | {"candidates": candidates}, f"{what} {name}")
+    return made
+
+
+def _row(name: str, content: Mapping[str, Any]) -> Row:
+    arms = {key: _arms(content.get(key, {}), f"{key} of row {name}") for key in ("arms", "search")}
+    made: Row = _make(Row, {**content, **arms, "id": name}, f"row {name}")
+    return made
+
+
+def _make(kind: Any, content: Mapping[str, Any], what: str) -> Any:
+    known = {one.name for one in fields(kind)}
+    if content.keys() - known:
+        raise ValueError(f"{what} must have keys of {sorted(known)}, got {sorted(content.keys() - known)}.")
+    return kind(**content)
+
+
+def _check_configs(recipe: Recipe, bundle: Path) -> None:
+    arms = [*recipe.arms.values(), *recipe.ablations.values(), *recipe.helpers.values()]
+    for row in recipe.rows.values():
+        arms += [*row.arms.values(), *row.search.values(), Arm((*row.overrides, *row.evaluate))]
+    arms += [candidate for arm in arms for candidate in arm.candidates.values()]
+    for name in sorted({name for arm in arms for name in arm.overrides}):
+        if not (bundle / "configs" / f"{name}.json").is_file():
+            raise ValueError(f"`overrides` must name configs of {bundle.name}, got {name!r}: no configs/{name}.json.")

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training and its evaluation on the test cases: a command of the bundle, in a folder named by a key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from commands import Commands
+from keys import data_hash, distils, effective_config, file_hash, needed_part, run_key
+from recipe import TEACHER
+
+from medkd.data.datalist import SplitsFile, make_datalist
+
+__all__ = ["Place", "Run", "Trained", "copy_source", "evaluate", "find_datalist", "needs_of", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training.
+
+    Attributes:
+        arm: name in the recipe.
+        candidate: which of the arm's candidates, empty if there are none.
+        seed: of the run.
+        overrides: configs behind train.json, in their order.
+        options: keys and values that come last.
+        weights_of: config key -> arm whose weights it takes; None: the teacher's, if the run distils.
+    """
+
+    arm: str
+    candidate: str
+    seed: int
+    overrides: Sequence[str]
+    options: Mapping[str, Any] = field(hash=False)
+    weights_of: Mapping[str, str] | None = field(hash=False, default=None)
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{'-'.join(filter(None, (self.arm, self.candidate)))}_seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """What the user reads."""
+        return f"{' '.join(filter(None, (self.arm, self.candidate)))}, seed {self.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options with the seed."""
+        return {**self.options, "seed": self.seed}
+
+    def configs(self, *more: str) -> list[str]:
+        """Config files in their order."""
+        return [f"configs/{name}.json" for name in ("train", *self.overrides, *more)]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        run: what was trained.
+        folder: with `model.pt`.
+        key: of the run.
+        validation: best value of the metric on the validation cases.
+        epoch: where that was.
+        minutes: of training, all attempts together.
+        sha256: of the weights.
+        new: False when it was finished before.
+    """
+
+    run: Run
+    folder: Path
+    key: str
+    validation: float
+    epoch: int
+    minutes: float
+    sha256: str
+    new: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row is worked on.
+
+    Attributes:
+        source: copy of the bundle's configs and scripts and of medkd.
+        folder: for the row's runs.
+        datalist: of its data.
+        evaluate: configs that make an evaluation of a training.
+        threads: of each command, 0 leaves it to torch.
+        commands: runs them.
+    """
+
+    source: Path
+    folder: Path
+    datalist: Path
+    evaluate: Sequence[str]
+    threads: int
+    commands: Commands
+
+    def environment(self) -> dict[str, str]:
+        """Variables of a command."""
+        variables = {"PYTHONPATH": os.pathsep.join(filter(None, ("package", os.environ.get("PYTHONPATH"))))}
+        if self.threads:
+            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(self.threads))
+            variables["OMP_WAIT_POLICY"] = "PASSIVE"
+        return variables
+
+    def path(self, target: Path) -> str:
+        """A path as the commands need it, which run in `source`."""
+        return os.path.relpath(target, self.source)
+
+
+def copy_source(bundle: Path, package: Path, folder: Path) -> Path:
+    """Copy configs and scripts of a bundle, and medkd, to a folder named by their content.
+
+    Args:
+        bundle: the bundle.
+        package: the folder `medkd`.
+        folder: for all copies.
+    """
+    parts = {name: bundle / name for name in ("configs", "scripts")} | {"package/medkd": package}
+    files = {
+        f"{name}/{file.relative_to(origin)}": file
+        for name, origin in parts.items() for file in sorted(origin.rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    digest = hashlib.sha256()
+    content = {name: file.read_bytes() for name, file in files.items()}
+    for name, data in content.items():
+        digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
+    target = folder / digest.hexdigest()[:12]
+    if not target.exists():
+        draft = folder / f".{target.name}.{os.getpid()}"
+        for name, data in content.items():
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).write_bytes(data)
+        draft.rename(target)
+    return target
+
+
+def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
+    """The data's own datalist.json, or one made in `folder` from images/, labels/ and splits.json.
+
+    Args:
+        data: folder of the data; nothing is written there.
+        folder: for a new list.
+        options: further arguments of `make_datalist`.
+    """
+    if (data / "datalist.json").is_file():
+        return (data / "datalist.json").resolve()
+    if not (data / "splits.json").is_file():
+        raise FileNotFoundError(
+            f"DATA must have a datalist.json, or images/, labels/ and splits.json, got {data}; "
+            "`medkd datalist` makes one."
+        )
+    return make_datalist(data, folder, **{"splits": SplitsFile(data / "splits.json"), **options}).resolve()
+
+
+def needs_of(run: Run, place: Place) -> Mapping[str, str]:
+    """Config key -> arm whose weights a run starts from."""
+    if run.weights_of is not None:
+        return run.weights_of
+    return {"teacher_path": TEACHER} if distils(_config(run, place)) else {}
+
+
+def _config(run: Run, place: Place, *more: str) -> dict[str, Any]:
+    return effective_config([place.source / name for name in run.configs(*more)], run.settings)
+
+
+def train(
+    run: Run, place: Place, weights: Mapping[str, Path], say: Callable[[str], None] = lambda text: None
+) -> Trained:
+    """Train, go on with an interrupted training, or take a finished one.
+
+    Args:
+        run: what to train.
+        place: where.
+        weights: config key -> weights that it starts from.
+        say: told once when the training starts, goes on or waits.
+
+    Raises:
+        CommandError: it failed.
+        StoppedError: the user interrupted.
+    """
+    part = needed_part(_config(run, place), ("initialize", "training"))
+    hashes = {name: file_hash(path) for name, path in weights.items()}
+    key = run_key(part, place.source, data_hash(place.datalist, ("training", "validation")), hashes)
+    folder = next(place.folder.glob(f"*_{key}"), place.folder / f"{run.name}_{key}")
+    with place.commands.locked(folder, lambda: say("waits for another process that trains it")) as lock:
+        new = not _read(folder / "run.json").get("done")
+        if new:
+            _train(run, place, folder, weights, lock, say)
+        state, model = _read(folder / "run.json"), _read(folder / "model.json")
+        validation = next(iter(model["validation"].values()))
+        weight_hash = file_hash(folder / "model.pt")
+        return Trained(run, folder, key, validation, model["epoch"], state["seconds"] / 60, weight_hash, new)
+
+
+def _train(
+    run: Run, place: Place, folder: Path, weights: Mapping[str, Path], lock: int, say: Callable[[str], None]
+) -> None:
+    go_on = any((folder / "checkpoints").glob("epoch_*.pt"))
+    options = {
+        **run.settings, "datalist": str(place.datalist),
+        "ckpt_dir": place.path(folder), "output_dir": place.path(folder / "eval"),
+        **{name: place.path(path) for name, path in weights.items()},
+    }
+    words = _command(run, place, "training", folder / "options.json", options)
+    words += ["--resume", "true"] if go_on else []
+    before = float(_read(folder / "run.json").get("seconds", 0.0))
+    start = time.monotonic()
+
+    def note(**more: Any) -> None:
+        content = {"command": _shown(words), "seconds": round(before + time.monotonic() - start, 1), **more}
+        _write(folder / "run.json", content)
+
+    note()
+    say("goes on" if go_on else "starts")
+    place.commands.run(words, place.source, folder / "train.log", place.environment(), note, lock)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)      # nothing goes on from a finished run
+    note(done=True)
+
+
+def evaluate(trained: Trained, place: Place) -> Path:
+    """Score a training on the test cases, once.
+
+    Args:
+        trained: the training.
+        place: where.
+
+    Returns:
+        Folder of the files `<metric>_raw.csv`.
+    """
+    run = trained.run
+    part = needed_part(_config(run, place, *place.evaluate), ("initialize", "evaluating"))
+    key = run_key(part, place.source, data_hash(place.datalist, ("test",)), trained.sha256)
+    target = trained.folder / f"eval_{key}"
+    with place.commands.locked(trained.folder) as lock:
+        if not (target / "done").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            options = {
+                **run.settings, "datalist": str(place.datalist),
+                "ckpt_dir": place.path(trained.folder), "output_dir": place.path(target),
+            }
+            file = trained.folder / f"options_{target.name}.json"
+            words = _command(run, place, "evaluating", file, options, *place.evaluate)
+            log = trained.folder / "eval.log"
+            place.commands.run(words, place.source, log, place.environment(), lock=lock)
+            (target / "done").touch()
+    return target
+
+
+def _command(
+    run: Run, place: Place, run_id: str, file: Path, options: Mapping[str, Any], *more: str
+) -> list[str]:
+    """A command of MONAI's bundles; the options lie in a config file of their own, as some are lists of objects."""
+    _write(file, options)
+    listed = ",".join(f"'{name}'" for name in (*run.configs(*more), place.path(file)))
+    return [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", f"[{listed}]", "--bundle_root", "."]
+
+
+def _shown(words: Sequence[str]) -> str:
+    return " ".join("python" if word == sys.executable else f'"{word}"' if "'" in word else word for word in words)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(path)

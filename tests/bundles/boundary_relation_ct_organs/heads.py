@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preset `paper` at work: the teacher's head, then the student; run by `test_contract.py` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import pytest
+import torch
+from monai.utils import set_determinism
+
+from medkd.phantoms.ct import write_ct_phantoms
+
+SOURCE = Path(os.environ["MEDKD_BUNDLE"])
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_ct_phantoms(folder, training=2, validation=1, test=1, shape=(64, 56, 40), spacing=(4.5, 4.5, 6.0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("alone") / SOURCE.name
+    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
+    return Path(shutil.copytree(SOURCE, copy, ignore=ignore))
+
+
+@pytest.fixture(scope="module")
+def run(bundle: Path, data: Path) -> Run:
+    def call(*configs: str, **options: Any) -> None:
+        files = [str(bundle / "configs" / f"{name}.json") for name in ("train", *configs)]
+        few = {"train#dataset#num_workers": 0, "validate#dataset#num_workers": 0, "dataset_dir": str(data)}
+        try:
+            monai.bundle.run("training", config_file=files, bundle_root=str(bundle), **few, **options)
+        finally:
+            set_determinism(None)
+
+    return call
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_the_teachers_head_is_fitted_and_a_student_is_distilled_with_it(run: Run, bundle: Path) -> None:
+    run("smoke", "teacher")
+    teacher = weights(bundle / "models/teacher/model.pt")
+    with pytest.raises(Exception, match="running training|Failed to evaluate") as error:
+        run("smoke", "heads", ckpt_dir=str(bundle / "runs/none"))
+    causes = [error.value]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    assert any("fit it with the config file teacher_head.json" in str(cause) for cause in causes)
+    run("smoke", "heads", "teacher_head")
+    head = weights(bundle / "models/teacher/boundary_head/model.pt")
+    assert sum(value.numel() for value in head.values()) == 32 * (24 + 48 + 96 + 192) + 64 * 4 + 32 * 4 + 1
+    fitted = json.loads((bundle / "models/teacher/boundary_head/model.json").read_text())
+    assert 0 <= fitted["validation"]["val_border_auc"] <= 1
+    run("smoke", "heads", ckpt_dir=str(bundle / "runs/heads"), **{"distill_loss#0#min_boundary_auc": 0.0})
+    assert weights(bundle / "models/teacher/model.pt").keys() == teacher.keys()
+    assert all(torch.equal(value, teacher[key]) for key, value in weights(bundle / "models/teacher/model.pt").items())
+    student = weights(bundle / "runs/heads/model.pt")
+    assert not any("head" in name for name in student)
+    assert json.loads((bundle / "runs/heads/model.json").read_text())["mode"] == "distilled"
+
+
+def test_the_published_sizes_are_exact() -> None:
+    parser = monai.bundle.ConfigParser()
+    parser.read_config([str(SOURCE / "configs" / f"{name}.json") for name in ("train", "paper")])
+    parser["out_channels"] = 14
+    student, teacher = parser.get_parsed_content("network_def"), parser.get_parsed_content("teacher_def")()
+    counts = [sum(p.numel() for p in network.parameters()) for network in (student, teacher)]
+    assert counts == [4_137_630, 16_544_046]
+    loss = parser.get_parsed_content("distill_loss")[0]
+    assert sum(p.numel() for p in loss.parameters()) == 13_281
+    taps = {path for pair in loss.tap_pairs for path in pair}
+    for network in (student, teacher):
+        assert taps <= {name for name, _ in network.named_modules()}

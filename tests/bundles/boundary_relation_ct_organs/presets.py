@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 2-D and the EM preset at work on toy data; run by `test_contract.py` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import itk
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.utils import set_determinism
+from PIL import Image
+
+SOURCE = Path(os.environ["MEDKD_BUNDLE"])
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+Run = Callable[..., Path]
+LISTS = {"training": 3, "validation": 1, "test": 2}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("alone") / SOURCE.name
+    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
+    return Path(shutil.copytree(SOURCE, copy, ignore=ignore))
+
+
+@pytest.fixture(scope="module")
+def run(bundle: Path) -> Run:
+    """Run an id with config files by name, in this process; gives the folder that is written to."""
+
+    def call(run_id: str, *configs: str, into: Path, **options: Any) -> Path:
+        files = [str(bundle / "configs" / f"{name}.json") for name in configs]
+        options["output_dir"] = str(into / "eval")
+        if configs[0] == "train":
+            options |= {"ckpt_dir": str(into), "train#dataset#num_workers": 0, "validate#dataset#num_workers": 0}
+        try:
+            monai.bundle.run(run_id, config_file=files, bundle_root=str(bundle), **options)
+        finally:
+            set_determinism(None)
+        return into
+
+    return call
+
+
+def list_data(folder: Path, make: Callable[[int], dict[str, str]]) -> Path:
+    """Write a datalist of toy cases; `make` writes one, by its number, and gives its item."""
+    numbers = iter(range(sum(LISTS.values())))
+    content = {name: [make(next(numbers)) for _ in range(count)] for name, count in LISTS.items()}
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder
+
+
+def picture(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """A dark body with a bright organ without any symmetry, and its label: (rows, columns), uint8."""
+    rng = np.random.default_rng(number)
+    label = np.zeros((40, 52), np.uint8)
+    top, left = rng.integers(6, 14, 2)
+    label[top : top + 18, left : left + 6] = 1
+    label[top + 12 : top + 18, left : left + 20] = 1
+    image = np.where(label, rng.integers(190, 220, label.shape), rng.integers(40, 60, label.shape))
+    return image.astype(np.uint8), label
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slices")
+
+    def make(number: int) -> dict[str, str]:
+        image, label = picture(number)
+        color = np.stack([image] * 3, axis=-1) if number % 2 else image
+        Image.fromarray(color).save(folder / f"{number}.png")
+        Image.fromarray(label).save(folder / f"{number}_label.png")
+        return {"image": f"{number}.png", "label": f"{number}_label.png"}
+
+    return list_data(folder, make)
+
+
+@pytest.fixture(scope="module")
+def neurons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells of a Voronoi diagram with ids above 16 bits, dark where they touch."""
+    folder = tmp_path_factory.mktemp("neurons")
+    shape = (20, 36, 40)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+
+    def make(number: int) -> dict[str, str]:
+        rng = np.random.default_rng(number)
+        seeds = rng.random((12, 3)) * shape
+        distance = np.sort(np.linalg.norm(grid[..., None, :] - seeds, axis=-1), axis=-1)
+        nearest = np.linalg.norm(grid[..., None, :] - seeds, axis=-1).argmin(-1)
+        image = 60 + 80 * ((distance[..., 1] - distance[..., 0]) > 2) + rng.normal(0, 5, shape)
+        for name, volume in (("image", image.astype(np.uint8)), ("label", (nearest + 70_000).astype(np.uint32))):
+            nib.save(nib.Nifti1Image(volume, np.diag([10.0, 10.0, 10.0, 1.0])), folder / f"{number}_{name}.nii.gz")
+        return {"image": f"{number}_image.nii.gz", "label": f"{number}_label.nii.gz"}
+
+    return list_data(folder, make)
+
+
+def smoke(preset: str) -> dict[str, Any]:
+    """Options of a run of seconds, at the resolution of the toy data."""
+    small = {"2d": {"spacing": [-1, -1]}, "em": {"spacing": [10.0] * 3, "patch_size": [16, 32, 32]}}
+    return {"epochs": 1, **small[preset]}
+
+
+@pytest.fixture(scope="module", params=["2d", "em"])
+def preset(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def data(preset: str, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue({"2d": "slices", "em": "neurons"}[preset])
+
+
+@pytest.fixture(scope="module")
+def teacher(run: Run, bundle: Path, preset: str, data: Path) -> Path:
+    folder = bundle / "models/teacher" / preset
+    configs = ("train", preset, "smoke", "teacher")
+    return run("training", *configs, into=folder, dataset_dir=str(data), **smoke(preset)) / "model.pt"
+
+
+def test_teacher_of_a_preset_lies_where_its_students_look_for_it(bundle: Path, preset: str) -> None:
+    parser = monai.bundle.ConfigParser()
+    names = ("train", preset, "teacher")
+    parser.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
+    parser["bundle_root"] = "here"
+    assert parser.get_parsed_content("ckpt_dir") + "/model.pt" == parser.get_parsed_content("teacher_path")
+    assert parser.get_parsed_content("teacher_path") == f"here/models/teacher/{preset}/model.pt"
+
+
+@pytest.mark.parametrize(
+    ("preset", "override"),
+    [*(("2d", name) for name in ("", "baseline", "logits", "features", "method")), ("em", ""), ("em", "features")],
+    indirect=["preset"], scope="module",
+)
+def test_every_override_trains_with_a_preset(
+    run: Run, teacher: Path, preset: str, data: Path, tmp_path: Path, override: str
+) -> None:
+    configs = ["train", preset, "smoke", *filter(None, [override])]
+    folder = run("training", *configs, into=tmp_path, dataset_dir=str(data), **smoke(preset))
+    description = json.loads((folder / "model.json").read_text())
+    assert description["mode"] == ("supervised" if override == "baseline" else "distilled")
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_evaluation_works_with_a_preset(run: Run, teacher: Path, preset: str, data: Path, tmp_path: Path) -> None:
+    shutil.copy(teacher, tmp_path / "model.pt")
+    configs = ["train", preset, "smoke", "teacher", "evaluate"]
+    run("evaluating", *configs, into=tmp_path, dataset_dir=str(data), **smoke(preset))
+    rows = (tmp_path / "eval/val_mean_dice_raw.csv").read_text().splitlines()
+    assert len(rows) == 1 + LISTS["test"]
+    assert all(np.isfinite(float(row.split(",")[1])) for row in rows[1:])
+
+
+def test_inference_gives_the_geometry_of_the_volume(run: Run, neurons: Path, tmp_path: Path) -> None:
+    options = see_brightness(tmp_path, spatial_dims=3)
+    run("evaluating", "inference_em", into=tmp_path, dataset_dir=str(neurons), **options)
+    for case in json.loads((neurons / "datalist.json").read_text())["test"]:
+        image = nib.load(neurons / case["image"])
+        pred = nib.load(tmp_path / "eval" / case["image"].replace(".nii.gz", "_seg.nii.gz"))
+        voxels = np.asarray(image.dataobj)
+        assert np.array_equal(np.asarray(pred.dataobj), voxels > voxels.mean())
+        np.testing.assert_allclose(pred.affine, image.affine)
+
+
+def see_brightness(folder: Path, spatial_dims: int) -> dict[str, Any]:
+    """Options for a network that finds what is brighter than the mean of its image: the label, in the toy pictures."""
+    kind = {2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[spatial_dims]
+    network = kind(1, 2, 1)
+    network.load_state_dict(
+        {"weight": torch.tensor([0.0, 1.0]).reshape(network.weight.shape), "bias": torch.zeros(2)}
+    )
+    torch.save(network.state_dict(), folder / "seen.pt")
+    target = {"_target_": f"torch.nn.{kind.__name__}", "in_channels": 1, "out_channels": 2, "kernel_size": 1}
+    return {"network_def": target, "ckpt_path": str(folder / "seen.pt")}
+
+
+def write_gray(path: Path, image: np.ndarray) -> None:
+    Image.fromarray(image).save(path)
+
+
+def write_color(path: Path, image: np.ndarray) -> None:
+    Image.fromarray(np.stack([image] * 3 + [np.full_like(image, 255)], axis=-1)).save(path)
+
+
+@pytest.mark.parametrize("write", [write_gray, write_color])
+def test_prediction_of_a_picture_lies_on_it_pixel_by_pixel(
+    run: Run, tmp_path: Path, write: Callable[..., None]
+) -> None:
+    image, label = picture(7)
+    write(tmp_path / "case.png", image)
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "case.png"}]}))
+    run("evaluating", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
+    pred = Image.open(tmp_path / "eval/case_seg.png")
+    assert pred.mode == "L"
+    assert np.array_equal(np.asarray(pred), label)
+
+
+@pytest.mark.parametrize("spacing", [[-1, -1], [1.0, 1.0]])
+def test_prediction_of_a_slice_lies_on_it_however_it_is_turned(run: Run, tmp_path: Path, spacing: list[float]) -> None:
+    image, label = picture(8)
+    affine = np.array([[-1.5, 0, 0, 9], [0, -2.0, 0, 4], [0, 0, 3, 7], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(image.astype(np.int16), affine), tmp_path / "flat.nii.gz")
+    nib.save(nib.Nifti1Image(image[..., None].astype(np.int16), affine), tmp_path / "thick.nii.gz")
+    file = itk.image_from_array(image.astype(np.int16))
+    itk.imwrite(file, str(tmp_path / "slice.dcm"))
+    cases = [{"image": name} for name in ("flat.nii.gz", "thick.nii.gz", "slice.dcm")]
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": cases}))
+    options = {"spacing": spacing, **see_brightness(tmp_path, 2)}
+    run("evaluating", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **options)
+    for name in ("flat", "thick"):
+        pred = nib.load(tmp_path / f"eval/{name}_seg.nii.gz")
+        assert pred.shape == label.shape
+        assert (np.asarray(pred.dataobj) != label).mean() < (0.03 if spacing[0] > 0 else 1e-9)
+        np.testing.assert_allclose(pred.affine, affine, atol=1e-5)
+    dicom = np.asarray(nib.load(tmp_path / "eval/slice_seg.nii.gz").dataobj)
+    assert np.array_equal(dicom, label.T)                              # NIfTI has columns first
+
+
+def test_black_picture_gives_an_empty_label(run: Run, tmp_path: Path) -> None:
+    write_gray(tmp_path / "black.png", np.zeros((40, 52), np.uint8))
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "black.png"}]}))
+    run("evaluating", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
+    assert not np.asarray(Image.open(tmp_path / "eval/black_seg.png")).any()
+
+
+@pytest.mark.parametrize(
+    ("configs", "place", "message"),
+    [(["train"], "slices", "must have 3 spatial axes"), (["train", "2d"], "neurons", "must have 2 spatial axes")],
+)
+def test_images_of_another_rank_are_refused_before_training(
+    run: Run, request: pytest.FixtureRequest, tmp_path: Path, configs: list[str], place: str, message: str
+) -> None:
+    folder = request.getfixturevalue(place)
+    with pytest.raises(Exception) as error:   # noqa: PT011  (MONAI wraps it; the cause is matched)
+        run("run", *configs, into=tmp_path, dataset_dir=str(folder))
+    cause: BaseException = error.value
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    assert message in str(cause)
