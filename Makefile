@@ -129,5 +129,6 @@ if [ -f "$$bundle/configs/teacher.json" ]; then \
 	run "['configs/train.json','configs/smoke.json','configs/teacher.json']" training --train#trainer#max_epochs 1; fi; \
 run "['configs/train.json','configs/smoke.json']" training; \
 cp "$$work/$$name/runs/smoke/model.pt" "$$work/$$name/models/model.pt"; \
-run configs/inference.json evaluating
+classes=$$(sed -n 's/^ *"out_channels": \([0-9]*\),*$$/--out_channels \1/p' "$$bundle/configs/smoke.json"); \
+run configs/inference.json evaluating $$classes
 endef

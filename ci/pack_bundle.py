@@ -3,7 +3,7 @@
 """Pack bundles, each into one zip that needs the packages of its metadata.json and nothing else.
 
     python ci/pack_bundle.py                          every bundle -> dist/<name>_v<version>.zip
-    python ci/pack_bundle.py --bundle NAME --teacher  this one, with models/teacher/model.pt
+    python ci/pack_bundle.py --bundle NAME --teacher  this one, with the weights in models/teacher
 
 The zip holds one folder <name>/: configs, docs, scripts, LICENSE, models/model.pt; in scripts/_vendor what the bundle
 needs of medkd (ci/vendor.py); and MANIFEST.sha256 with the hash of every other file, for `medkd verify` or, in the
@@ -44,7 +44,7 @@ def contents(bundle: Path, package: Path, teacher: bool) -> dict[str, bytes]:
     Args:
         bundle: folder of the bundle.
         package: folder of the shared package, common/medkd.
-        teacher: whether the teacher's weights are packed too.
+        teacher: whether the weights in models/teacher are packed too.
 
     Returns:
         Path in the bundle, with forward slashes -> content; the manifest is among them.
@@ -58,6 +58,8 @@ def contents(bundle: Path, package: Path, teacher: bool) -> dict[str, bytes]:
             raise ValueError(f"{bundle}: must have {path} to be packed, got none; {WAYS_OUT[path]}.")
     paths += [path for folder in FOLDERS for path in _files_below(bundle, folder)]
     paths += [path.name for path in bundle.glob("large_files.*")]
+    if teacher:                                                    # teachers of presets, heads fitted to a teacher
+        paths += sorted(path.relative_to(bundle).as_posix() for path in bundle.glob("models/teacher/*/**/model.pt"))
     files = {path: (bundle / path).read_bytes() for path in paths}
     files.setdefault("scripts/__init__.py", SCRIPTS_INIT)
     for source in needed_files(bundle, package):
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", help="name of a folder of bundles/ (default: all)")
-    parser.add_argument("--teacher", action="store_true", help="pack models/teacher/model.pt too")
+    parser.add_argument("--teacher", action="store_true", help="pack the weights in models/teacher too")
     parser.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
     parser.add_argument("--output", type=Path, help="folder for the zips (default: dist of the repository)")
     options = parser.parse_args(arguments)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from monai.bundle.config_parser import ConfigParser
 from monai.bundle.workflows import ConfigWorkflow
+from plan import PHANTOMS
 from torch import Tensor, nn
 
 DATA = "../data"
@@ -37,7 +38,7 @@ def teacher_overrides() -> dict[str, Any]:
 def make_workflow(name: str, weights: str, output: Path, **more: Any) -> ConfigWorkflow:
     """The bundle's own inference, of the teacher or of a student."""
     options = {"bundle_root": ".", "dataset_dir": DATA, "ckpt_path": weights, "output_dir": str(output / name)}
-    options |= more | (teacher_overrides() if name == TEACHER else {})
+    options |= PHANTOMS | more | (teacher_overrides() if name == TEACHER else {})
     workflow = ConfigWorkflow(
         "configs/inference.json", run_id="evaluating", workflow_type="infer", **options
     )

@@ -13,7 +13,9 @@ from pathlib import Path
 from scores import ALONE, DISTILLED, RUNS, TEACHER
 from steps import Step, content_of
 
-__all__ = ["TRAININGS", "Run", "Sizes", "bundle_command", "copy_bundle", "folder_name", "make_steps"]
+from medkd.phantoms.ct import CT_LABELS
+
+__all__ = ["PHANTOMS", "TRAININGS", "Run", "Sizes", "bundle_command", "copy_bundle", "folder_name", "make_steps"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Run:
         """Config files in their order."""
         return [f"configs/{name}.json" for name in ("train", *self.overrides, *more)]
 
+
+PHANTOMS = {"out_channels": len(CT_LABELS), "spacing": [4.0, 4.0, 3.0]}   # options that the phantoms ask for
 
 TRAININGS = {
     TEACHER: Run(("teacher",), "models/teacher", "runs/teacher/eval"),
@@ -74,10 +78,11 @@ def make_steps(output: Path, sizes: Sizes, seed: int) -> list[Step]:
 
 
 def bundle_command(run_id: str, configs: Sequence[str], *more: str) -> list[str]:
-    """A command of MONAI's bundles, as a user types it."""
+    """A command of MONAI's bundles, as a user types it, with the classes of the phantoms and a grid that suits them."""
     listed = configs[0] if len(configs) == 1 else "[" + ",".join(f"'{name}'" for name in configs) + "]"
     start = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", listed]
-    return [*start, "--bundle_root", ".", "--dataset_dir", "../data", *more]
+    phantoms = [word for key, value in PHANTOMS.items() for word in (f"--{key}", str(value).replace(" ", ""))]
+    return [*start, "--bundle_root", ".", "--dataset_dir", "../data", *phantoms, *more]
 
 
 def _phantoms(output: Path, sizes: Sizes, seed: int) -> Step:

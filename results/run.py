@@ -122,7 +122,10 @@ def show_command(options: argparse.Namespace) -> str:
 
 def compare(options: argparse.Namespace, recipe: Recipe, row: Row, place: Place) -> None:
     """Train all, score all, write the row."""
-    finished = train_all(row, recipe.arms_of(row), recipe, place, options.workers)
+    arms = recipe.arms_of(row)
+    wanted = {name for arm in arms.values() for name in (arm.weights_of or {}).values()}
+    arms = {name: arm for name, arm in arms.items() if name not in recipe.helpers or name in wanted}
+    finished = train_all(row, arms, recipe, place, options.workers)
     scores = evaluate_all(place, recipe, row, finished, options.workers)
     summaries = {name: arm_summary(chosen_runs(one, recipe), recipe.metric) for name, one in scores.items()}
     distilled = choose_distilled(recipe, summaries)

@@ -96,8 +96,16 @@ def test_own_scripts_are_packed_as_they_are(root: Path) -> None:
     assert files["toy/scripts/parts/networks.py"] == b"import torch"
 
 
-def test_the_teacher_is_packed_on_request(root: Path) -> None:
-    assert packed(root, teacher=True)["toy/models/teacher/model.pt"] == b"heavy weights"
+def test_the_teacher_is_packed_on_request_and_what_was_fitted_to_it_too(root: Path) -> None:
+    head = root / "bundles/toy/models/teacher/boundary_head/model.pt"
+    head.parent.mkdir()
+    head.write_bytes(b"a head")
+    (head.parent / "model.json").write_text("{}")
+    files = packed(root, teacher=True)
+    assert files["toy/models/teacher/model.pt"] == b"heavy weights"
+    assert files["toy/models/teacher/boundary_head/model.pt"] == b"a head"
+    assert "toy/models/teacher/boundary_head/model.json" not in files
+    assert not any("teacher/" in name for name in packed(root))
 
 
 def test_the_manifest_is_what_sha256sum_checks(root: Path) -> None:

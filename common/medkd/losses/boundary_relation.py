@@ -221,7 +221,7 @@ class _BoundaryCheck:
         if mean < self.least:
             raise ValueError(
                 f"The teacher's boundary map must show the borders of the labels with an AUC of at least {self.least}, "
-                f"got {mean:.3f} over {self.batches} batches; tap encoder layers behind their activation, take "
+                f"got {mean:.3f} over {self.batches} batches; tap other encoder layers, take "
                 "boundary_map 'prob', or set `min_boundary_auc` to 0 to distil from it all the same."
             )
 

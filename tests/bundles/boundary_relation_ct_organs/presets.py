@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,21 @@ from monai.utils import set_determinism
 from PIL import Image
 
 SOURCE = Path(os.environ["MEDKD_BUNDLE"])
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
+    "ignore:(Mean of empty|All-NaN) slice:RuntimeWarning",   # a metric that no toy case defines
+)
 Run = Callable[..., Path]
 LISTS = {"training": 3, "validation": 1, "test": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy networks gain nothing from a second thread, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +118,7 @@ def neurons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(preset: str) -> dict[str, Any]:
     """Options of a run of seconds, at the resolution of the toy data."""
     small = {"2d": {"spacing": [-1, -1]}, "em": {"spacing": [10.0] * 3, "patch_size": [16, 32, 32]}}
-    return {"epochs": 1, **small[preset]}
+    return {"epochs": 1, "out_channels": 2, **small[preset]}
 
 
 @pytest.fixture(scope="module", params=["2d", "em"])
@@ -135,15 +147,13 @@ def test_teacher_of_a_preset_lies_where_its_students_look_for_it(bundle: Path, p
     assert parser.get_parsed_content("teacher_path") == f"here/models/teacher/{preset}/model.pt"
 
 
-@pytest.mark.parametrize(
-    ("preset", "override"),
-    [*(("2d", name) for name in ("", "baseline", "logits", "features", "method")), ("em", ""), ("em", "features")],
-    indirect=["preset"], scope="module",
-)
+@pytest.mark.parametrize("override", ["none", "baseline", "logits", "features", "method"])
 def test_every_override_trains_with_a_preset(
     run: Run, teacher: Path, preset: str, data: Path, tmp_path: Path, override: str
 ) -> None:
-    configs = ["train", preset, "smoke", *filter(None, [override])]
+    if preset == "em" and override in ("baseline", "logits", "method"):
+        pytest.skip("differs in weights only, which the 2-D preset shows to work")
+    configs = ["train", preset, "smoke", *([] if override == "none" else [override])]
     folder = run("training", *configs, into=tmp_path, dataset_dir=str(data), **smoke(preset))
     description = json.loads((folder / "model.json").read_text())
     assert description["mode"] == ("supervised" if override == "baseline" else "distilled")
