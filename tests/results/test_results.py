@@ -426,7 +426,8 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     write_ct_phantoms(tmp_path / "toy", training=1, validation=1, test=1, shape=(40, 36, 32), spacing=(6.0, 6.0, 7.0))
     row = {
         "options": {
-            "patch_size": [32, 32, 32], "spacing": [8.0, 8.0, 8.0], "train#trainer#epoch_length": 1,
+            "out_channels": 7, "patch_size": [32, 32, 32], "spacing": [8.0, 8.0, 8.0],
+            "train#trainer#epoch_length": 1,
             "teacher_check": {"metric": "val_mean_dice", "mode": "warn"},
         },
         "epochs": {"teacher": 1, "student": 1}, "val_interval": {"teacher": 1, "student": 1}, "seeds": [0, 1],
