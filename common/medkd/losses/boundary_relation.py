@@ -32,6 +32,7 @@ __all__ = ["BoundaryMap", "BoundaryRelationLoss", "RelationBalance", "boundary_g
 BoundaryMap = Literal["contrast", "head", "prob"]
 RelationBalance = Literal["class", "none"]
 logger = logging.getLogger(__name__)
+_GOOD_AUC = 0.6
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class BoundaryRelationLoss(DistillationLoss):
         relation_cells: a larger tapped grid is average-pooled to at most so many cells.
         relation_balance: `class`, or `none` for equal weights.
         min_boundary_auc: the teacher's boundary map is compared with the borders of the labels in the first batches
-            (area under the ROC curve); below this, it would teach wrong boundaries, and training stops. 0 never stops.
+            (area under the ROC curve), and a value below 0.6 is a warning: it teaches wrong boundaries. Below this
+            argument training stops; 0 never stops.
         ignore_label: label of voxels that do not count.
 
     Raises:
@@ -217,7 +219,8 @@ class _BoundaryCheck:
         if len(self.values) < self.batches:
             return
         mean = sum(self.values) / self.batches
-        logger.info("The teacher's boundary map shows the borders of the labels with an AUC of %.3f.", mean)
+        level = logging.INFO if mean >= _GOOD_AUC else logging.WARNING
+        logger.log(level, "The teacher's boundary map shows the borders of the labels with an AUC of %.3f.", mean)
         if mean < self.least:
             raise ValueError(
                 f"The teacher's boundary map must show the borders of the labels with an AUC of at least {self.least}, "
