@@ -12,6 +12,7 @@ from typing import Any
 
 from commands import CommandError, Commands, StoppedError
 from recipe import Arm, Recipe, Row
+from summary import choose
 from trainings import Place, Run, Trained, needs_of, train
 
 __all__ = ["RowFailedError", "all_parallel", "best_candidate", "count_runs", "train_all", "wanted_runs"]
@@ -47,14 +48,8 @@ def wanted_runs(row: Row, arms: Mapping[str, Arm], recipe: Recipe, finished: Fin
 
 def best_candidate(name: str, arm: Arm, seed: int, recipe: Recipe, finished: Finished) -> str | None:
     """The candidate that is best on validation with the first seed; None as long as one is not finished."""
-    best = None
-    for candidate in arm.candidates:
-        trained = finished.get((name, candidate, seed))
-        if trained is None:
-            return None
-        if best is None or recipe.better(trained.validation, finished[name, best, seed].validation):
-            best = candidate
-    return best
+    found = {one: finished[name, one, seed].validation for one in arm.candidates if (name, one, seed) in finished}
+    return choose(found, recipe.higher_is_better) if arm.candidates and len(found) == len(arm.candidates) else None
 
 
 def count_runs(row: Row, arms: Mapping[str, Arm]) -> int:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.handlers.teacher import Teacher
 from medkd.losses.boundary_head import BoundaryHead
 from medkd.losses.boundary_relation import boundary_grid
+from medkd.ops.resample import pool_or_interpolate
 from medkd.taps import FeatureTaps
 
 __all__ = ["TeacherBoundary"]
@@ -52,7 +52,4 @@ class TeacherBoundary(BoundaryHead):
         outputs = taps.close()
         levels = [outputs[path].float() for path in self.paths]
         boundary = super().forward(levels, boundary_grid(levels, self.boundary_cells))
-        if self.training:
-            return boundary
-        mode = "bilinear" if image.dim() == 4 else "trilinear"
-        return F.interpolate(boundary, size=image.shape[2:], mode=mode, align_corners=False)
+        return boundary if self.training else pool_or_interpolate(boundary, image.shape[2:])

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from medkd.losses.base import pointwise_convolution
 from medkd.ops.border import pair_label_loss
-from medkd.ops.resample import majority_label, pool_average
+from medkd.ops.resample import majority_label, pool_or_interpolate
 from medkd.weights import load_tensors
 
 __all__ = ["BoundaryHead", "PairLabelLoss", "TeacherHead"]
-
-_LINEAR = {4: "bilinear", 5: "trilinear"}
 
 
 class BoundaryHead(nn.Module):
@@ -62,19 +60,11 @@ class BoundaryHead(nn.Module):
         if found != self.channels:
             raise ValueError(f"`channels` of the boundary head must be {list(found)}, got {list(self.channels)}.")
         reduced = [
-            F.relu(_resized(norm(convolution(level)), grid))
+            F.relu(pool_or_interpolate(norm(convolution(level)), grid, pool="average"))
             for convolution, norm, level in zip(self.reduce, self.norm, levels, strict=True)
         ]
         logits: Tensor = self.combine(torch.cat(reduced, dim=1))
         return logits.sigmoid()
-
-
-def _resized(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    coarse = tuple(min(pair) for pair in zip(maps.shape[2:], grid, strict=True))
-    maps = pool_average(maps, coarse)
-    if coarse == tuple(grid):
-        return maps
-    return F.interpolate(maps, size=tuple(grid), mode=_LINEAR[maps.dim()], align_corners=False)
 
 
 class TeacherHead:

@@ -149,8 +149,17 @@ class BoundaryRelationLoss(DistillationLoss):
     def activate(self, terms: Iterable[str]) -> None:
         """Compute only these terms from now on; the teacher's head is read here if it is needed."""
         super().activate(terms)
-        if "boundary" in self.active_terms and self.teacher_head is not None:
-            self._frozen_head[:] = [self.teacher_head.load()]
+        self._frozen_head.clear()
+        if "boundary" in self.active_terms:
+            self._load_teacher_head("cpu")
+
+    def _load_teacher_head(self, device: torch.device | str) -> BoundaryHead | None:
+        """The frozen head on `device`, read from its file once; None for a map without heads."""
+        if self.teacher_head is None:
+            return None
+        if not self._frozen_head:
+            self._frozen_head.append(self.teacher_head.load(device))
+        return self._frozen_head[0].to(device)
 
     def compute_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
@@ -172,24 +181,15 @@ class BoundaryRelationLoss(DistillationLoss):
         grid = boundary_grid(mine, self.boundary_cells)
         labels, _ = majority_label(label, grid, self.ignore_label)
         with torch.no_grad():
-            target = self._map(other, grid, self._frozen_head)     # (B, 1, *grid)
+            target = _boundary_map(other, grid, self._load_teacher_head(other[0].device))   # (B, 1, *grid)
         self._check(target, labels, self.ignore_label)
-        boundary = self._map(mine, grid, [] if self.head is None else [self.head])
+        boundary = _boundary_map(mine, grid, self.head)
         return affinity_distance(boundary, target, labels, self.pair_lengths, self.ignore_label, self.divergence)
 
     def _levels(self, maps: Mapping[str, Tensor], role: int) -> list[Tensor]:
         if self.boundary_map == "prob":
             return [F.softmax(two_class_logits(maps["pred"]), dim=1).clamp(min=1e-12).sqrt()]
         return [maps[pair[role]] for pair in self.boundary_pairs]
-
-    def _map(self, levels: Sequence[Tensor], grid: tuple[int, ...], head: Sequence[BoundaryHead]) -> Tensor:
-        if self.boundary_map != "head":
-            return _fused_contrast(levels, grid)
-        if not head and self.teacher_head is not None:
-            self._frozen_head.append(self.teacher_head.load())
-            head = self._frozen_head
-        boundary: Tensor = head[0].to(levels[0].device)(levels, grid)
-        return boundary
 
     def _relation(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
         check_maps("student", student)
@@ -248,8 +248,11 @@ def _nodes(features: Tensor, grid: tuple[int, ...]) -> Tensor:
     return unit_vectors(pool_average(features, grid)).flatten(2).transpose(1, 2)
 
 
-def _fused_contrast(levels: Sequence[Tensor], grid: tuple[int, ...]) -> Tensor:
-    """Mean over levels of each level's contrast, computed at its own resolution and brought to one grid."""
+def _boundary_map(levels: Sequence[Tensor], grid: tuple[int, ...], head: BoundaryHead | None) -> Tensor:
+    """What the head shows; without one the mean over levels of each level's contrast, brought to one grid."""
+    if head is not None:
+        boundary: Tensor = head(levels, grid)
+        return boundary
     return torch.stack([pool_or_interpolate(feature_contrast(maps), grid) for maps in levels]).mean(0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +18,32 @@ __all__ = ["majority_label", "pool_average", "pool_or_interpolate"]
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
-def pool_or_interpolate(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """Resize maps so that no peak is lost: adaptive maximum where the grid is coarser, linear where it is finer.
+def pool_or_interpolate(
+    maps: Tensor, grid: Sequence[int], pool: Literal["maximum", "average"] = "maximum"
+) -> Tensor:
+    """Resize maps: adaptive pooling where the grid is coarser, linear interpolation where it is finer.
 
     Args:
         maps: shape (B, C, *S), floating.
         grid: spatial shape of the result.
+        pool: `maximum` loses no peak; `average` for features.
 
     Returns:
         Maps of shape (B, C, *grid); the input itself when it is on the grid already.
+
+    Raises:
+        ValueError: unknown `pool`, or no floating map.
 
     Reference:
         Boundary map resizing of the `default` preset: maxima keep a thin boundary alive on a coarse grid.
     """
     check_maps("maps", maps)
+    if pool not in ("maximum", "average"):
+        raise ValueError(f"`pool` must be 'maximum' or 'average', got {pool!r}.")
     size, grid = tuple(maps.shape[2:]), tuple(grid)
     coarse = tuple(min(s, g) for s, g in zip(size, grid, strict=True))
     if coarse != size:
-        maps = _pool_maximum(maps, coarse)
+        maps = _pool_maximum(maps, coarse) if pool == "maximum" else pool_average(maps, coarse)
     if coarse != grid:
         maps = F.interpolate(maps, size=grid, mode=_LINEAR[len(grid)], align_corners=False)
     return maps

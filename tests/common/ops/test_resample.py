@@ -6,9 +6,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from medkd.ops.resample import majority_label, pool_average, pool_or_interpolate
 from oracles import boundary_relation as oracle
+
+
+def test_pooling_is_by_average_on_request_and_finer_axes_are_interpolated_all_the_same() -> None:
+    maps = torch.rand(1, 2, 8, 3)
+    coarse = F.adaptive_avg_pool2d(maps, (4, 3))
+    expected = F.interpolate(coarse, size=(4, 6), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(pool_or_interpolate(maps, (4, 6), pool="average"), expected)
+    with pytest.raises(ValueError, match="`pool` must be 'maximum' or 'average', got 'median'"):
+        pool_or_interpolate(maps, (4, 6), pool="median")   # type: ignore[arg-type]
 
 
 def test_a_single_peak_survives_a_coarser_grid() -> None:
