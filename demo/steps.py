@@ -18,7 +18,10 @@ from typing import Any
 
 from progress import Bar, progress_of
 
-__all__ = ["Step", "StepError", "content_of", "last_lines", "run_step", "seconds_of", "show_command"]
+__all__ = [
+    "Step", "StepError", "content_of", "last_lines", "read_state", "run_step", "seconds_of", "show_command",
+    "show_words",
+]
 
 LINES_OF_FAILURE = 15
 
@@ -85,8 +88,12 @@ def show_command(words: Sequence[str], folder: Path, root: Path) -> str:
         'cd e && python -m a --b "[\'c\',\'d\']"'
     """
     place = folder.relative_to(root) if folder.is_relative_to(root) else folder
-    shown = ["python" if word == sys.executable else _quoted(word) for word in words]
-    return f"cd {_quoted(str(place))} && {' '.join(shown)}"
+    return f"cd {_quoted(str(place))} && {show_words(words)}"
+
+
+def show_words(words: Sequence[str]) -> str:
+    """A command as a user types it in its folder."""
+    return " ".join("python" if word == sys.executable else _quoted(word) for word in words)
 
 
 def _quoted(word: str) -> str:
@@ -101,7 +108,7 @@ def last_lines(log: str, count: int = LINES_OF_FAILURE) -> str:
 
 def seconds_of(step: Step) -> float:
     """Tell how long a finished step took, all its attempts together."""
-    return float(_read(step.stamp).get("seconds", 0.0))
+    return float(read_state(step.stamp).get("seconds", 0.0))
 
 
 def run_step(step: Step, show: Callable[[Sequence[str], Path], str]) -> bool:
@@ -117,7 +124,7 @@ def run_step(step: Step, show: Callable[[Sequence[str], Path], str]) -> bool:
     Raises:
         StepError: a command failed.
     """
-    stamp = _read(step.stamp)
+    stamp = read_state(step.stamp)
     same = stamp.get("key") == step.key
     if same and stamp.get("done") and all(path.exists() for path in step.writes):
         return False
@@ -189,7 +196,8 @@ def _text(path: Path, begin: int = 0) -> str:
         return file.read().decode(errors="replace")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what an earlier run left in a JSON file; empty when there is nothing, or half a file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

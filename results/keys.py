@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys of runs: hashes of what decides on a result and of nothing else, so that finished runs stay valid.
 
-A key holds the part of the merged config that the run id reaches through references, the code of `medkd` and `scripts`
-that this part names (without comments and docstrings), the cases by name and size, and the weights that it starts from.
+A key holds the part of the merged config that the run id reaches through references, the modules of `medkd` and
+`scripts` that this part names, with those they import (without comments and docstrings), the cases by name and size,
+and the weights that it starts from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PLACES = frozenset({
 ONLY_DISTILLATION = ("distill_loss", "distill_weights", "distill_ramp", "teacher_check", "teacher_input")
 LAYERS = frozenset({"ops", "losses", "handlers", "metrics", "taps", "weights"})
 REFERENCE = re.compile(r"[@%](\w+)")
-MODULE = re.compile(r"\bmedkd(?:\.\w+)+")
+MODULE = re.compile(r"\b(?:medkd|scripts)(?:\.\w+)+")
 
 
 def effective_config(files: Sequence[Path], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,31 +64,30 @@ def needed_part(config: Mapping[str, Any], starts: Iterable[str]) -> dict[str, A
 
 
 def code_hash(part: Mapping[str, Any], source: Path) -> str:
-    """Hash of the code that a part of a config names: modules of `medkd` with what they import, and `scripts`.
+    """Hash of the code that a part of a config names: modules of `medkd` and `scripts`, with what they import.
 
     Args:
         part: of a config.
         source: folder with `package/medkd` and `scripts`.
     """
-    text = json.dumps(part)
-    files = _closure(source / "package", MODULE.findall(text))
-    if "scripts." in text:
-        scripts = sorted((source / "scripts").rglob("*.py"))
-        files |= set(scripts) | _closure(source / "package", [name for file in scripts for name in _imports(file)])
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(_closure(source, MODULE.findall(json.dumps(part)))):
         digest.update(f"{file.relative_to(source)} {_meaning(file)}".encode())
     return digest.hexdigest()
 
 
-def _closure(package: Path, names: Iterable[str]) -> set[Path]:
+def _closure(source: Path, names: Iterable[str]) -> set[Path]:
     found: set[Path] = set()
     waiting = list(names)
     while waiting:
         parts = waiting.pop().split(".")
-        if len(parts) < 2 or parts[0] != "medkd" or parts[1] not in LAYERS:
+        if parts[0] == "medkd" and parts[1:2] and parts[1] in LAYERS:
+            root = source / "package"
+        elif parts[0] == "scripts":
+            root = source
+        else:
             continue
-        paths = [package.joinpath(*parts[:depth]) for depth in range(2, len(parts) + 1)]
+        paths = [root.joinpath(*parts[:depth]) for depth in range(2, len(parts) + 1)]
         for file in [f for path in paths for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()]:
             if file not in found:
                 found.add(file)

@@ -109,9 +109,10 @@ class Recipe:
         changed = {name: arm.changed(row.arms[name]) if name in row.arms else arm for name, arm in everything.items()}
         return {TEACHER: changed.pop(TEACHER), **changed}
 
-    def better(self, value: float, other: float) -> bool:
-        """Tell whether `value` of the metric is better than `other`."""
-        return value > other if self.higher_is_better else value < other
+    def drop_idle_helpers(self, arms: Mapping[str, Arm]) -> dict[str, Arm]:
+        """These arms without the helpers that none of them starts from."""
+        wanted = {name for arm in arms.values() for name in (arm.weights_of or {}).values()}
+        return {name: arm for name, arm in arms.items() if name not in self.helpers or name in wanted}
 
 
 def read_recipe(bundle: Path, folder: Path = HERE / "recipes") -> Recipe:

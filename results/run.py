@@ -122,9 +122,7 @@ def show_command(options: argparse.Namespace) -> str:
 
 def compare(options: argparse.Namespace, recipe: Recipe, row: Row, place: Place) -> None:
     """Train all, score all, write the row."""
-    arms = recipe.arms_of(row)
-    wanted = {name for arm in arms.values() for name in (arm.weights_of or {}).values()}
-    arms = {name: arm for name, arm in arms.items() if name not in recipe.helpers or name in wanted}
+    arms = recipe.drop_idle_helpers(recipe.arms_of(row))
     finished = train_all(row, arms, recipe, place, options.workers)
     scores = evaluate_all(place, recipe, row, finished, options.workers)
     summaries = {name: arm_summary(chosen_runs(one, recipe), recipe.metric) for name, one in scores.items()}
@@ -148,8 +146,8 @@ def search(options: argparse.Namespace, recipe: Recipe, row: Row, place: Place) 
         raise ValueError(f"`search` of row {row.id!r} in the recipe must have configurations, got none.")
     tried = {name: Arm(a.overrides, a.options, 1, {}, a.weights_of) for name, a in row.search.items()}
     known = recipe.arms_of(row)
-    helpers = {name: known[name] for name in recipe.helpers}
-    finished = train_all(row, {TEACHER: known[TEACHER], **helpers, **tried}, recipe, place, options.workers)
+    arms = {name: known[name] for name in (TEACHER, *recipe.helpers)} | tried
+    finished = train_all(row, recipe.drop_idle_helpers(arms), recipe, place, options.workers)
     found = [
         {
             "name": name, "overrides": list(arm.overrides), "options": dict(arm.options),

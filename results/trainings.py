@@ -17,6 +17,7 @@ from typing import Any
 from commands import Commands
 from keys import data_hash, distils, effective_config, file_hash, needed_part, run_key
 from recipe import TEACHER
+from steps import read_state, show_words
 
 from medkd.data.datalist import SplitsFile, make_datalist
 
@@ -198,10 +199,10 @@ def train(
     key = run_key(part, place.source, data_hash(place.datalist, ("training", "validation")), hashes)
     folder = next(place.folder.glob(f"*_{key}"), place.folder / f"{run.name}_{key}")
     with place.commands.locked(folder, lambda: say("waits for another process that trains it")) as lock:
-        new = not _read(folder / "run.json").get("done")
+        new = not read_state(folder / "run.json").get("done")
         if new:
             _train(run, place, folder, weights, lock, say)
-        state, model = _read(folder / "run.json"), _read(folder / "model.json")
+        state, model = read_state(folder / "run.json"), read_state(folder / "model.json")
         validation = next(iter(model["validation"].values()))
         weight_hash = file_hash(folder / "model.pt")
         return Trained(run, folder, key, validation, model["epoch"], state["seconds"] / 60, weight_hash, new)
@@ -218,11 +219,11 @@ def _train(
     }
     words = _command(run, place, "training", folder / "options.json", options)
     words += ["--resume", "true"] if go_on else []
-    before = float(_read(folder / "run.json").get("seconds", 0.0))
+    before = float(read_state(folder / "run.json").get("seconds", 0.0))
     start = time.monotonic()
 
     def note(**more: Any) -> None:
-        content = {"command": _shown(words), "seconds": round(before + time.monotonic() - start, 1), **more}
+        content = {"command": show_words(words), "seconds": round(before + time.monotonic() - start, 1), **more}
         _write(folder / "run.json", content)
 
     note()
@@ -268,18 +269,6 @@ def _command(
     _write(file, options)
     listed = ",".join(f"'{name}'" for name in (*run.configs(*more), place.path(file)))
     return [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", f"[{listed}]", "--bundle_root", "."]
-
-
-def _shown(words: Sequence[str]) -> str:
-    return " ".join("python" if word == sys.executable else f'"{word}"' if "'" in word else word for word in words)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import monai.bundle
 import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.utils import set_determinism
 
 from medkd.phantoms.ct import write_ct_phantoms
 
@@ -46,29 +43,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("alone") / SOURCE.name
-    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
-    return Path(shutil.copytree(SOURCE, copy, ignore=ignore))
+def run(run_bundle: Callable[..., None], bundle: Path, data: Path) -> Run:
+    """Run an id of the bundle with config files by name; gives its `ckpt_dir`."""
 
-
-@pytest.fixture(scope="module")
-def run(bundle: Path, data: Path) -> Run:
-    """Run an id of the bundle with config files by name, in this process; gives its `ckpt_dir`."""
-
-    def call(run_id: str, *configs: str, **overrides: Any) -> Path:
-        options = {"num_workers": 0, "train#dataset#num_workers": 0, "validate#dataset#num_workers": 0} | overrides
-        folder = Path(options.setdefault("ckpt_dir", str(bundle / "runs/test")))
-        if configs == ("inference",):
-            options = overrides
-        files = [str(bundle / "configs" / f"{name}.json") for name in configs]
-        try:
-            monai.bundle.run(
-                run_id, config_file=files, bundle_root=str(bundle), **{"dataset_dir": str(data), **options}
-            )
-        finally:
-            set_determinism(None)
-        return folder
+    def call(run_id: str, *configs: str, **options: Any) -> Path:
+        folder = options.get("ckpt_dir", str(bundle / "runs/test"))
+        if configs[0] == "train":
+            options |= {"num_workers": 0, "ckpt_dir": folder}
+        run_bundle(run_id, *configs, **{"dataset_dir": str(data), **options})
+        return Path(folder)
 
     return call
 

@@ -79,7 +79,7 @@ class BoundaryRelationLoss(DistillationLoss):
         heads: for `head`: the student's, which learns, and the teacher's, which was fitted before.
         pair_lengths: path lengths in cells of the boundary grid, ascending.
         boundary_cells: the boundary grid is the finest tapped one with at most so many cells per sample.
-        relation_cells: a larger tapped grid is average-pooled to at most so many cells.
+        relation_cells: a larger tapped grid is average-pooled to at most so many cells, with one warning.
         relation_balance: `class`, or `none` for equal weights.
         min_boundary_auc: the teacher's boundary map is compared with the borders of the labels in the first batches
             (area under the ROC curve), and a value below 0.6 is a warning: it teaches wrong boundaries. Below this
@@ -145,6 +145,7 @@ class BoundaryRelationLoss(DistillationLoss):
         self.teacher_head = None if heads is None else heads[1]
         self._frozen_head: list[BoundaryHead] = []                 # a list keeps it out of optimizer and checkpoint
         self._check = _BoundaryCheck(min_boundary_auc)
+        self._told_of_pooling = False
 
     def activate(self, terms: Iterable[str]) -> None:
         """Compute only these terms from now on; the teacher's head is read here if it is needed."""
@@ -195,6 +196,12 @@ class BoundaryRelationLoss(DistillationLoss):
         check_maps("student", student)
         shared = tuple(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
         grid = _shrunk(shared, self.relation_cells)
+        if grid != shared and not self._told_of_pooling:
+            self._told_of_pooling = True
+            logger.warning(
+                "Relation taps of %s cells are average-pooled to %s: `relation_cells` is %d.",
+                *("x".join(map(str, one)) for one in (shared, grid)), self.relation_cells,
+            )
         labels, share = majority_label(label, grid, self.ignore_label)
         valid = share.flatten(1) >= 0.5
         weight = class_balance_weight(labels.flatten(1), valid, self.relation_balance == "class")

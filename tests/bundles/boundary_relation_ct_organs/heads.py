@@ -4,22 +4,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import monai.bundle
 import pytest
 import torch
-from monai.utils import set_determinism
 
 from medkd.phantoms.ct import write_ct_phantoms
 
-SOURCE = Path(os.environ["MEDKD_BUNDLE"])
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -30,44 +25,31 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("alone") / SOURCE.name
-    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
-    return Path(shutil.copytree(SOURCE, copy, ignore=ignore))
-
-
-@pytest.fixture(scope="module")
-def run(bundle: Path, data: Path) -> Run:
-    def call(*configs: str, **options: Any) -> None:
-        files = [str(bundle / "configs" / f"{name}.json") for name in ("train", *configs)]
-        few = {"train#dataset#num_workers": 0, "validate#dataset#num_workers": 0, "dataset_dir": str(data)}
-        try:
-            monai.bundle.run("training", config_file=files, bundle_root=str(bundle), **few, **options)
-        finally:
-            set_determinism(None)
-
-    return call
+def train(run_bundle: Callable[..., None], data: Path) -> Callable[..., None]:
+    return partial(run_bundle, "training", "train", "smoke", dataset_dir=str(data))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def test_the_teachers_head_is_fitted_and_a_student_is_distilled_with_it(run: Run, bundle: Path) -> None:
-    run("smoke", "teacher")
+def test_the_teachers_head_is_fitted_and_a_student_is_distilled_with_it(
+    train: Callable[..., None], bundle: Path
+) -> None:
+    train("teacher")
     teacher = weights(bundle / "models/teacher/model.pt")
     with pytest.raises(Exception, match="running training|Failed to evaluate") as error:
-        run("smoke", "heads", ckpt_dir=str(bundle / "runs/none"))
+        train("heads", ckpt_dir=str(bundle / "runs/none"))
     causes = [error.value]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     assert any("fit it with the config file teacher_head.json" in str(cause) for cause in causes)
-    run("smoke", "heads", "teacher_head")
+    train("heads", "teacher_head")
     head = weights(bundle / "models/teacher/boundary_head/model.pt")
     assert sum(value.numel() for value in head.values()) == 32 * (24 + 48 + 96 + 192) + 64 * 4 + 32 * 4 + 1
     fitted = json.loads((bundle / "models/teacher/boundary_head/model.json").read_text())
     assert 0 <= fitted["validation"]["val_border_auc"] <= 1
-    run("smoke", "heads", ckpt_dir=str(bundle / "runs/heads"), **{"distill_loss#0#min_boundary_auc": 0.0})
+    train("heads", ckpt_dir=str(bundle / "runs/heads"))
     assert weights(bundle / "models/teacher/model.pt").keys() == teacher.keys()
     assert all(torch.equal(value, teacher[key]) for key, value in weights(bundle / "models/teacher/model.pt").items())
     student = weights(bundle / "runs/heads/model.pt")
@@ -75,9 +57,9 @@ def test_the_teachers_head_is_fitted_and_a_student_is_distilled_with_it(run: Run
     assert json.loads((bundle / "runs/heads/model.json").read_text())["mode"] == "distilled"
 
 
-def test_the_published_sizes_are_exact() -> None:
+def test_the_published_sizes_are_exact(bundle: Path) -> None:
     parser = monai.bundle.ConfigParser()
-    parser.read_config([str(SOURCE / "configs" / f"{name}.json") for name in ("train", "paper")])
+    parser.read_config([str(bundle / "configs" / f"{name}.json") for name in ("train", "paper")])
     parser["out_channels"] = 14
     student, teacher = parser.get_parsed_content("network_def"), parser.get_parsed_content("teacher_def")()
     counts = [sum(p.numel() for p in network.parameters()) for network in (student, teacher)]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.utils import set_determinism
 from PIL import Image
 
-SOURCE = Path(os.environ["MEDKD_BUNDLE"])
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
     "ignore:(Mean of empty|All-NaN) slice:RuntimeWarning",   # a metric that no toy case defines
@@ -38,25 +35,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("alone") / SOURCE.name
-    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
-    return Path(shutil.copytree(SOURCE, copy, ignore=ignore))
-
-
-@pytest.fixture(scope="module")
-def run(bundle: Path) -> Run:
-    """Run an id with config files by name, in this process; gives the folder that is written to."""
+def run(run_bundle: Callable[..., None]) -> Run:
+    """Run an id with config files by name; gives the folder that is written to."""
 
     def call(run_id: str, *configs: str, into: Path, **options: Any) -> Path:
-        files = [str(bundle / "configs" / f"{name}.json") for name in configs]
-        options["output_dir"] = str(into / "eval")
-        if configs[0] == "train":
-            options |= {"ckpt_dir": str(into), "train#dataset#num_workers": 0, "validate#dataset#num_workers": 0}
-        try:
-            monai.bundle.run(run_id, config_file=files, bundle_root=str(bundle), **options)
-        finally:
-            set_determinism(None)
+        options |= {"ckpt_dir": str(into)} if configs[0] == "train" else {}
+        run_bundle(run_id, *configs, output_dir=str(into / "eval"), **options)
         return into
 
     return call

@@ -121,6 +121,15 @@ def test_a_pooled_relation_ignores_a_global_factor_only() -> None:
     assert abs(loss(student | {"e1": uneven}, teacher, label)["relation"] - expected) > 1e-4
 
 
+def test_pooling_of_a_relation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
+    loss = BoundaryRelationLoss(["e1"], ["e1", "e2"], relation_cells=6)
+    for _ in range(2):
+        loss(student, teacher, label)
+    told = [record.message for record in caplog.records if "pooled" in record.message]
+    assert told == ["Relation taps of 4x6 cells are average-pooled to 2x3: `relation_cells` is 6."]
+
+
 def test_rotating_permuting_and_padding_the_channels_changes_nothing() -> None:
     student, teacher, label = features((6, 8, 10), (3, 4)), features((6, 8, 10), (5, 6)), blocks((6, 8, 10))
     rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
