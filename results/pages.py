@@ -68,6 +68,9 @@ def _sentence(row: Mapping[str, Any], splits: Mapping[str, Any]) -> str:
     if numbers:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += f"{seconds['teacher']:.2f} and {seconds['student']:.2f} s per case."
+    if row.get("search"):
+        tried = (f"{one['name'].replace('_', ' ')} {one['validation']:.3f}" for one in row["search"])
+        text += f"\n\nAlso tried, on validation with the first seed: {'; '.join(tried)}."
     return text
 
 

@@ -236,6 +236,19 @@ def test_a_key_changes_with_what_decides_and_with_nothing_else(place: Place) -> 
     assert key() != second
 
 
+def test_a_key_follows_the_scripts_that_the_config_names_and_no_others(place: Place) -> None:
+    scripts = place.source / "scripts"
+    scripts.mkdir()
+    for name, content in {"used": "from scripts import helper", "helper": "x = 1", "other": "x = 1"}.items():
+        (scripts / f"{name}.py").write_text(content)
+    part = {"transform": {"_target_": "scripts.used.Transformd"}}
+    first = run_key(part, place.source)
+    (scripts / "other.py").write_text("x = 2")
+    assert run_key(part, place.source) == first
+    (scripts / "helper.py").write_text("x = 2")
+    assert run_key(part, place.source) != first
+
+
 def test_the_hash_of_data_knows_names_and_sizes_but_no_place(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -352,6 +365,13 @@ def test_the_recipes_of_the_repository_are_sound(repository: Path) -> None:
             assert count_runs(row, recipe.arms_of(row)) > 5
 
 
+def test_helpers_are_trained_only_when_something_starts_from_them() -> None:
+    recipe = Recipe("dice", True, "a", (), ARMS, {}, {"head": Arm(("head",)), "idle": Arm(("idle",))}, {})
+    arms = recipe.arms_of(Row("a", arms={"method": Arm(weights_of={"head_path": "head"})}))
+    assert arms.keys() == {*ARMS, "head", "idle"}
+    assert recipe.drop_idle_helpers(arms).keys() == {*ARMS, "head"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -371,6 +391,7 @@ def test_a_wrong_recipe_is_refused(repository: Path, tmp_path: Path, content: di
 
 def test_pages_are_filled_between_their_markers_and_the_same_twice(tmp_path: Path) -> None:
     content = merge_row({}, "x", row_of(), "a")
+    content["search"] = [{"name": "no_ramp", "validation": 0.4567}]
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
     other = "| <!-- results:y -->y<!-- /results --> |\n"
     readme.write_text(f"{other}| before <!-- results:x -->old<!-- /results --> | after |")
@@ -388,6 +409,7 @@ def test_pages_are_filled_between_their_markers_and_the_same_twice(tmp_path: Pat
         "a: 0.500 ± 0.071 / 0.250 ± 0.071 / 0.650 ± 0.000 / 0.850<!-- /results --> | after |"
     )
     assert second == page.read_text()
+    assert "Also tried, on validation with the first seed: no ramp 0.457." in second
     assert second.startswith("a\n<!-- results -->\n| a | validation dice | test dice |")
     assert "| method and plain KD (= distilled) |" in second
 
