@@ -61,7 +61,7 @@ check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config 
 
 results: $(READY)  ## train and compare all arms of BUNDLE on DATA: results/BUNDLE.json, figure, README tables; hours
 	@[ -n "$(BUNDLE)" ] && [ -n "$(DATA)" ] || { echo "make results needs BUNDLE=name and DATA=folder"; exit 1; }
-	$(ON_CPU) $(RUN) results/run.py $(BUNDLE) $(DATA) --workers $(WORKERS) $(if $(SEARCH),--search)
+	$(ON_CPU) $(RUN) results/run.py $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(SEARCH),--search)
 
 bench: $(READY)  ## speed and memory against peers, written to bench/*.json
 	$(ON_CPU) $(RUN) bench/run.py
@@ -80,7 +80,7 @@ venv: $(READY)
 
 clean:  ## remove .venv, caches, builds and the demo's output; runs and weights stay
 	rm -rf $(VENV) build dist common/*.egg-info .mypy_cache .pytest_cache .ruff_cache demo/output demo/report.html
-	find ci common bundles demo bench tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find ci common bundles demo bench results tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # .venv is made once, and brought up to date when what it is made from changes. BEGUN stays behind when that was
 # interrupted, as pip may then have left half a package: the next call starts afresh, from pip's cache of downloads.

@@ -78,8 +78,8 @@ def _files_below(bundle: Path, folder: str) -> Iterator[str]:
 def manifest(files: Mapping[str, bytes]) -> bytes:
     """Lines `hash  path`, sorted by path, as `sha256sum -c` reads them."""
     for path in files:
-        if re.search(r"[\\:\n]", path):
-            raise ValueError(f"{path!r}: must have no backslash, colon or line break in its name; rename it.")
+        if re.search(r"[\\:\x00-\x1f]", path):
+            raise ValueError(f"{path!r}: must have no backslash, colon or control character in its name; rename it.")
     lines = [f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in sorted(files.items())]
     return "".join(lines).encode()
 

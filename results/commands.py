@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from steps import last_lines
@@ -61,6 +61,10 @@ class Commands:
                     break
                 except subprocess.TimeoutExpired:
                     tick()
+        except BaseException:      # an interruption in the main thread, or `tick` failed
+            _end(process)
+            process.wait()
+            raise
         finally:
             with self._guard:
                 self._running.discard(process)
@@ -91,8 +95,7 @@ class Commands:
             self._stopped = True
             running = list(self._running)
         for process in running:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
+            _end(process)
 
     @contextmanager
     def locked(self, folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:
@@ -119,6 +122,13 @@ class Commands:
             os.close(descriptor)
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Tell a command, and what it started, to end."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+
 def _nothing() -> None:
     pass
 
@@ -126,6 +136,6 @@ def _nothing() -> None:
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True

@@ -2,8 +2,9 @@
 """Keys of runs: hashes of what decides on a result and of nothing else, so that finished runs stay valid.
 
 A key holds the part of the merged config that the run id reaches through references, the modules of `medkd` and
-`scripts` that this part names, with those they import (without comments and docstrings), the cases by name and size,
-and the weights that it starts from.
+`scripts` that this part names, with those they import (without comments, docstrings, and layers that do not train), the
+cases with the sizes of their files, and the weights that it starts from. Versions of packages and the device are not
+in it: remove runs/ when one of them changes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ __all__ = ["code_hash", "data_hash", "distils", "effective_config", "file_hash",
 
 # places differ between machines, and say nothing about the result; weights come in by their hash
 PLACES = frozenset({
-    "bundle_root", "dataset_dir", "datalist", "ckpt_dir", "output_dir", "teacher_path", "teacher_sha256", "resume",
+    "bundle_root", "dataset_dir", "datalist", "ckpt_dir", "output_dir", "teacher_path", "teacher_head_path",
+    "teacher_sha256", "resume",
 })
 ONLY_DISTILLATION = ("distill_loss", "distill_weights", "distill_ramp", "teacher_check", "teacher_input")
 LAYERS = frozenset({"ops", "losses", "handlers", "metrics", "taps", "weights"})
@@ -118,15 +120,20 @@ def _meaning(file: Path) -> str:
 
 
 def data_hash(datalist: Path, lists: Sequence[str]) -> str:
-    """Hash of the cases of some lists: paths as they stand in the file, and sizes of the files."""
+    """Hash of the cases of some lists: what stands in the file, and sizes of the files."""
     content = json.loads(datalist.read_text())
     root = datalist.parent / content.get("data_root", "")
     cases = [
-        [name, sorted((key, value, (root / value).stat().st_size) for key, value in case.items()
-                      if isinstance(value, str) and (root / value).is_file())]
+        [name, sorted((key, value, *_size(root, value)) for key, value in case.items())]
         for name in lists for case in content.get(name, [])
     ]
     return _hash(cases)
+
+
+def _size(root: Path, value: Any) -> list[int]:
+    """Size of the file that a value names, if it names one."""
+    file = root / value if isinstance(value, str) else root
+    return [file.stat().st_size] if file.is_file() else []
 
 
 def file_hash(file: Path) -> str:

@@ -7,8 +7,8 @@
     higher_is_better   true or false
     default            id of the row that stands at the top level of the results
     distilled_from     arms of which the better one on validation is called `distilled`
-    arms, ablations    name -> arm, below; ablations and the arms with "seeds": 1 run with the first seed only
-    helpers            name -> arm that is trained and never evaluated, such as a head of the teacher
+    arms, ablations    name -> arm, below; ablations and arms with "seeds": 1 run with the first seed only
+    helpers            name -> arm that is trained once and never evaluated, such as a head of the teacher
     rows               id -> row, below; the id is the name of the DATA folder
 
 An arm is train.json with `overrides` (names of configs) and `options` (keys and values). With `candidates` (name ->
@@ -25,8 +25,9 @@ row), `patient` (regular expression: cases with the same group are averaged to o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,35 @@ def read_recipe(bundle: Path, folder: Path = HERE / "recipes") -> Recipe:
             if all((bundle / "configs" / f"{config}.json").exists() for config in _configs(arm))
         }
     arms = {kind: _arms(content.pop(kind), kind) for kind in ("arms", "ablations", "helpers")}
+    for kind in ("ablations", "helpers"):
+        arms[kind] = {name: replace(arm, seeds=1) for name, arm in arms[kind].items()}
     rows = {name: _row(name, value) for name, value in content.pop("rows").items()}
     recipe: Recipe = _make(Recipe, content | arms | {"rows": rows}, own.name)
-    for name in recipe.distilled_from:
-        if name not in recipe.arms and own.exists():
-            raise ValueError(f"`distilled_from` of {own.name} must name arms, got {name!r}.")
+    if own.exists():
+        _check_names(recipe, own.name)
     _check_configs(recipe, bundle)
     return recipe
+
+
+def _check_names(recipe: Recipe, file: str) -> None:
+    """Refuse what names no arm or row, before anything is trained."""
+    needed = [name for arm in _all_arms(recipe) for name in (arm.weights_of or {}).values()]
+    for key, names, known, what in (
+        ("arms", [TEACHER], recipe.arms, "have an arm"),
+        ("distilled_from", recipe.distilled_from, recipe.arms, "name arms"),
+        ("weights_of", needed, recipe.arms | recipe.helpers, "name arms or helpers"),
+        ("default", [recipe.default] if recipe.default else [], recipe.rows, "name a row"),
+    ):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"`{key}` of {file} must {what}, got {name!r}; there are: {', '.join(known)}.")
+    if len({recipe.arms[name].seeds for name in recipe.distilled_from}) > 1:
+        raise ValueError(f"`distilled_from` of {file} must name arms with the same `seeds`: their means are compared.")
+    for row in recipe.rows.values():
+        if row.patient and re.compile(row.patient).groups != 1:
+            raise ValueError(f"`patient` of row {row.id} in {file} must have one group, got {row.patient!r}.")
+        if any(arm.candidates or arm.seeds for arm in row.search.values()):
+            raise ValueError(f"`search` of row {row.id} in {file} must have no `candidates` and no `seeds`.")
 
 
 def _configs(arm: Mapping[str, Any]) -> list[str]:
@@ -170,11 +193,18 @@ def _make(kind: Any, content: Mapping[str, Any], what: str) -> Any:
     return kind(**content)
 
 
-def _check_configs(recipe: Recipe, bundle: Path) -> None:
+def _all_arms(recipe: Recipe) -> list[Arm]:
+    """Arms of the recipe and of its rows, with their candidates."""
     arms = [*recipe.arms.values(), *recipe.ablations.values(), *recipe.helpers.values()]
     for row in recipe.rows.values():
-        arms += [*row.arms.values(), *row.search.values(), Arm((*row.overrides, *row.evaluate))]
-    arms += [candidate for arm in arms for candidate in arm.candidates.values()]
-    for name in sorted({name for arm in arms for name in arm.overrides}):
+        arms += [*row.arms.values(), *row.search.values()]
+    return arms + [candidate for arm in arms for candidate in arm.candidates.values()]
+
+
+def _check_configs(recipe: Recipe, bundle: Path) -> None:
+    names = {name for arm in _all_arms(recipe) for name in arm.overrides}
+    for row in recipe.rows.values():
+        names |= {*row.overrides, *row.evaluate, row.inference.removesuffix(".json")}
+    for name in sorted(names):
         if not (bundle / "configs" / f"{name}.json").is_file():
             raise ValueError(f"`overrides` must name configs of {bundle.name}, got {name!r}: no configs/{name}.json.")

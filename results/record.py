@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from recipe import TEACHER, Recipe, Row
-from summary import Scored, arm_summary, choose, gap_recovered
+from summary import Scored, arm_summary, case_names, choose, gap_recovered
 
 __all__ = [
     "ARMS", "all_rows", "choose_distilled", "chosen_runs", "make_row", "merge_row", "read_results", "shipped_of",
@@ -100,7 +100,7 @@ def split_names(datalist: Path) -> dict[str, Any]:
     """Number of training and validation cases, names of the test cases."""
     content = json.loads(datalist.read_text())
     counts = {name: len(content.get(name, [])) for name in ("training", "validation", "test")}
-    names = [Path(case["image"]).name.split(".")[0] for case in content.get("test", [])]
+    names = case_names([case["image"] for case in content.get("test", [])])
     return {**counts, "test_cases": names} if len(names) <= 20 else counts
 
 
@@ -130,20 +130,17 @@ def merge_row(
         content: of the file, may be empty.
         bundle: name.
         row: new content of the row; with `searched` its id is enough.
-        default: id of the row at the top level; None takes the first one.
-        searched: configurations that were tried on validation; those of the same name are replaced.
+        default: id of the row at the top level; None, or a row that is not there yet, takes the first one.
+        searched: configurations that were tried on validation, in place of what was tried before.
     """
     rows = {one["id"]: one for one in all_rows(content)}
     before = rows.get(row["id"], {})
     if searched is None:
         merged = {**row, **({"search": before["search"]} if "search" in before else {})}
     else:
-        kept = {one["name"]: one for one in before.get("search", [])} | {one["name"]: one for one in searched}
-        merged = {**(before or row), "search": list(kept.values())}
+        merged = {**(before or row), "search": searched}
     rows[row["id"]] = merged
-    if default is None:
-        default = next(iter(rows))
-    top = rows.pop(default, {})
+    top = rows.pop(default if default in rows else next(iter(rows)))
     return {"bundle": bundle, **top, "rows": [rows[name] for name in sorted(rows)]}
 
 

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT / "results"), str(ROOT / "bench"), str(ROOT / "demo")]
 from commands import CommandError, Commands, StoppedError  # noqa: E402
 from measure import machine, versions  # noqa: E402 - that of bench
 from pages import fill  # noqa: E402
-from recipe import TEACHER, Arm, Recipe, Row, read_recipe  # noqa: E402
+from recipe import TEACHER, Recipe, Row, read_recipe  # noqa: E402
 from record import (  # noqa: E402
     Scores,
     choose_distilled,
@@ -41,7 +42,7 @@ from record import (  # noqa: E402
 )
 from schedule import RowFailedError, all_parallel, train_all  # noqa: E402
 from summary import Scored, arm_summary, read_scores  # noqa: E402
-from trainings import Place, Trained, copy_source, evaluate, find_datalist  # noqa: E402
+from trainings import Place, Trained, check_test_list, copy_source, evaluate, find_datalist  # noqa: E402
 
 PACKAGES = ("medkd", "torch", "monai", "pytorch-ignite", "numpy")
 Finished = Mapping[tuple[str, str, int], Trained]
@@ -74,7 +75,8 @@ def make_place(options: argparse.Namespace, row: Row, commands: Commands) -> Pla
     """Copy the sources and make the list of the data."""
     work = options.root / "runs" / "results" / options.bundle
     source = copy_source(options.folder, ROOT / "common" / "medkd", work / "source")
-    datalist = find_datalist(options.data, work / row.id / "data", row.datalist)
+    datalist = find_datalist(options.data, work / row.id / "data", {"patient": row.patient, **row.datalist})
+    check_test_list(datalist)
     threads = max(1, cores() // options.workers) if options.workers > 1 else 0
     return Place(source.resolve(), (work / row.id).resolve(), datalist, row.evaluate, threads, commands)
 
@@ -144,7 +146,7 @@ def search(options: argparse.Namespace, recipe: Recipe, row: Row, place: Place) 
     """Train the recipe's other configurations with the first seed, and write their validation values."""
     if not row.search:
         raise ValueError(f"`search` of row {row.id!r} in the recipe must have configurations, got none.")
-    tried = {name: Arm(a.overrides, a.options, 1, {}, a.weights_of) for name, a in row.search.items()}
+    tried = {name: replace(arm, seeds=1) for name, arm in row.search.items()}
     known = recipe.arms_of(row)
     arms = {name: known[name] for name in (TEACHER, *recipe.helpers)} | tried
     finished = train_all(row, recipe.drop_idle_helpers(arms), recipe, place, options.workers)
@@ -169,7 +171,7 @@ def write_all(
 
     path = options.root / "results" / f"{options.bundle}.json"
     path.parent.mkdir(exist_ok=True)
-    with place.commands.locked(place.folder.parent):
+    with place.commands.locked(place.folder.parents[1]):
         content = merge_row(read_results(path), options.bundle, row, recipe.default, searched)
         write_results(path, content)
         draw(content, path.with_suffix(".png"))

@@ -129,6 +129,11 @@ def _weights(
 def _finish(future: Future[Trained], run: Run, recipe: Recipe, state: _State) -> None:
     try:
         trained = future.result()
+        if trained.metric != recipe.metric and run.arm not in recipe.helpers:
+            raise CommandError(
+                f"the best model must be taken by {recipe.metric}, as the recipe says, got {trained.metric}; "
+                "change `metric` of the recipe or `validate#key_metric` of train.json."
+            )
     except CommandError as error:
         state.failed.add(_name(run))
         state.say(run.label, f"FAILED, {error}")
@@ -137,7 +142,7 @@ def _finish(future: Future[Trained], run: Run, recipe: Recipe, state: _State) ->
     left = state.total - len(state.finished) - len(state.failed)
     word = "finished" if trained.new else "was finished before"
     state.say(
-        run.label, f"{word}, {recipe.metric} {trained.validation:.4f} on validation at epoch {trained.epoch}, "
+        run.label, f"{word}, {trained.metric} {trained.validation:.4f} on validation at epoch {trained.epoch}, "
         f"{trained.minutes:.1f} min; {left} left, {(time.monotonic() - state.begin) / 60:.0f} min so far",
     )
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from trainings import Trained
 
-__all__ = ["Scored", "arm_summary", "choose", "gap_recovered", "read_scores"]
+__all__ = ["Scored", "arm_summary", "case_names", "choose", "gap_recovered", "read_scores"]
 
 DRAWS = 10_000
 LEAST_CASES = 4
+TAIL = 0.025      # on each side of the interval
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_scores(folder: Path, patient: str | None = None) -> dict[str, dict[str,
 
     Args:
         folder: with `<metric>_raw.csv`: a row per case, whose column `mean` is the mean over the classes it has.
-        patient: regular expression; the cases in whose file name its group is the same are averaged to one.
+        patient: regular expression; the cases in whose name its group is the same are averaged to one.
 
     Returns:
         Metric -> case -> value; a case without a value is left out.
@@ -43,17 +44,28 @@ def read_scores(folder: Path, patient: str | None = None) -> dict[str, dict[str,
     for file in sorted(folder.glob("*_raw.csv")):
         groups: dict[str, list[float]] = {}
         with file.open(newline="") as lines:
-            for line in csv.DictReader(lines):
-                if not math.isnan(float(line["mean"])):
-                    groups.setdefault(_case(line["filename"], patient), []).append(float(line["mean"]))
+            table = list(csv.DictReader(lines))
+        names = case_names([line["filename"] for line in table])
+        for line, name in zip(table, names, strict=True):
+            found = re.search(patient, name) if patient else None
+            if not math.isnan(float(line["mean"])):
+                groups.setdefault(found[1] if found else name, []).append(float(line["mean"]))
         metrics[file.name.removesuffix("_raw.csv")] = {case: fmean(values) for case, values in groups.items()}
     return metrics
 
 
-def _case(filename: str, patient: str | None) -> str:
-    name = re.sub(r"\.(nii\.gz|\w+)$", "", Path(filename).name)
-    found = re.search(patient, name) if patient else None
-    return found[1] if found else name
+def case_names(files: Sequence[str]) -> list[str]:
+    """Names of cases: the shortest ends of their paths that tell them apart, without the extension.
+
+    Example:
+        >>> case_names(["d/a.nii.gz", "d/b.png"]), case_names(["d/p1/ct.nii.gz", "d/p2/ct.nii.gz"])
+        (['a', 'b'], ['p1/ct', 'p2/ct'])
+    """
+    paths = [Path(re.sub(r"\.(nii\.gz|\w+)$", "", file)).parts for file in files]
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    return ["/".join(path[-depth:]) for path in paths]
 
 
 def arm_summary(runs: Sequence[Scored], metric: str) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def gap_recovered(
 
     A draw of the bootstrap takes as many cases as there are, the same for all three networks, and as many seeds of
     each student, with replacement. Draws in which the teacher is not better than the student alone have no share;
-    they are left out and counted.
+    they are left out and counted, and with more than 2.5 % of them there is no interval.
 
     Args:
         teacher: value of each case.
@@ -140,7 +152,10 @@ def gap_recovered(
         reason = f"{len(teacher)} test cases are too few for an interval"
         return {"value": round(float(value), 3), "low": None, "high": None, "reason": reason}
     draws, left_out = _draw(*values, higher_is_better)
-    low, high = np.quantile(draws, (0.025, 0.975))
+    if left_out > TAIL:
+        reason = f"in {100 * left_out:.0f} % of the draws the teacher is not better, so there is no interval"
+        return {"value": round(float(value), 3), "low": None, "high": None, "reason": reason}
+    low, high = np.quantile(draws, (TAIL, 1 - TAIL))
     bounds = {"low": round(float(low), 3), "high": round(float(high), 3)}
     return {"value": round(float(value), 3), **bounds, "left_out": round(left_out, 4)}
 

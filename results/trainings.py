@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from commands import Commands
+from commands import CommandError, Commands
 from keys import data_hash, distils, effective_config, file_hash, needed_part, run_key
 from recipe import TEACHER
 from steps import read_state, show_words
 
 from medkd.data.datalist import SplitsFile, make_datalist
 
-__all__ = ["Place", "Run", "Trained", "copy_source", "evaluate", "find_datalist", "needs_of", "train"]
+__all__ = [
+    "Place", "Run", "Trained", "check_test_list", "copy_source", "evaluate", "find_datalist", "needs_of", "train",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Trained:
         run: what was trained.
         folder: with `model.pt`.
         key: of the run.
-        validation: best value of the metric on the validation cases.
+        metric: by which the best model was taken.
+        validation: its best value on the validation cases.
         epoch: where that was.
         minutes: of training, all attempts together.
         sha256: of the weights.
@@ -82,6 +85,7 @@ class Trained:
     run: Run
     folder: Path
     key: str
+    metric: str
     validation: float
     epoch: int
     minutes: float
@@ -146,7 +150,12 @@ def copy_source(bundle: Path, package: Path, folder: Path) -> Path:
         for name, data in content.items():
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_bytes(data)
-        draft.rename(target)
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+            shutil.rmtree(draft)       # another process was faster
     return target
 
 
@@ -166,6 +175,24 @@ def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
             "`medkd datalist` makes one."
         )
     return make_datalist(data, folder, **{"splits": SplitsFile(data / "splits.json"), **options}).resolve()
+
+
+def check_test_list(datalist: Path) -> None:
+    """Refuse a list whose test cases are none, or are trained with.
+
+    Raises:
+        ValueError: no test case, or one that stands in another list too.
+    """
+    content = json.loads(datalist.read_text())
+    images = {name: {case["image"] for case in content.get(name, [])} for name in ("training", "validation", "test")}
+    if not images["test"]:
+        raise ValueError(f"`test` of {datalist.name} must have cases, got none: results are told on test cases.")
+    shared = sorted(images["test"] & (images["training"] | images["validation"]))
+    if shared:
+        raise ValueError(
+            f"`test` of {datalist.name} must have cases of its own, got {len(shared)} of another list: "
+            f"{', '.join(shared[:5])}."
+        )
 
 
 def needs_of(run: Run, place: Place) -> Mapping[str, str]:
@@ -203,9 +230,9 @@ def train(
         if new:
             _train(run, place, folder, weights, lock, say)
         state, model = read_state(folder / "run.json"), read_state(folder / "model.json")
-        validation = next(iter(model["validation"].values()))
+        metric, value = next(iter(model["validation"].items()))
         weight_hash = file_hash(folder / "model.pt")
-        return Trained(run, folder, key, validation, model["epoch"], state["seconds"] / 60, weight_hash, new)
+        return Trained(run, folder, key, metric, value, model["epoch"], state["seconds"] / 60, weight_hash, new)
 
 
 def _train(
@@ -228,9 +255,23 @@ def _train(
 
     note()
     say("goes on" if go_on else "starts")
-    place.commands.run(words, place.source, folder / "train.log", place.environment(), note, lock)
+    log = folder / "train.log"
+    old = log.stat().st_size if log.exists() else 0
+    place.commands.run(words, place.source, log, place.environment(), note, lock)
+    _check_model(folder, log.read_bytes()[old:])
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)      # nothing goes on from a finished run
     note(done=True)
+
+
+def _check_model(folder: Path, log: bytes) -> None:
+    """Refuse a training that ended well and left no model, or an older one."""
+    missing = [name for name in ("model.pt", "model.json") if not (folder / name).is_file()]
+    if missing or b"The student was NOT saved" in log or not read_state(folder / "model.json").get("validation"):
+        found = f"no {' and no '.join(missing)}" if missing else "a model that could not be saved or was not validated"
+        raise CommandError(
+            f"the training must leave a model and its validation, got {found}; see {folder / 'train.log'}, free "
+            "the disk, set `val_interval` to at most `epochs`, and start again."
+        )
 
 
 def evaluate(trained: Trained, place: Place) -> Path:

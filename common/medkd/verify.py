@@ -74,7 +74,7 @@ def _compare(expected: Mapping[str, str], hashes: Mapping[str, str]) -> Iterator
 def _parse(content: bytes, path: Path) -> dict[str, str]:
     """Read lines `hash  path`, as `sha256sum` writes them."""
     expected: dict[str, str] = {}
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(content.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if not match or match[2] in expected or not _is_inside(match[2]):
             raise ValueError(
@@ -145,6 +145,11 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], path: Path) -> None:
         if stat.S_ISLNK(entry.external_attr >> 16):
             raise ValueError(
                 f"{path} must hold plain files, got a link, {entry.filename!r}; do not unpack it, and {_AGAIN}"
+            )
+        if "/" not in entry.filename or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(
+                f"{path} must hold files inside one folder, stored or deflated, got {entry.filename!r} otherwise; "
+                f"{_AGAIN}"
             )
     name, count = Counter(entry.filename for entry in entries).most_common(1)[0] if entries else ("", 0)
     if count > 1:

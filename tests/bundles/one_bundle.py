@@ -22,6 +22,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle.config_parser import ConfigParser
 
 from medkd.phantoms.ct import write_ct_phantoms
 
@@ -241,6 +242,15 @@ def test_two_ranks_end_with_one_student(bundle: Path, data: Path, teacher: Path,
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert weights(tmp_path)
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+
+
+@pytest.mark.parametrize("names", [["multi_gpu_train", "teacher"], ["teacher", "multi_gpu_train"]])
+def test_a_teacher_is_trained_on_several_gpus_in_any_order_of_the_configs(bundle: Path, names: list[str]) -> None:
+    parser = ConfigParser()
+    parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", *names)])
+    assert parser["network"]["_target_"] == "torch.nn.parallel.DistributedDataParallel"
+    network, built = parser.get_parsed_content("network_def"), parser.get_parsed_content("teacher_def")()
+    assert [p.shape for p in network.parameters()] == [p.shape for p in built.parameters()]
 
 
 def test_misspelled_option_of_the_command_line_is_refused(bundle: Path, data: Path) -> None:

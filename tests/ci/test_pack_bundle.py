@@ -191,9 +191,10 @@ def test_a_missing_file_is_an_error_with_the_way_out(
     assert not (root / "dist").exists()
 
 
-def test_a_name_that_a_manifest_cannot_hold_is_refused(root: Path) -> None:
-    write(root / "bundles/toy/docs/a:b.md")
-    with pytest.raises(ValueError, match="no backslash, colon or line break in its name; rename it"):
+@pytest.mark.parametrize("name", ["a:b.md", "a\rb.md", "a\nb.md"])
+def test_a_name_that_a_manifest_cannot_hold_is_refused(root: Path, name: str) -> None:
+    write(root / "bundles/toy/docs" / name)
+    with pytest.raises(ValueError, match="no backslash, colon or control character in its name; rename it"):
         packed(root)
 
 

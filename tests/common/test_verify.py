@@ -107,6 +107,18 @@ def test_a_link_and_a_repeated_name_in_a_zip_are_refused(packed: Path) -> None:
         verify(packed)
 
 
+def test_a_name_with_a_separator_of_lines_of_unicode_passes(packed: Path) -> None:
+    name = "docs/a\u2028b\x85.md"
+    manifest = pack_bundle.manifest(FILES | {name: b"x"})
+    assert verify(repacked(packed, {f"toy/{name}": b"x", f"toy/{MANIFEST}": manifest})) == len(FILES) + 1
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_compression_than_that_of_zips_everywhere_is_refused(packed: Path, compression: int) -> None:
+    with pytest.raises(ValueError, match="stored or deflated, got 'toy/.*' otherwise"):
+        verify(repacked(packed, {}, compression))
+
+
 def test_an_empty_zip_has_no_manifest(packed: Path) -> None:
     zipfile.ZipFile(packed, "w").close()
     with pytest.raises(ValueError, match=f"must hold {MANIFEST}"):

@@ -18,7 +18,8 @@ __all__ = ["TeacherBoundary"]
 
 
 class TeacherBoundary(BoundaryHead):
-    """A network that is the frozen teacher followed by a boundary head; its weights are the head's alone.
+    """A network that is the frozen teacher followed by a boundary head; its weights are the head's alone, and
+    `teacher_sha256`, the hash of the teacher's file.
 
     Args:
         teacher: loaded here, and from then on frozen.
@@ -38,6 +39,7 @@ class TeacherBoundary(BoundaryHead):
     ) -> None:
         super().__init__(channels, spatial_dims)
         network = teacher.load()
+        self.register_buffer("teacher_sha256", torch.tensor(list(bytes.fromhex(teacher.file_sha256 or ""))).byte())
         self._hidden: list[tuple[nn.Module, FeatureTaps]] = [(network, FeatureTaps(network, taps, "teacher"))]
         self.paths = tuple(taps)
         self.boundary_cells = boundary_cells

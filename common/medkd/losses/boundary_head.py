@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,19 +75,24 @@ class TeacherHead:
         channels: channels of each tapped level of the teacher.
         path: its weights, as the run with `teacher_head.json` writes them.
         spatial_dims: 2 or 3.
+        teacher_path: weights of the teacher, which must be those that the head was fitted to; None does not look.
     """
 
-    def __init__(self, channels: Sequence[int], path: str | os.PathLike[str], spatial_dims: int = 3) -> None:
+    def __init__(
+        self, channels: Sequence[int], path: str | os.PathLike[str], spatial_dims: int = 3,
+        teacher_path: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.channels = tuple(channels)
         self.path = Path(path)
         self.spatial_dims = spatial_dims
+        self.teacher_path = None if teacher_path is None else Path(teacher_path)
 
     def load(self, device: torch.device | str = "cpu") -> BoundaryHead:
         """Build the head, load it strictly, and freeze it on `device`.
 
         Raises:
             FileNotFoundError: there is no such file; the message gives the command that makes it.
-            ValueError: weights of another head.
+            ValueError: weights of another head, or of a head that was fitted to another teacher.
         """
         if not self.path.is_file():
             raise FileNotFoundError(
@@ -94,14 +100,26 @@ class TeacherHead:
                 "does not exist; fit it with the config file teacher_head.json behind those of this run."
             )
         head = BoundaryHead(self.channels, self.spatial_dims)
+        tensors = load_tensors(self.path)
+        self._check_teacher(tensors.pop("teacher_sha256", None))
         try:
-            head.load_state_dict(load_tensors(self.path))
+            head.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(
                 f"`teacher_head` must hold a head for levels of {list(self.channels)} channels, but {self.path} does "
                 f"not: {error}"
             ) from error
         return head.to(device).eval().requires_grad_(False)
+
+    def _check_teacher(self, fitted_to: Tensor | None) -> None:
+        if self.teacher_path is None or fitted_to is None:
+            return
+        hashes = [bytes(fitted_to.tolist()).hex(), hashlib.sha256(self.teacher_path.read_bytes()).hexdigest()]
+        if hashes[0] != hashes[1]:
+            raise ValueError(
+                f"`teacher_head` must be fitted to the teacher {self.teacher_path} (SHA-256 {hashes[1][:12]}...), but "
+                f"{self.path} was fitted to {hashes[0][:12]}...; fit it again with teacher_head.json."
+            )
 
 
 class PairLabelLoss(nn.Module):

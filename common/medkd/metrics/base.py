@@ -96,6 +96,8 @@ class _Mean(CumulativeIterationMetric):
         values = self.get_buffer()   # type: ignore[no-untyped-call]
         if values is None:
             raise NotComputableError("The metric must be updated with a case before its mean is taken, got none.")
+        if values.isnan().all():       # for which MONAI's mean is 0, a perfect distance
+            return torch.full((), torch.nan)
         mean: Tensor = do_metric_reduction(values, "mean")[0]
         return mean
 

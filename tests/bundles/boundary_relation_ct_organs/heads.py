@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import monai.bundle
@@ -46,6 +47,8 @@ def test_the_teachers_head_is_fitted_and_a_student_is_distilled_with_it(
     assert any("fit it with the config file teacher_head.json" in str(cause) for cause in causes)
     train("heads", "teacher_head")
     head = weights(bundle / "models/teacher/boundary_head/model.pt")
+    fitted_to = bytes(head.pop("teacher_sha256").tolist()).hex()
+    assert fitted_to == sha256((bundle / "models/teacher/model.pt").read_bytes()).hexdigest()
     assert sum(value.numel() for value in head.values()) == 32 * (24 + 48 + 96 + 192) + 64 * 4 + 32 * 4 + 1
     fitted = json.loads((bundle / "models/teacher/boundary_head/model.json").read_text())
     assert 0 <= fitted["validation"]["val_border_auc"] <= 1

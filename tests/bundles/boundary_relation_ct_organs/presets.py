@@ -154,6 +154,33 @@ def test_evaluation_works_with_a_preset(run: Run, teacher: Path, preset: str, da
     assert all(np.isfinite(float(row.split(",")[1])) for row in rows[1:])
 
 
+def test_evaluation_prepares_images_as_inference_does(bundle: Path, preset: str, tmp_path: Path) -> None:
+    """With black rims and, in a volume, swapped axes, which the presets keep as they are."""
+    rng = np.random.default_rng(3)
+    shape = {"2d": (40, 52), "em": (20, 36, 40)}[preset]
+    image = np.pad(rng.integers(40, 200, shape), 6).astype(np.uint8)
+    if preset == "2d":
+        Image.fromarray(image).save(tmp_path / "image.png")
+        Image.fromarray((image > 120).astype(np.uint8)).save(tmp_path / "label.png")
+        case = {"image": str(tmp_path / "image.png"), "label": str(tmp_path / "label.png")}
+    else:
+        affine = np.eye(4)[[2, 0, 1, 3]] * [10.0, 10.0, 10.0, 1.0]
+        for name, volume in (("image", image), ("label", (image > 120).astype(np.uint16))):
+            nib.save(nib.Nifti1Image(volume, affine), tmp_path / f"{name}.nii.gz")
+        case = {"image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
+    seen = []
+    for names, keys in (
+        (("train", preset, "evaluate"), ("validate#preprocessing", "validate#dataset#transform")),
+        ((f"inference_{preset}",), ("preprocessing",)),
+    ):
+        parser = monai.bundle.ConfigParser()
+        parser.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
+        parser["bundle_root"] = str(bundle)
+        seen.append(parser.get_parsed_content(keys[-1])(dict(case))["image"])
+    torch.testing.assert_close(seen[0], seen[1])
+    assert seen[0].shape[1:] == image.shape if preset == "em" else image.T.shape
+
+
 def test_inference_gives_the_geometry_of_the_volume(run: Run, neurons: Path, tmp_path: Path) -> None:
     options = see_brightness(tmp_path, spatial_dims=3)
     run("evaluating", "inference_em", into=tmp_path, dataset_dir=str(neurons), **options)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,14 @@ def test_the_teachers_head_is_loaded_strictly_and_frozen(tmp_path: Path) -> None
         TeacherHead((3,), tmp_path / "model.pt", spatial_dims=2).load()
     with pytest.raises(FileNotFoundError, match="`teacher_head` must be the weights of the teacher's boundary head"):
         TeacherHead((3,), tmp_path / "no.pt").load()
+
+
+def test_a_head_of_another_teacher_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "teacher.pt").write_bytes(b"first")
+    mark = torch.tensor(list(sha256(b"first").digest()), dtype=torch.uint8)
+    torch.save({**BoundaryHead((3,), 2).state_dict(), "teacher_sha256": mark}, tmp_path / "head.pt")
+    head = TeacherHead((3,), tmp_path / "head.pt", 2, tmp_path / "teacher.pt")
+    head.load()
+    (tmp_path / "teacher.pt").write_bytes(b"second")
+    with pytest.raises(ValueError, match=r"must be fitted to the teacher .*teacher\.pt .* fit it again with"):
+        head.load()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import toys
 from medkd.metrics.base import CaseMetric, Mask, bounding_box
+from medkd.metrics.surface import HausdorffDistance95
 
 measured: list[tuple[int, int]] = []
 
@@ -92,6 +93,13 @@ def test_what_is_not_one_hot_of_one_shape_is_refused(pred: tuple[int, ...], labe
 def test_prediction_and_label_are_as_many() -> None:
     with pytest.raises(ValueError, match="zip"):
         Extra().update(([one_hot(1)], [one_hot(1), one_hot(1)]))
+
+
+def test_a_mean_of_cases_without_a_value_is_none() -> None:
+    metric = HausdorffDistance95(save_details=False)
+    label = torch.zeros(2, 4, 4)
+    metric.update(([label + 1], [label]))
+    assert math.isnan(metric.compute())
 
 
 def test_a_mean_of_nothing_is_refused() -> None:
