@@ -6,7 +6,8 @@
     metric             file name of the main metric, as evaluate.json saves it
     higher_is_better   true or false
     default            id of the row that stands at the top level of the results
-    distilled_from     arms of which the better one on validation is called `distilled`
+    distilled_from     arms of which the best one on validation, with the first seed, is called `distilled` and gets
+                       the other seeds
     arms, ablations    name -> arm, below; ablations and arms with "seeds": 1 run with the first seed only
     helpers            name -> arm that is trained once and never evaluated, such as a head of the teacher
     rows               id -> row, below; the id is the name of the DATA folder
@@ -158,8 +159,6 @@ def _check_names(recipe: Recipe, file: str) -> None:
         for name in names:
             if name not in known:
                 raise ValueError(f"`{key}` of {file} must {what}, got {name!r}; there are: {', '.join(known)}.")
-    if len({recipe.arms[name].seeds for name in recipe.distilled_from}) > 1:
-        raise ValueError(f"`distilled_from` of {file} must name arms with the same `seeds`: their means are compared.")
     for row in recipe.rows.values():
         if row.patient and re.compile(row.patient).groups != 1:
             raise ValueError(f"`patient` of row {row.id} in {file} must have one group, got {row.patient!r}.")

@@ -72,8 +72,8 @@ def _arm(candidates: Mapping[str, Sequence[Scored]], recipe: Recipe) -> dict[str
 
 
 def choose_distilled(recipe: Recipe, arms: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The arm that is called `distilled`: by the mean over the seeds on validation."""
-    found = {name: arms[name]["validation"]["mean"] for name in recipe.distilled_from if name in arms}
+    """The arm that is called `distilled`: on validation, with the first seed, as the schedule chose."""
+    found = {name: arms[name]["validation"]["runs"][0] for name in recipe.distilled_from if name in arms}
     return choose(found, recipe.higher_is_better) if found else None
 
 

@@ -32,12 +32,14 @@ def _run(row: Row, name: str, arm: Arm, seed: int, candidate: str = "") -> Run:
 
 
 def wanted_runs(row: Row, arms: Mapping[str, Arm], recipe: Recipe, finished: Finished) -> list[Run]:
-    """All trainings of a row that can be named so far: a chosen candidate's other seeds only after the choice."""
+    """All trainings of a row that can be named so far: the other seeds of what is chosen only after the choice."""
     runs = []
+    distilled = _best_distilled(row.seeds[0], recipe, finished)
     for name, arm in arms.items():
         seeds = row.seeds[: arm.seeds]
         if not arm.candidates:
-            runs += [_run(row, name, arm, seed) for seed in seeds]
+            is_open = name not in recipe.distilled_from or name == distilled
+            runs += [_run(row, name, arm, seed) for seed in (seeds if is_open else seeds[:1])]
             continue
         runs += [_run(row, name, arm, seeds[0], candidate) for candidate in arm.candidates]
         best = best_candidate(name, arm, seeds[0], recipe, finished)
@@ -52,9 +54,19 @@ def best_candidate(name: str, arm: Arm, seed: int, recipe: Recipe, finished: Fin
     return choose(found, recipe.higher_is_better) if arm.candidates and len(found) == len(arm.candidates) else None
 
 
-def count_runs(row: Row, arms: Mapping[str, Arm]) -> int:
-    """How many trainings a row is made of."""
-    return sum(len(row.seeds[: arm.seeds]) + max(len(arm.candidates) - 1, 0) for arm in arms.values())
+def _best_distilled(seed: int, recipe: Recipe, finished: Finished) -> str | None:
+    """Which of the arms that may be called `distilled` is; None as long as one is not finished."""
+    names = recipe.distilled_from
+    found = {name: finished[name, "", seed].validation for name in names if (name, "", seed) in finished}
+    return choose(found, recipe.higher_is_better) if names and len(found) == len(names) else None
+
+
+def count_runs(row: Row, arms: Mapping[str, Arm], recipe: Recipe) -> int:
+    """How many trainings a row is made of, at most."""
+    seeds = {name: len(row.seeds[: arm.seeds]) for name, arm in arms.items()}
+    rivals = [seeds[name] for name in recipe.distilled_from if name in seeds]
+    spared = sum(rivals) - len(rivals) - max(rivals, default=1) + 1
+    return sum(seeds.values()) + sum(max(len(arm.candidates) - 1, 0) for arm in arms.values()) - spared
 
 
 @dataclass
@@ -84,7 +96,7 @@ def train_all(
         RowFailedError: a run failed.
         KeyboardInterrupt: the user interrupted; all commands were stopped.
     """
-    state = _State(count_runs(row, arms))
+    state = _State(count_runs(row, arms, recipe))
     started: set[tuple[str, str, int]] = set()
     running: dict[Future[Trained], Run] = {}
     with _Pool(workers, place.commands) as pool:
