@@ -25,7 +25,7 @@ class RelationBank(nn.Module):
         ValueError: a number below 1, or more to draw than is kept.
 
     Reference:
-        Liu et al., Graph Relation Distillation, arXiv 2401.06370, memory bank. In the released code it holds the current
+        Liu et al., Graph Relation Distillation, arXiv 2401.06370, memory bank. In the code it has the current
         images too and gives fewer than L after each turn of the ring; neither is followed here.
 
     Example:
