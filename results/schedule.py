@@ -34,7 +34,7 @@ def _run(row: Row, name: str, arm: Arm, seed: int, candidate: str = "") -> Run:
 def wanted_runs(row: Row, arms: Mapping[str, Arm], recipe: Recipe, finished: Finished) -> list[Run]:
     """All trainings of a row that can be named so far: the other seeds of what is chosen only after the choice."""
     runs = []
-    distilled = _best_distilled(row.seeds[0], recipe, finished)
+    distilled = _best({name: (name, "", row.seeds[0]) for name in recipe.distilled_from}, recipe, finished)
     for name, arm in arms.items():
         seeds = row.seeds[: arm.seeds]
         if not arm.candidates:
@@ -50,23 +50,22 @@ def wanted_runs(row: Row, arms: Mapping[str, Arm], recipe: Recipe, finished: Fin
 
 def best_candidate(name: str, arm: Arm, seed: int, recipe: Recipe, finished: Finished) -> str | None:
     """The candidate that is best on validation with the first seed; None as long as one is not finished."""
-    found = {one: finished[name, one, seed].validation for one in arm.candidates if (name, one, seed) in finished}
-    return choose(found, recipe.higher_is_better) if arm.candidates and len(found) == len(arm.candidates) else None
+    return _best({candidate: (name, candidate, seed) for candidate in arm.candidates}, recipe, finished)
 
 
-def _best_distilled(seed: int, recipe: Recipe, finished: Finished) -> str | None:
-    """Which of the arms that may be called `distilled` is; None as long as one is not finished."""
-    names = recipe.distilled_from
-    found = {name: finished[name, "", seed].validation for name in names if (name, "", seed) in finished}
-    return choose(found, recipe.higher_is_better) if names and len(found) == len(names) else None
+def _best(runs: Mapping[str, tuple[str, str, int]], recipe: Recipe, finished: Finished) -> str | None:
+    """Which of some runs, by a name for each, is best on validation; None as long as one is not finished."""
+    if not runs or any(run not in finished for run in runs.values()):
+        return None
+    return choose({name: finished[run].validation for name, run in runs.items()}, recipe.higher_is_better)
 
 
 def count_runs(row: Row, arms: Mapping[str, Arm], recipe: Recipe) -> int:
     """How many trainings a row is made of, at most."""
-    seeds = {name: len(row.seeds[: arm.seeds]) for name, arm in arms.items()}
-    rivals = [seeds[name] for name in recipe.distilled_from if name in seeds]
-    spared = sum(rivals) - len(rivals) - max(rivals, default=1) + 1
-    return sum(seeds.values()) + sum(max(len(arm.candidates) - 1, 0) for arm in arms.values()) - spared
+    first = sum(max(len(arm.candidates), 1) for arm in arms.values())
+    others = {name: len(row.seeds[: arm.seeds]) - 1 for name, arm in arms.items()}
+    rivals = [others.pop(name) for name in recipe.distilled_from if name in others]     # one of them is chosen
+    return first + sum(others.values()) + max(rivals, default=0)
 
 
 @dataclass

@@ -154,8 +154,11 @@ def test_evaluation_works_with_a_preset(run: Run, teacher: Path, preset: str, da
     assert all(np.isfinite(float(row.split(",")[1])) for row in rows[1:])
 
 
-def test_evaluation_prepares_images_as_inference_does(bundle: Path, preset: str, tmp_path: Path) -> None:
+def test_evaluation_prepares_images_as_inference_does(
+    bundle: Path, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With black rims and, in a volume, swapped axes, which the presets keep as they are."""
+    monkeypatch.syspath_prepend(str(bundle))
     rng = np.random.default_rng(3)
     shape = {"2d": (40, 52), "em": (20, 36, 40)}[preset]
     image = np.pad(rng.integers(40, 200, shape), 6).astype(np.uint8)
@@ -178,7 +181,7 @@ def test_evaluation_prepares_images_as_inference_does(bundle: Path, preset: str,
         parser["bundle_root"] = str(bundle)
         seen.append(parser.get_parsed_content(keys[-1])(dict(case))["image"])
     torch.testing.assert_close(seen[0], seen[1])
-    assert seen[0].shape[1:] == image.shape if preset == "em" else image.T.shape
+    assert seen[0].shape[1:] == (image.shape if preset == "em" else image.T.shape)
 
 
 def test_inference_gives_the_geometry_of_the_volume(run: Run, neurons: Path, tmp_path: Path) -> None:
