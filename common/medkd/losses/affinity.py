@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised loss of networks that give embeddings: their affinities against those of the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from medkd.checks import check_label, check_maps
+from medkd.ops.embedding import (
+    BackgroundPairs,
+    label_affinity,
+    offset_affinity,
+    offset_mask,
+    target_balance_weight,
+    widen_borders,
+)
+
+__all__ = ["AffinityBalance", "AffinityLoss", "instance_numbers"]
+
+AffinityBalance = Literal["sample", "channel", "none"]
+
+
+class AffinityLoss(nn.Module):
+    """Squared difference of the cosines of embeddings at offsets from 0 (two instances) or 1 (one), class-balanced.
+
+    A sum over offsets of means over voxels. Embeddings of two instances are driven to be orthogonal, not opposite.
+
+    Args:
+        offsets: steps in voxels along the axes, one vector per affinity, as in `medkd.ops.embedding.offset_affinity`.
+        background: `same`: background is one more object; `different`: a pair with background has target 0. None takes
+            `same` in 2-D and `different` in 3-D, as the paper's code does.
+        balance: weights of the rarer target by its share in the `sample` (2-D code), in each `channel` of it (3-D
+            code), or `none`. None takes that of the rank.
+        widen: make background of the voxels next to a border between instances first, see `widen_borders`.
+
+    Shape:
+        embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background. Result: a scalar, float32.
+
+    Raises:
+        ValueError: unknown option, offsets of another rank than the embeddings, labels that are not whole numbers.
+
+    Reference:
+        Liu et al., Graph Relation Distillation, arXiv 2401.06370, L_aff. As in its code, the mean is over all voxels in
+        2-D (pairs that leave the image add 0) and over the pairs inside in 3-D.
+
+    Example:
+        >>> loss = AffinityLoss([(0, -1)], balance="none")
+        >>> embeddings = torch.tensor([[[[1.0, 1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0, 1.0]]]])
+        >>> loss(embeddings, torch.tensor([[[[1, 1, 2, 2]]]])).item()
+        0.5
+    """
+
+    def __init__(
+        self,
+        offsets: Sequence[Sequence[int]],
+        background: BackgroundPairs | None = None,
+        balance: AffinityBalance | None = None,
+        widen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.offsets = tuple(tuple(offset) for offset in offsets)
+        is_flat = all(len(offset) == 2 for offset in self.offsets)
+        self.background: BackgroundPairs = background or ("same" if is_flat else "different")
+        self.balance: AffinityBalance = balance or ("sample" if is_flat else "channel")
+        self.widen = widen
+        for name, value, known in (
+            ("background", self.background, get_args(BackgroundPairs)),
+            ("balance", self.balance, get_args(AffinityBalance)),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+
+    def forward(self, embeddings: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss; see the class for shapes."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            affinity = offset_affinity(embeddings, self.offsets)                 # (B, O, *S)
+            weight, target = self._targets(instance_numbers(label, embeddings, self.widen), affinity)
+            return (weight * (affinity - target).square()).sum()
+
+    @torch.no_grad()
+    def _targets(self, numbers: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights, whose sum makes means over voxels of the squares, and targets; both of shape (B, O, *S)."""
+        size = affinity.shape[2:]
+        mask = offset_mask(size, self.offsets, affinity.device)
+        target = label_affinity(numbers, self.offsets, self.background)
+        weight = mask.expand_as(target).float()
+        if self.balance == "sample":                               # pairs that leave the image count as ones here
+            weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
+        elif self.balance == "channel":
+            weight = weight * target_balance_weight(target, mask, per_channel=True)
+        inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
+        share = torch.as_tensor(len(target) * inside, device=target.device)
+        return weight / share.reshape(-1, *[1] * len(size)), target.to(affinity)
+
+
+def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:
+    """Instance numbers as integers.
+
+    Args:
+        label: shape (B, 1, *S), whole numbers of any type, 0 is background; 16-bit floats are too coarse for numbers.
+        like: map of shape (B, C, *S).
+        widen: see `widen_borders`.
+
+    Returns:
+        Shape (B, 1, *S), int64.
+
+    Raises:
+        ValueError: another shape, or a fraction.
+    """
+    check_maps("embeddings", like)
+    check_label("label", label, like)
+    if label.shape[2:] != like.shape[2:]:
+        raise ValueError(
+            f"`label` must have the size of the embeddings, {tuple(like.shape[2:])}, got {tuple(label.shape[2:])}; "
+            "crop it to the field of view of a network with valid convolutions (CenterSpatialCropd)."
+        )
+    numbers = label.long()
+    if label.is_floating_point() and not torch.equal(numbers.to(label), label):
+        raise ValueError(
+            "`label` must be whole numbers of instances, got fractions; resample labels with mode 'nearest'."
+        )
+    return widen_borders(numbers) if widen else numbers

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of neuropil: processes with branches and swellings that fill space, and how deep each voxel lies in its own.
+
+Every process is a tree of tubes. A voxel belongs to the process whose surface is nearest, measured with a sign, so
+that neighbours press each other flat and thin processes stay round; where no tube is near, glia fills the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medkd.phantoms.canvas import Array, smooth_field, tube
+
+__all__ = ["GLIA", "Neurite", "Tissue", "grow_neurites", "partition"]
+
+GLIA = -1                # owner of the voxels that no neurite is near to
+_PAD = 120.0             # nm around the block in which processes are grown too
+_STEP = 110.0            # nm between two points of a skeleton
+_LENGTH = 60e-6          # nm of skeleton per nm^3: about 90 processes in a micrometre cubed
+_REACH = 75.0            # nm beyond the surface of a tube up to which its distance is computed
+_FAR = -130.0            # nm; the score where nothing was computed
+_WARP = (26.0, 60.0)     # nm: deviation of the bending of space, and its limit
+_SLAB = 6                # coarse places per slab of a neurite's distances: a slanted one fills little of its box
+_COARSE = 15.0           # nm between the points where distances are computed
+
+
+class Neurite(NamedTuple):
+    """A process: polylines in the bent space of `Tissue.points`, in nm, (n, 3) each, and a radius per point, in nm."""
+
+    lines: tuple[NDArray[np.float64], ...]
+    radii: tuple[NDArray[np.float64], ...]
+
+
+class Tissue(NamedTuple):
+    """Space divided among processes. Shape (Z, Y, X) each, or (3, Z, Y, X).
+
+    Attributes:
+        owner: number of the neurite that a voxel belongs to, `GLIA` for none, int32.
+        depth: distance to the membrane that divides it from its nearest neighbour, in nm, float32.
+        normal: square of the direction cosines of that membrane's normal, float32.
+        points: where each voxel lies in the bent space that the skeletons are drawn in, in nm.
+    """
+
+    owner: NDArray[np.int32]
+    depth: Array
+    normal: Array
+    points: Array
+
+
+def grow_neurites(rng: np.random.Generator, extent: Sequence[float]) -> list[Neurite]:
+    """Draw processes through a block and its surroundings, as many as it takes to fill it; `extent` in nm."""
+    low, high = np.full(3, -_PAD), np.asarray(extent, np.float64) + _PAD
+    wanted = _LENGTH * float(np.prod(high - low))
+    bundle = rng.standard_normal(3)
+    neurites: list[Neurite] = []
+    nodes, grown = np.empty((0, 3)), 0.0
+    while grown < wanted:
+        start = _emptiest(rng.uniform(low, high, (8, 3)), nodes)
+        heading = rng.standard_normal(3) + (bundle if rng.random() < 0.4 else 0.0)
+        neurite = _grow_tree(rng, start, heading, (low, high))
+        neurites.append(neurite)
+        nodes = np.vstack([nodes, *neurite.lines])
+        grown += sum(float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum()) for line in neurite.lines)
+    return neurites
+
+
+def _emptiest(candidates: NDArray[np.float64], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Choose the candidate that is farthest from all nodes."""
+    if not len(nodes):
+        return candidates[0]
+    gaps = np.linalg.norm(candidates[:, None] - nodes, axis=2).min(1)   # (8,)
+    best: NDArray[np.float64] = candidates[gaps.argmax()]
+    return best
+
+
+def _grow_tree(
+    rng: np.random.Generator,
+    start: NDArray[np.float64],
+    heading: NDArray[np.float64],
+    box: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> Neurite:
+    """Grow one process from `start` both ways until it leaves the box or, seldom, ends; then its branches."""
+    radius = float(np.clip(rng.lognormal(np.log(58.0), 0.6), 20.0, 260.0))
+    ways = [_grow_line(rng, start, sign * heading, box, 40 if rng.random() < 0.85 else 4) for sign in (1.0, -1.0)]
+    trunk = np.vstack([ways[1][::-1], ways[0][1:]])
+    lines, radii = [trunk], [_calibre(rng, radius, len(trunk))]
+    for _ in range(rng.integers(0, 3 if radius > 40 else 2)):
+        place = int(rng.integers(len(trunk)))
+        twig = _grow_line(rng, trunk[place], rng.standard_normal(3), box, int(rng.integers(2, 9)))
+        lines.append(twig)
+        radii.append(_calibre(rng, max(20.0, radius * rng.uniform(0.4, 0.8)), len(twig)))
+    return Neurite(tuple(lines), tuple(radii))
+
+
+def _grow_line(
+    rng: np.random.Generator,
+    start: NDArray[np.float64],
+    heading: NDArray[np.float64],
+    box: tuple[NDArray[np.float64], NDArray[np.float64]],
+    most: int,
+) -> NDArray[np.float64]:
+    """Walk from `start` with slow turns; at most `most` steps, at least one."""
+    line, ahead = [start], heading / np.linalg.norm(heading)
+    for _ in range(most):
+        line.append(line[-1] + _STEP * ahead)
+        if (line[-1] < box[0]).any() or (line[-1] > box[1]).any():
+            break
+        ahead = ahead + rng.normal(0.0, 0.25, 3)
+        ahead = ahead / np.linalg.norm(ahead)
+    return np.array(line)
+
+
+def _calibre(rng: np.random.Generator, radius: float, count: int) -> NDArray[np.float64]:
+    """Vary a radius along a line: slow changes, and a swelling here and there."""
+    size = radius * np.exp(0.22 * rng.standard_normal(count))
+    swollen = rng.random(count) < 0.1
+    size[swollen] *= rng.uniform(1.4, 2.2, int(swollen.sum()))
+    return np.clip(size, 18.0, 300.0)
+
+
+class _Axis(NamedTuple):
+    """Coarse places along one axis, in nm, and the weights that carry values there to all voxels, (n, coarse)."""
+
+    places: NDArray[np.float64]
+    weights: Array
+
+
+def _coarse_axis(count: int, step: float) -> _Axis:
+    fine = np.arange(count) * step
+    if step >= _COARSE or count < 3:
+        return _Axis(fine, np.eye(count, dtype=np.float32))
+    places = np.linspace(0.0, fine[-1], math.ceil(fine[-1] / _COARSE) + 1)
+    gap = places[1] - places[0]
+    weights = np.maximum(1 - np.abs(fine[:, None] - places) / gap, 0)
+    return _Axis(places, weights.astype(np.float32))
+
+
+def partition(
+    rng: np.random.Generator, neurites: Sequence[Neurite], shape: Sequence[int], spacing: Sequence[float]
+) -> Tissue:
+    """Divide a block of `shape` voxels of `spacing` nm among neurites and glia.
+
+    Distances are computed every 15 nm and interpolated: quick, and a membrane is placed to a fraction of a voxel.
+    """
+    axes = [_coarse_axis(n, step) for n, step in zip(shape, spacing, strict=True)]
+    grid = np.stack(np.meshgrid(*[axis.places for axis in axes], indexing="ij")).astype(np.float32)
+    coarse_steps = [float(axis.places[1] - axis.places[0]) for axis in axes]
+    coarse = grid.shape[1:]
+    warp = np.stack([smooth_field(rng, coarse, coarse_steps, 230.0) for _ in range(3)])
+    points = grid + np.clip(_WARP[0] * warp, -_WARP[1], _WARP[1])
+    rough = [9.0 * smooth_field(rng, coarse, coarse_steps, 60.0) for _ in range(2)]
+    best = np.full(shape, _FAR, np.float32)
+    best[:] = _upsample(-38.0 + 14.0 * smooth_field(rng, coarse, coarse_steps, 120.0), axes)
+    second = np.full(shape, _FAR, np.float32)
+    owner = np.full(shape, GLIA, np.int32)
+    for number, neurite in enumerate(neurites):
+        turn = rng.uniform(0, 2 * np.pi)
+        for crop, score in _scores(neurite, points, [axis.places for axis in axes]):
+            score += np.cos(turn) * rough[0][crop] + np.sin(turn) * rough[1][crop]
+            where, fine = _spread(score, crop, axes)
+            _contest((best[where], second[where], owner[where]), fine, number)
+    depth, normal = _depth(best - second, spacing)
+    return Tissue(owner, depth, normal, np.stack([_upsample(part, axes) for part in points]))
+
+
+def _scores(
+    neurite: Neurite, points: Array, places: Sequence[NDArray[np.float64]]
+) -> Iterator[tuple[tuple[slice, ...], Array]]:
+    """Depth in nm under the surface of a neurite, per slab of coarse places along the first axis."""
+    margin = _REACH + _WARP[1]
+    pieces = []
+    for line, radii in zip(neurite.lines, neurite.radii, strict=True):
+        for k in range(len(line) - 1):
+            reach = max(radii[k : k + 2]) + margin
+            low, high = line[k : k + 2].min(0) - reach, line[k : k + 2].max(0) + reach
+            spans = [np.searchsorted(at, (a, b)) for at, a, b in zip(places, low, high, strict=True)]
+            if all(a < b for a, b in spans):
+                pieces.append((np.array(spans), tube(line[k : k + 2], radii[k : k + 2])))
+    if not pieces:
+        return
+    bounds = np.stack([spans for spans, _ in pieces])           # (pieces, 3, 2)
+    first, last = bounds[:, :, 0].min(0), bounds[:, :, 1].max(0)
+    field = np.full(last - first, _FAR, np.float32)
+    for spans, solid in pieces:
+        inside = tuple(slice(a, b) for a, b in spans)
+        local = field[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, first, strict=True))]
+        np.maximum(local, -solid.distance(points[(slice(None), *inside)]), out=local)
+    for start in range(0, len(field), _SLAB):
+        slab = field[start : start + _SLAB + 1]                 # a place in common: no row of voxels lies between slabs
+        near = slab > _FAR
+        spans = [np.flatnonzero(near.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+        if all(map(len, spans)):
+            crop = tuple(slice(int(at[0]), int(at[-1]) + 1) for at in spans)
+            offset = first + (start, 0, 0)
+            yield tuple(slice(int(c.start + o), int(c.stop + o)) for c, o in zip(crop, offset, strict=True)), slab[crop]
+
+
+def _spread(score: Array, crop: Sequence[slice], axes: Sequence[_Axis]) -> tuple[tuple[slice, ...], Array]:
+    """Interpolate a crop of coarse places to the voxels that lie between them."""
+    where = []
+    for number, (part, axis) in enumerate(zip(crop, axes, strict=True)):
+        held = axis.weights[:, part].sum(1) > 1 - 1e-4          # all of a voxel's neighbors are in the crop
+        rows = np.flatnonzero(held)
+        if not len(rows):
+            return (slice(0, 0),) * 3, np.empty((0, 0, 0), np.float32)
+        where.append(slice(int(rows[0]), int(rows[-1]) + 1))
+        score = np.moveaxis(np.tensordot(axis.weights[where[-1], part], score, axes=(1, number)), 0, number)
+    return tuple(where), np.ascontiguousarray(score)
+
+
+def _upsample(field: Array, axes: Sequence[_Axis]) -> Array:
+    return _spread(field, [slice(None)] * 3, axes)[1]
+
+
+def _contest(held: tuple[Array, Array, NDArray[np.int32]], score: Array, number: int) -> None:
+    """Let neurite `number` take the voxels where its score beats the best so far."""
+    best, second, owner = held
+    np.maximum(second, np.minimum(best, score), out=second)
+    np.copyto(owner, number, where=score > best)
+    np.maximum(best, score, out=best)
+
+
+def _depth(lead: Array, spacing: Sequence[float]) -> tuple[Array, Array]:
+    """Turn the lead of the best score over the second into nm to the membrane, and the normal's squared cosines.
+
+    The lead is folded at the membrane, so the steeper of both sides is its slope.
+    """
+    slopes = np.zeros((3, *lead.shape), np.float32)
+    for axis, step in enumerate(spacing):
+        rise = np.abs(np.diff(lead, axis=axis)) / np.float32(step)
+        ahead, behind = [[slice(None)] * 3 for _ in range(2)]
+        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
+        for part in (tuple(ahead), tuple(behind)):
+            np.maximum(slopes[axis][part], rise, out=slopes[axis][part])
+    slopes **= 2
+    total = slopes.sum(0)
+    normal = slopes / np.maximum(total, 1e-6)
+    return lead / np.sqrt(np.maximum(total, 0.3)), normal
