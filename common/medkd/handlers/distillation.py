@@ -225,9 +225,10 @@ def _make_check(validator: SupervisedEvaluator | None, options: Mapping[str, str
 
 
 def _distributed(loss: DistillationLoss, device: torch.device) -> nn.Module:
-    """Wrap a loss with learnable heads, or every rank would train its own."""
+    """Wrap a loss with learnable heads, or every rank would train its own; memories stay those of each rank."""
     trainable = any(p.requires_grad for p in loss.parameters())
     if not trainable or not (dist.is_available() and dist.is_initialized()):
         return loss
     ids = [device] if torch.device(device).type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(loss, device_ids=ids, find_unused_parameters=True)
+    return nn.parallel.DistributedDataParallel(loss, device_ids=ids, find_unused_parameters=True,
+                                               broadcast_buffers=False)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import torch
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.inferers.inferer import Inferer
 from torch import Tensor, nn
@@ -60,18 +61,18 @@ class TeacherCheck:
             logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
             with _counted_channels(teacher) as channels:
                 value = self._validate(teacher)
-            best_class, best = self._best_constant(channels[0])
+            constant, best = self._best_constant(channels[0])
         logger.info(
-            "Teacher %s on the validation data: %.4f (best constant prediction: class %d everywhere, %.4f)",
-            self.metric, value, best_class, best,
+            "Teacher %s on the validation data: %.4f (best constant prediction: %s everywhere, %.4f)",
+            self.metric, value, constant, best,
         )
         if math.isnan(value) or not self.validator.metric_cmp_fn(value, best):
-            self._judge(value, best_class, best)
+            self._judge(value, constant, best)
         return value
 
-    def _judge(self, value: float, best_class: int, best: float) -> None:
+    def _judge(self, value: float, constant: str, best: float) -> None:
         text = (
-            f"The teacher's {self.metric} must be better than that of class {best_class} everywhere, {best:.4f}, got "
+            f"The teacher's {self.metric} must be better than that of {constant} everywhere, {best:.4f}, got "
             f"{value:.4f}; it is untrained, or trained for other data or another preprocessing. "
             "Set teacher_check#mode to 'warn' to distil from it all the same."
         )
@@ -91,33 +92,40 @@ class TeacherCheck:
             )
         return float(metrics[self.metric])
 
-    def _best_constant(self, channels: int) -> tuple[int, float]:
+    def _best_constant(self, channels: int) -> tuple[str, float]:
         validator: Any = self.validator
-        inferer, best_class, best = validator.inferer, 0, math.nan
+        inferer, constant, best = validator.inferer, "", math.nan
         try:
-            for index in range(max(channels, 2)):
-                validator.inferer = _Constant(index, channels)
+            for name, candidate in _constants(inferer, channels):
+                validator.inferer = candidate
                 value = self._validate(validator.network)
                 if math.isnan(best) or validator.metric_cmp_fn(value, best):
-                    best_class, best = index, value
+                    constant, best = name, value
         finally:
             validator.inferer = inferer
-        return best_class, best
+        return constant, best
+
+
+def _constants(inferer: Any, channels: int) -> Iterator[tuple[str, Inferer]]:
+    """Constant predictions: every class; or, where an inferer has `constants` and `channels`, those values."""
+    if hasattr(inferer, "constants"):
+        for value in inferer.constants:
+            yield f"the value {value:g}", _Constant([float(value)] * inferer.channels)
+        return
+    for index in range(max(channels, 2)):                          # certain logits; one channel is a sigmoid output
+        certain = [20.0 * index - 10.0] if channels == 1 else [10.0 if k == index else -10.0 for k in range(channels)]
+        yield f"class {index}", _Constant(certain)
 
 
 class _Constant(Inferer):
-    """Says one class everywhere, as certain logits; one channel is a sigmoid output."""
+    """Gives a value per channel, everywhere."""
 
-    def __init__(self, index: int, channels: int) -> None:
-        self.index = index
-        self.channels = channels
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = values
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
-        logits = inputs[:, :1].expand(-1, self.channels, *inputs.shape[2:]) * 0.0 - 10.0
-        if self.channels == 1:
-            return logits + 20.0 * self.index
-        logits[:, self.index] = 10.0
-        return logits
+        blank = inputs[:, :1] * 0.0
+        return torch.cat([blank + value for value in self.values], dim=1)
 
 
 @contextmanager

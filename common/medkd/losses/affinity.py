@@ -18,6 +18,7 @@ from medkd.ops.embedding import (
     target_balance_weight,
     widen_borders,
 )
+from medkd.ops.graph import unit_vectors
 
 __all__ = ["AffinityBalance", "AffinityLoss", "instance_numbers"]
 
@@ -36,6 +37,9 @@ class AffinityLoss(nn.Module):
         balance: weights of the rarer target by its share in the `sample` (2-D code), in each `channel` of it (3-D
             code), or `none`. None takes that of the rank.
         widen: make background of the voxels next to a border between instances first, see `widen_borders`.
+        background_axis: also drive the embeddings of the background along the first axis of the embedding space and
+            all others off it, which gives the network a foreground without a head of its own (ours): the squared
+            difference of the cosine with that axis from 1 or 0, class-balanced, as one more channel.
 
     Shape:
         embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background. Result: a scalar, float32.
@@ -60,8 +64,10 @@ class AffinityLoss(nn.Module):
         background: BackgroundPairs | None = None,
         balance: AffinityBalance | None = None,
         widen: bool = False,
+        background_axis: bool = False,
     ) -> None:
         super().__init__()
+        self.background_axis = background_axis
         self.offsets = tuple(tuple(offset) for offset in offsets)
         is_flat = all(len(offset) == 2 for offset in self.offsets)
         self.background: BackgroundPairs = background or ("same" if is_flat else "different")
@@ -78,8 +84,10 @@ class AffinityLoss(nn.Module):
         """Compute the loss; see the class for shapes."""
         with torch.autocast(embeddings.device.type, enabled=False):
             affinity = offset_affinity(embeddings, self.offsets)                 # (B, O, *S)
-            weight, target = self._targets(instance_numbers(label, embeddings, self.widen), affinity)
-            return (weight * (affinity - target).square()).sum()
+            numbers = instance_numbers(label, embeddings, self.widen)
+            weight, target = self._targets(numbers, affinity)
+            loss = (weight * (affinity - target).square()).sum()
+            return loss + _off_axis(embeddings, numbers == 0) if self.background_axis else loss
 
     @torch.no_grad()
     def _targets(self, numbers: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +103,14 @@ class AffinityLoss(nn.Module):
         inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
         share = torch.as_tensor(len(target) * inside, device=target.device)
         return weight / share.reshape(-1, *[1] * len(size)), target.to(affinity)
+
+
+def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:
+    """Mean squared difference of the cosine with the first axis from 1 on background, else from 0; balanced."""
+    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    cosine = unit_vectors(wide)[:, :1]                             # (B, 1, *S)
+    target = is_background.to(cosine)
+    return (target_balance_weight(target) * (cosine - target).square()).mean()
 
 
 def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:

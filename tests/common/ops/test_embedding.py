@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.ops.embedding import (
@@ -13,6 +14,7 @@ from medkd.ops.embedding import (
     label_affinity,
     offset_affinity,
     offset_mask,
+    pooled_directions,
     target_balance_weight,
     widen_borders,
 )
@@ -176,3 +178,27 @@ def test_borders_are_widened_as_loops_do(scale: int) -> None:
 
 def test_background_alone_stays() -> None:
     assert not widen_borders(torch.zeros(1, 1, 4, 4, dtype=torch.int32)).any()
+
+
+@pytest.mark.parametrize(("size", "cells"), [((11, 9), (7, 4)), ((5, 8, 9), (3, 7, 7)), ((4, 6), (1, 1)), ((4, 5), (9, 2))])
+def test_pooled_directions_equal_average_pooling_of_unit_embeddings(
+    size: tuple[int, ...], cells: tuple[int, ...]
+) -> None:
+    embeddings = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    pool = F.avg_pool2d if len(size) == 2 else F.avg_pool3d
+    expected = pool(F.normalize(embeddings, dim=1), cells, cells, ceil_mode=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(pooled_directions(embeddings, cells), expected)
+    assert torch.autograd.gradcheck(lambda maps: pooled_directions(maps, cells), embeddings)
+
+
+def test_pooled_directions_leave_out_embeddings_without_length() -> None:
+    embeddings = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    pooled_directions(embeddings, (2, 2)).sum().backward()
+    assert embeddings.grad is not None
+    assert not embeddings.grad.any()
+
+
+@pytest.mark.parametrize("cells", [(2,), (0, 1)])
+def test_blocks_that_do_not_fit_are_refused(cells: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="`cells` must be 2 numbers of voxels of at least 1"):
+        pooled_directions(torch.zeros(1, 2, 4, 4), cells)
