@@ -65,3 +65,103 @@ def instance_means(maps: Tensor, label: Tensor) -> dict[tuple[int, int], Tensor]
 def relation_distance(student: Tensor, teacher: Tensor, others: Tensor) -> Tensor:
     """Mean squared difference of the relations (B, N, M) to the vectors (M, C); shape (B,)."""
     return (student @ others.T - teacher @ others.T).square().mean((1, 2))
+
+
+# ---- a whole step, as `make bench` compares with: every image has an instance --------------------------------------
+
+
+def instance_nodes(maps: Tensor, label: Tensor) -> list[Tensor]:
+    """Mean vectors of the instances of each sample, (N, C), without background."""
+    return [
+        torch.stack([sample[:, numbers == number].mean(1) for number in numbers.unique() if number > 0])
+        for sample, numbers in zip(maps, label[:, 0], strict=True)
+    ]
+
+
+def node_distance(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """Mean over samples of the mean length of the nodes' differences."""
+    return torch.stack([(s - t).norm(dim=1).mean() for s, t in zip(student, teacher, strict=True)]).mean()
+
+
+def edge_distance(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """Mean over samples of the mean squared difference of the cosines of their nodes."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([(_cosines(s, s) - _cosines(t, t)).square().mean() for s, t in pairs]).mean()
+
+
+def inter_edge_distance(student: list[Tensor], teacher: list[Tensor], past: list[Tensor]) -> Tensor:
+    """Mean over pairs of a sample and a past image of the mean squared difference of the cosines of their nodes."""
+    pairs = product(zip(student, teacher, strict=True), past)
+    return torch.stack([(_cosines(s, p) - _cosines(t, p)).square().mean() for (s, t), p in pairs]).mean()
+
+
+def _cosines(first: Tensor, second: Tensor) -> Tensor:
+    return F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
+
+
+def pooled_directions(maps: Tensor, cells: Sequence[int]) -> Tensor:
+    """Averages (B, N, C) of unit vectors over blocks."""
+    pool = F.avg_pool2d if len(cells) == 2 else F.avg_pool3d
+    return pool(F.normalize(maps, dim=1), cells, cells, ceil_mode=True).flatten(2).transpose(1, 2)
+
+
+def inter_affinity_distance(student: Tensor, teacher: Tensor, past: Tensor, cells: Sequence[int]) -> Tensor:
+    """Mean over past images (L, C, *S) of the mean squared difference of the relations of all pairs of blocks."""
+    mine, other, images = (pooled_directions(maps, cells) for maps in (student, teacher, past))
+    return torch.stack([relation_distance(mine, other, image) for image in images]).mean()
+
+
+class MapBank:
+    """Ring of past images: the teacher's maps and the labels."""
+
+    def __init__(self, capacity: int, channels: int, size: Sequence[int]) -> None:
+        self.maps = torch.zeros(capacity, channels, *size)
+        self.label = torch.zeros(capacity, 1, *size, dtype=torch.int64)
+        self.seen = 0
+
+    def draw(self, sample: int) -> tuple[Tensor, Tensor]:
+        """Maps and labels of some images."""
+        chosen = torch.randperm(min(self.seen, len(self.maps)))[:sample]
+        return self.maps[chosen], self.label[chosen]
+
+    def enqueue(self, maps: Tensor, label: Tensor) -> None:
+        """Keep a batch in place of the oldest."""
+        for one, numbers in zip(maps, label, strict=True):
+            place = self.seen % len(self.maps)
+            self.maps[place], self.label[place] = one, numbers
+            self.seen += 1
+
+
+def flat_affinity_loss(embeddings: Tensor, label: Tensor, offsets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Supervised loss in 2-D, with its affinities: background is one more object, one balance for each sample."""
+    affinity = offset_affinity(embeddings, offsets)
+    inside = offset_affinity(torch.ones_like(embeddings[:, :1]), offsets) > 0
+    moved = torch.cat([torch.roll(label, [-step for step in offset], (2, 3)) for offset in offsets], dim=1)
+    target = ((label == moved) | ~inside).float()                  # pairs that leave the image are ones
+    share = target.mean((1, 2, 3), keepdim=True).clip(0.05, 0.99)
+    ones = torch.where(share > 0.5, 1.0, (1 - share) / share)
+    zeros = torch.where(share > 0.5, share / (1 - share), 1.0)
+    weight = torch.where(target > 0, ones, zeros) * inside
+    return (weight * (affinity - target).square()).mean((0, 2, 3)).sum(), affinity
+
+
+def flat_step(
+    student: Tensor, teacher: Tensor, label: Tensor, bank: MapBank, offsets: Sequence[Sequence[int]],
+    cells: Sequence[int], sample: int,
+) -> dict[str, Tensor]:
+    """Supervised loss and the five terms of a step in 2-D; the bank is drawn from before the batch is kept in it."""
+    loss, affinity = flat_affinity_loss(student, label, offsets)
+    with torch.no_grad():
+        _, teacher_affinity = flat_affinity_loss(teacher, label, offsets)
+        past, past_label = bank.draw(sample)
+        nodes, past_nodes = instance_nodes(teacher, label), instance_nodes(past, past_label)
+        bank.enqueue(teacher, label)
+    mine = instance_nodes(student, label)
+    return {
+        "supervised": loss,
+        "node": node_distance(mine, nodes),
+        "edge": edge_distance(mine, nodes),
+        "affinity": (affinity - teacher_affinity).square().mean((0, 2, 3)).sum(),
+        "inter_edge": inter_edge_distance(mine, nodes, past_nodes),
+        "inter_affinity": inter_affinity_distance(student, teacher, past, cells),
+    }

@@ -8,19 +8,16 @@ pancreas. Only position tells them apart. The pancreas has low contrast, the adr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
-from medkd.data.datalist import write_datalist
 from medkd.phantoms.canvas import Array, Canvas, Distance, Solid, carve, ellipsoid, join, tube
+from medkd.phantoms.sets import are_counts, are_lengths, check_seed, save_nifti, write_set
 
 __all__ = ["CT_LABELS", "CTPhantom", "ct_phantom", "write_ct_phantoms"]
 
@@ -88,26 +85,13 @@ def ct_phantom(
 
 
 def _check_grid(seed: int | Sequence[int], shape: Sequence[int], spacing: Sequence[float]) -> None:
-    if not _is_triple(shape) or not all(_is_whole(n, 16) for n in shape):
+    if not are_counts(shape, 3, 16):
         raise ValueError(
             f"`shape` must be three voxel counts of 16 or more, such as 96,80,64, got {shape!r}."
         )
-    if not _is_triple(spacing) or not all(_is_length(mm) for mm in spacing):
+    if not are_lengths(spacing, 3):
         raise ValueError(f"`spacing` must be three positive lengths in mm, such as 3,3,4, got {spacing!r}.")
-    if not all(_is_whole(part, 0) for part in (seed if isinstance(seed, (tuple, list)) else [seed])):
-        raise ValueError(f"`seed` must be an integer of 0 or more, or several of them, got {seed!r}.")
-
-
-def _is_triple(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
-
-
-def _is_length(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < math.inf
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= least
+    check_seed(seed)
 
 
 def _rotation(rng: np.random.Generator, degrees: float) -> NDArray[np.float64]:
@@ -361,29 +345,11 @@ def write_ct_phantoms(
     Raises:
         ValueError: a count is negative, there is no case at all, or a case cannot be drawn.
     """
-    counts = {"training": training, "validation": validation, "test": test, "unlabeled": unlabeled}
-    for name, count in counts.items():
-        if not _is_whole(count, 0):
-            raise ValueError(f"`{name}` must be a number of cases, 0 or more, got {count!r}.")
-    if not sum(counts.values()):
-        raise ValueError("`training` must be 1 or more, got 0 in all lists.")
     _check_grid(seed, shape, spacing)
-    folder = Path(output_dir)
-    for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    lists: dict[str, list[dict[str, str]]] = {name: [] for name in counts}
-    plan = [(name, place) for name, count in counts.items() for place in range(count)]
-    for number, (name, place) in enumerate(tqdm(plan, desc="CT phantoms", unit="case", delay=2)):
-        case = ct_phantom((seed, list(counts).index(name), place), shape, spacing)
-        lists[name].append(_write_case(folder, f"case_{number:03d}.nii.gz", case, name != "unlabeled"))
-    return write_datalist(folder / "datalist.json", {**lists, "labels": CT_LABELS})
 
+    def save(seeds: tuple[int, int, int], files: Mapping[str, Path]) -> None:
+        case = ct_phantom(seeds, shape, spacing)
+        save_nifti(files, {"image": case.image, "label": case.label}, case.affine, "mm")
 
-def _write_case(folder: Path, name: str, case: CTPhantom, labeled: bool) -> dict[str, str]:
-    item = {"image": f"images/{name}"} | ({"label": f"labels/{name}"} if labeled else {})
-    for key, path in item.items():
-        volume: NDArray[Any] = case.image if key == "image" else case.label
-        file: Any = nib.Nifti1Image(volume, case.affine)   # type: ignore[no-untyped-call]
-        file.header.set_xyzt_units("mm")
-        nib.save(file, folder / path)
-    return item
+    counts = {"training": training, "validation": validation, "test": test, "unlabeled": unlabeled}
+    return write_set(output_dir, counts, seed, save, ".nii.gz", CT_LABELS, "CT phantoms")

@@ -2,7 +2,7 @@
 """Shapes of neuropil: processes with branches and swellings that fill space, and how deep each voxel lies in its own.
 
 Every process is a tree of tubes. A voxel belongs to the process whose surface is nearest, measured with a sign, so
-that neighbours press each other flat and thin processes stay round; where no tube is near, glia fills the rest.
+that neighbors press each other flat and thin processes stay round; where no tube is near, glia fills the rest.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from medkd.phantoms.canvas import Array, smooth_field, tube
 
-__all__ = ["GLIA", "Neurite", "Tissue", "grow_neurites", "partition"]
+__all__ = ["GLIA", "MOST_BEND", "Neurite", "Tissue", "grow_neurites", "partition"]
 
 GLIA = -1                # owner of the voxels that no neurite is near to
 _PAD = 120.0             # nm around the block in which processes are grown too
 _STEP = 110.0            # nm between two points of a skeleton
-_LENGTH = 60e-6          # nm of skeleton per nm^3: about 90 processes in a micrometre cubed
+_LENGTH = 75e-6          # nm of skeleton per nm^3
 _REACH = 75.0            # nm beyond the surface of a tube up to which its distance is computed
 _FAR = -130.0            # nm; the score where nothing was computed
-_WARP = (26.0, 60.0)     # nm: deviation of the bending of space, and its limit
-_SLAB = 6                # coarse places per slab of a neurite's distances: a slanted one fills little of its box
+MOST_BEND = 48.0         # nm that space is bent by at most
+_STRETCH = 4             # steps of a skeleton whose distances are computed at once
 _COARSE = 15.0           # nm between the points where distances are computed
 
 
@@ -41,7 +41,7 @@ class Tissue(NamedTuple):
 
     Attributes:
         owner: number of the neurite that a voxel belongs to, `GLIA` for none, int32.
-        depth: distance to the membrane that divides it from its nearest neighbour, in nm, float32.
+        depth: distance to the membrane that divides it from its nearest neighbor, in nm, float32.
         normal: square of the direction cosines of that membrane's normal, float32.
         points: where each voxel lies in the bent space that the skeletons are drawn in, in nm.
     """
@@ -85,15 +85,15 @@ def _grow_tree(
     box: tuple[NDArray[np.float64], NDArray[np.float64]],
 ) -> Neurite:
     """Grow one process from `start` both ways until it leaves the box or, seldom, ends; then its branches."""
-    radius = float(np.clip(rng.lognormal(np.log(58.0), 0.6), 20.0, 260.0))
+    radius = float(np.clip(rng.lognormal(np.log(50.0), 0.65), 20.0, 260.0))
     ways = [_grow_line(rng, start, sign * heading, box, 40 if rng.random() < 0.85 else 4) for sign in (1.0, -1.0)]
     trunk = np.vstack([ways[1][::-1], ways[0][1:]])
-    lines, radii = [trunk], [_calibre(rng, radius, len(trunk))]
+    lines, radii = [trunk], [_caliber(rng, radius, len(trunk))]
     for _ in range(rng.integers(0, 3 if radius > 40 else 2)):
         place = int(rng.integers(len(trunk)))
         twig = _grow_line(rng, trunk[place], rng.standard_normal(3), box, int(rng.integers(2, 9)))
         lines.append(twig)
-        radii.append(_calibre(rng, max(20.0, radius * rng.uniform(0.4, 0.8)), len(twig)))
+        radii.append(_caliber(rng, max(20.0, radius * rng.uniform(0.4, 0.8)), len(twig)))
     return Neurite(tuple(lines), tuple(radii))
 
 
@@ -115,7 +115,7 @@ def _grow_line(
     return np.array(line)
 
 
-def _calibre(rng: np.random.Generator, radius: float, count: int) -> NDArray[np.float64]:
+def _caliber(rng: np.random.Generator, radius: float, count: int) -> NDArray[np.float64]:
     """Vary a radius along a line: slow changes, and a swelling here and there."""
     size = radius * np.exp(0.22 * rng.standard_normal(count))
     swollen = rng.random(count) < 0.1
@@ -152,7 +152,7 @@ def partition(
     coarse_steps = [float(axis.places[1] - axis.places[0]) for axis in axes]
     coarse = grid.shape[1:]
     warp = np.stack([smooth_field(rng, coarse, coarse_steps, 230.0) for _ in range(3)])
-    points = grid + np.clip(_WARP[0] * warp, -_WARP[1], _WARP[1])
+    points = grid + np.clip(24.0 * warp, -MOST_BEND, MOST_BEND)
     rough = [9.0 * smooth_field(rng, coarse, coarse_steps, 60.0) for _ in range(2)]
     best = np.full(shape, _FAR, np.float32)
     best[:] = _upsample(-38.0 + 14.0 * smooth_field(rng, coarse, coarse_steps, 120.0), axes)
@@ -171,33 +171,16 @@ def partition(
 def _scores(
     neurite: Neurite, points: Array, places: Sequence[NDArray[np.float64]]
 ) -> Iterator[tuple[tuple[slice, ...], Array]]:
-    """Depth in nm under the surface of a neurite, per slab of coarse places along the first axis."""
-    margin = _REACH + _WARP[1]
-    pieces = []
+    """Depth in nm under the surface of a neurite, in a crop of the coarse places around each stretch of it."""
     for line, radii in zip(neurite.lines, neurite.radii, strict=True):
-        for k in range(len(line) - 1):
-            reach = max(radii[k : k + 2]) + margin
-            low, high = line[k : k + 2].min(0) - reach, line[k : k + 2].max(0) + reach
+        for start in range(0, len(line) - 1, _STRETCH):
+            stretch = slice(start, start + _STRETCH + 1)
+            reach = radii[stretch].max() + _REACH + MOST_BEND
+            low, high = line[stretch].min(0) - reach, line[stretch].max(0) + reach
             spans = [np.searchsorted(at, (a, b)) for at, a, b in zip(places, low, high, strict=True)]
             if all(a < b for a, b in spans):
-                pieces.append((np.array(spans), tube(line[k : k + 2], radii[k : k + 2])))
-    if not pieces:
-        return
-    bounds = np.stack([spans for spans, _ in pieces])           # (pieces, 3, 2)
-    first, last = bounds[:, :, 0].min(0), bounds[:, :, 1].max(0)
-    field = np.full(last - first, _FAR, np.float32)
-    for spans, solid in pieces:
-        inside = tuple(slice(a, b) for a, b in spans)
-        local = field[tuple(slice(a - o, b - o) for (a, b), o in zip(spans, first, strict=True))]
-        np.maximum(local, -solid.distance(points[(slice(None), *inside)]), out=local)
-    for start in range(0, len(field), _SLAB):
-        slab = field[start : start + _SLAB + 1]                 # a place in common: no row of voxels lies between slabs
-        near = slab > _FAR
-        spans = [np.flatnonzero(near.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        if all(map(len, spans)):
-            crop = tuple(slice(int(at[0]), int(at[-1]) + 1) for at in spans)
-            offset = first + (start, 0, 0)
-            yield tuple(slice(int(c.start + o), int(c.stop + o)) for c, o in zip(crop, offset, strict=True)), slab[crop]
+                crop = tuple(slice(int(a), int(b)) for a, b in spans)
+                yield crop, -tube(line[stretch], radii[stretch]).distance(points[(slice(None), *crop)])
 
 
 def _spread(score: Array, crop: Sequence[slice], axes: Sequence[_Axis]) -> tuple[tuple[slice, ...], Array]:
@@ -220,7 +203,7 @@ def _upsample(field: Array, axes: Sequence[_Axis]) -> Array:
 def _contest(held: tuple[Array, Array, NDArray[np.int32]], score: Array, number: int) -> None:
     """Let neurite `number` take the voxels where its score beats the best so far."""
     best, second, owner = held
-    np.maximum(second, np.minimum(best, score), out=second)
+    np.maximum(second, np.minimum(best, score), out=second, where=owner != number)   # no neighbor of itself
     np.copyto(owner, number, where=score > best)
     np.maximum(best, score, out=best)
 

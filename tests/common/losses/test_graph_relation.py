@@ -96,9 +96,8 @@ def test_every_term_and_gradient_equal_the_formulas(size: tuple[int, ...], offse
         for images, _ in past:
             for item in range(2):
                 far = directions(images, cells)[item]
-                distance = oracle.relation_distance(
-                    directions(student, cells)[sample : sample + 1], directions(teacher, cells)[sample : sample + 1], far
-                )
+                own = [directions(one, cells)[sample : sample + 1] for one in (student, teacher)]
+                distance = oracle.relation_distance(*own, far)
                 expected["inter_affinity"] = expected["inter_affinity"] + distance.sum() / 8
     difference = oracle.offset_affinity(student, offsets) - oracle.offset_affinity(teacher, offsets)
     expected["affinity"] = difference.square().sum() / (2 * student[0, 0].numel())

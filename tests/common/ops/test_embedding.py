@@ -180,7 +180,9 @@ def test_background_alone_stays() -> None:
     assert not widen_borders(torch.zeros(1, 1, 4, 4, dtype=torch.int32)).any()
 
 
-@pytest.mark.parametrize(("size", "cells"), [((11, 9), (7, 4)), ((5, 8, 9), (3, 7, 7)), ((4, 6), (1, 1)), ((4, 5), (9, 2))])
+@pytest.mark.parametrize(
+    ("size", "cells"), [((11, 9), (7, 4)), ((5, 8, 9), (3, 7, 7)), ((4, 6), (1, 1)), ((4, 5), (9, 2))]
+)
 def test_pooled_directions_equal_average_pooling_of_unit_embeddings(
     size: tuple[int, ...], cells: tuple[int, ...]
 ) -> None:
