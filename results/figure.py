@@ -53,6 +53,6 @@ def _panel(axes: Any, row: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(arms)), [f"{title}\n{arm['mean']:.3f}" for title, _, arm in arms], fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_ylabel(f"test {METRICS.get(row['metric'], row['metric'].removeprefix('val_'))}", fontsize=9)
-    axes.set_title(f"{row['data'].replace('_', ' ')}\ndashed: teacher {teacher:.3f}", fontsize=9)
+    axes.set_title(f"{row['id'].replace('_', ' ')}\ndashed: teacher {teacher:.3f}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

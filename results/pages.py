@@ -19,6 +19,8 @@ TITLES = {
 METRICS = {
     "val_mean_dice": "Dice", "val_hd95": "HD95", "val_assd": "ASSD", "val_surface_dice": "surface Dice",
     "val_wrong_components": "wrong components", "val_wrong_volume": "wrong volume",
+    "val_voi": "VOI", "val_voi_split": "VOI split", "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ",
+    "val_aji": "AJI", "val_sbd": "SBD", "val_dic": "\\|DiC\\|",
 }
 
 
@@ -26,7 +28,7 @@ def readme_cell(content: Mapping[str, Any]) -> str:
     """Student alone / plain KD / distilled / teacher of every row, for a cell of a Markdown table."""
     names = ("student_alone", "logits_kd", "distilled", "teacher")
     rows = [row for row in all_rows(content) if "teacher" in row]
-    return "<br>".join(f"{row['data']}: " + " / ".join(_value(row.get(name)) for name in names) for row in rows)
+    return "<br>".join(f"{row['id']}: " + " / ".join(_value(row.get(name)) for name in names) for row in rows)
 
 
 def bundle_table(content: Mapping[str, Any]) -> str:

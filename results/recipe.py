@@ -10,7 +10,7 @@
                        the other seeds
     arms, ablations    name -> arm, below; ablations and arms with "seeds": 1 run with the first seed only
     helpers            name -> arm that is trained once and never evaluated, such as a head of the teacher
-    rows               id -> row, below; the id is the name of the DATA folder
+    rows               id -> row, below; the id is the name of the DATA folder, or the row names that as `data`
 
 An arm is train.json with `overrides` (names of configs) and `options` (keys and values). With `candidates` (name ->
 arm) the best one on validation, with the first seed, gets the other seeds. `weights_of` (config key -> arm) names the
@@ -18,7 +18,9 @@ weights it needs; an arm that distils needs {"teacher_path": "teacher"} unless i
 
 A row has `overrides` (right behind train.json), `options`, `epochs` and `val_interval` (each {"teacher": n, "student":
 n}), `seeds`, `preset`, `inference` and `evaluate` (config names), `arms` (what differs from the recipe's arms in this
-row), `patient` (regular expression: cases with the same group are averaged to one), `datalist` (arguments of
+row), `data` (the DATA folder, which rows may share with their trainings; its first row has the search), `test` (regular
+expression: only test cases whose name it is found in count), `patient` (regular expression: cases with the same group
+are averaged to one), `parts` (values of a case's parts, such as blocks, count as cases), `datalist` (arguments of
 `medkd.data.datalist.make_datalist`), `ship` (copy the student into the bundle), and `search` (name -> arm, see
 `make results SEARCH=1`).
 """
@@ -64,6 +66,7 @@ class Row:
     """One data set and schedule; see the top of this file."""
 
     id: str
+    data: str = ""
     preset: str = "default"
     overrides: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -73,10 +76,15 @@ class Row:
     inference: str = "inference.json"
     evaluate: Sequence[str] = ("evaluate",)
     arms: Mapping[str, Arm] = field(default_factory=dict)
+    test: str | None = None
     patient: str | None = None
+    parts: bool = False
     datalist: Mapping[str, Any] = field(default_factory=dict)
     ship: bool = False
     search: Mapping[str, Arm] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", self.data or self.id)
 
     def schedule(self, arm: str) -> dict[str, int]:
         """Options of the length of a training."""
@@ -98,9 +106,9 @@ class Recipe:
     helpers: Mapping[str, Arm]
     rows: Mapping[str, Row]
 
-    def row(self, name: str) -> Row:
-        """The row of a DATA folder; one without a row of its own is run as the configs stand."""
-        return self.rows.get(name, Row(name))
+    def rows_of(self, data: str) -> list[Row]:
+        """The rows of a DATA folder; one without a row of its own is run as the configs stand."""
+        return [row for row in self.rows.values() if row.data == data] or [Row(data)]
 
     def arms_of(self, row: Row) -> dict[str, Arm]:
         """All that is trained for a row, the teacher first."""

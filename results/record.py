@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -36,7 +37,7 @@ def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any])
     for one in [told for arm in arms.values() for told in (arm, *arm.get("candidates", {}).values())]:
         one["options"] = {key: value for key, value in one["options"].items() if common.get(key, one) != value}
     content: dict[str, Any] = {
-        "id": row.id, "data": row.id, "preset": row.preset, "splits": facts["splits"],
+        "id": row.id, "data": row.data, "preset": row.preset, "splits": facts["splits"],
         "overrides": list(row.overrides), "options": common, "metric": recipe.metric,
         "higher_is_better": recipe.higher_is_better, "seeds": list(row.seeds),
     }
@@ -96,11 +97,12 @@ def shipped_of(runs: Sequence[Scored], recipe: Recipe) -> tuple[Scored, dict[str
     }
 
 
-def split_names(datalist: Path) -> dict[str, Any]:
-    """Number of training and validation cases, names of the test cases."""
+def split_names(datalist: Path, test: str | None = None) -> dict[str, Any]:
+    """Number of training and validation cases, names of the test cases, those in whose name `test` is found."""
     content = json.loads(datalist.read_text())
-    counts = {name: len(content.get(name, [])) for name in ("training", "validation", "test")}
     names = case_names([case["image"] for case in content.get("test", [])])
+    names = [name for name in names if not test or re.search(test, name)]
+    counts = {name: len(content.get(name, [])) for name in ("training", "validation")} | {"test": len(names)}
     return {**counts, "test_cases": names} if len(names) <= 20 else counts
 
 

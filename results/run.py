@@ -75,10 +75,10 @@ def make_place(options: argparse.Namespace, row: Row, commands: Commands) -> Pla
     """Copy the sources and make the list of the data."""
     work = options.root / "runs" / "results" / options.bundle
     source = copy_source(options.folder, ROOT / "common" / "medkd", work / "source")
-    datalist = find_datalist(options.data, work / row.id / "data", {"patient": row.patient, **row.datalist})
+    datalist = find_datalist(options.data, work / row.data / "data", {"patient": row.patient, **row.datalist})
     check_test_list(datalist)
     threads = max(1, cores() // options.workers) if options.workers > 1 else 0
-    return Place(source.resolve(), (work / row.id).resolve(), datalist, row.evaluate, threads, commands)
+    return Place(source.resolve(), (work / row.data).resolve(), datalist, row.evaluate, threads, commands)
 
 
 def cores() -> int:
@@ -93,7 +93,7 @@ def evaluate_all(place: Place, recipe: Recipe, row: Row, finished: Finished, wor
     folders = all_parallel(lambda one: evaluate(one, place), list(chosen.values()), workers, place.commands)
     scores: dict[str, dict[str, list[Scored]]] = {}
     for (arm, candidate, _), trained, folder in zip(chosen, chosen.values(), folders, strict=True):
-        scored = Scored(trained, read_scores(folder, row.patient))
+        scored = Scored(trained, read_scores(folder, row.patient, row.test, row.parts))
         scores.setdefault(arm, {}).setdefault(candidate, []).append(scored)
     return scores
 
@@ -130,7 +130,7 @@ def compare(options: argparse.Namespace, recipe: Recipe, row: Row, place: Place)
     summaries = {name: arm_summary(chosen_runs(one, recipe), recipe.metric) for name, one in scores.items()}
     distilled = choose_distilled(recipe, summaries)
     facts = {
-        "splits": split_names(place.datalist),
+        "splits": split_names(place.datalist, row.test),
         **measure_speed(place, recipe, row, scores, distilled or "student_alone"),
         "hardware": machine(), "versions": versions(*PACKAGES), "command": show_command(options),
     }
@@ -160,7 +160,7 @@ def search(options: argparse.Namespace, recipe: Recipe, row: Row, place: Place) 
     found.sort(key=lambda one: one["validation"], reverse=recipe.higher_is_better)
     for one in found:
         print(f"{one['validation']:8.4f}  {one['name']}")
-    write_all(options, recipe, place, {"id": row.id, "data": row.id, "preset": row.preset}, found)
+    write_all(options, recipe, place, {"id": row.id, "data": row.data, "preset": row.preset}, found)
 
 
 def write_all(
@@ -187,9 +187,10 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         recipe = read_recipe(options.folder, options.recipes)
-        row = recipe.row(options.data.name)
-        place = make_place(options, row, commands)
-        (search if options.search else compare)(options, recipe, row, place)
+        rows = recipe.rows_of(options.data.name)
+        for row in rows[:1] if options.search else rows:
+            place = make_place(options, row, commands)
+            (search if options.search else compare)(options, recipe, row, place)
     except (RowFailedError, CommandError, ValueError, FileNotFoundError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

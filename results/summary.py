@@ -30,12 +30,16 @@ class Scored:
     values: dict[str, dict[str, float]]
 
 
-def read_scores(folder: Path, patient: str | None = None) -> dict[str, dict[str, float]]:
+def read_scores(
+    folder: Path, patient: str | None = None, test: str | None = None, parts: bool = False
+) -> dict[str, dict[str, float]]:
     """Read what MONAI's MetricsSaver left.
 
     Args:
         folder: with `<metric>_raw.csv`: a row per case, whose column `mean` is the mean over the classes it has.
         patient: regular expression; the cases in whose name its group is the same are averaged to one.
+        test: regular expression; only cases in whose name it is found are read.
+        parts: the columns before the mean are parts of the case, and each counts as a case.
 
     Returns:
         Metric -> case -> value; a case without a value is left out.
@@ -47,9 +51,14 @@ def read_scores(folder: Path, patient: str | None = None) -> dict[str, dict[str,
             table = list(csv.DictReader(lines))
         names = case_names([line["filename"] for line in table])
         for line, name in zip(table, names, strict=True):
+            if test and not re.search(test, name):
+                continue
             found = re.search(patient, name) if patient else None
-            if not math.isnan(float(line["mean"])):
-                groups.setdefault(found[1] if found else name, []).append(float(line["mean"]))
+            case = found[1] if found else name
+            columns = [key for key in line if key not in ("filename", "mean")] if parts else ["mean"]
+            for number, column in enumerate(columns, start=1):
+                if not math.isnan(value := float(line[column])):
+                    groups.setdefault(f"{case} {number}" if parts else case, []).append(value)
         metrics[file.name.removesuffix("_raw.csv")] = {case: fmean(values) for case, values in groups.items()}
     return metrics
 

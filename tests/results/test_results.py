@@ -182,6 +182,16 @@ def test_scores_are_read_per_case_and_averaged_per_patient(tmp_path: Path) -> No
     assert read_scores(tmp_path, r"liver_(\d+)")["val_x"] == {"1": pytest.approx(0.3)}
 
 
+def test_parts_of_chosen_cases_count_as_cases(tmp_path: Path) -> None:
+    (tmp_path / "val_x_raw.csv").write_text(
+        "filename,class0,class1,mean\n/d/cube_a.nii.gz,0.1,0.3,0.2\n/d/cube_b.nii.gz,nan,0.7,0.7\n"
+    )
+
+    assert read_scores(tmp_path, test="_a$") == {"val_x": {"cube_a": 0.2}}
+    assert read_scores(tmp_path, parts=True)["val_x"] == {"cube_a 1": 0.1, "cube_a 2": 0.3, "cube_b 2": 0.7}
+    assert read_scores(tmp_path, test="_b$", parts=True) == {"val_x": {"cube_b 2": 0.7}}
+
+
 def test_cases_of_one_name_in_different_folders_stay_apart(tmp_path: Path) -> None:
     (tmp_path / "val_x_raw.csv").write_text("filename,mean\n/d/p1/ct.nii.gz,0.2\n/d/p2/ct.nii.gz,0.4\n")
 
@@ -423,9 +433,16 @@ def test_a_folder_that_another_process_works_in_is_waited_for(tmp_path: Path) ->
 def test_the_recipes_of_the_repository_are_sound(repository: Path) -> None:
     for bundle in sorted((repository / "bundles").glob("*/")):
         recipe = read_recipe(bundle)
-        assert next(iter(recipe.arms_of(recipe.row("unknown")))) == "teacher"
+        assert next(iter(recipe.arms_of(recipe.rows_of("unknown")[0]))) == "teacher"
         for row in recipe.rows.values():
             assert count_runs(row, recipe.arms_of(row), recipe) > 5
+
+
+def test_rows_may_share_their_data() -> None:
+    rows = {"a": Row("a"), "easy": Row("easy", data="a", test="easy"), "b": Row("b")}
+    recipe = Recipe("dice", True, "a", (), ARMS, {}, {}, rows)
+    assert [row.id for row in recipe.rows_of("a")] == ["a", "easy"]
+    assert [row.data for row in recipe.rows_of("c")] == ["c"]
 
 
 def test_helpers_are_trained_only_when_something_starts_from_them() -> None:
