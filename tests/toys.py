@@ -39,7 +39,9 @@ from medkd.handlers.schedule import WeightSchedule
 from medkd.handlers.teacher import Teacher
 from medkd.losses.base import DistillationLoss, trainable_parameters
 from medkd.losses.features import HintLoss
+from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.logits import SoftLabelLoss
+from medkd.losses.relation_bank import RelationBank
 
 SIZE = 12
 STUDENT_WIDTH, TEACHER_WIDTH = 2, 4
@@ -94,6 +96,12 @@ def teacher(seed: int = 2) -> ToyNetwork:
 def hint_loss() -> HintLoss:
     """A loss with a learnable head."""
     return HintLoss([TAP], [[STUDENT_WIDTH, TEACHER_WIDTH]], spatial_dims=2)
+
+
+def memory_loss() -> GraphRelationLoss:
+    """A loss that remembers past images, and has a learnable head."""
+    level = {"tap": TAP, "channels": [STUDENT_WIDTH, TEACHER_WIDTH], "stride": [1, 1]}
+    return GraphRelationLoss([(0, -1)], levels=[level], bank=RelationBank(channels=2, capacity=5, sample=2))
 
 
 def cases(count: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -183,6 +191,7 @@ class Run:
     Args:
         directory: where weights and checkpoints go.
         extra: handlers before the checkpoint's.
+        memory: a third loss, that remembers past images.
     """
 
     def __init__(
@@ -194,11 +203,12 @@ class Run:
         seed: int = 3,
         extra: Sequence[Any] = (),
         wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+        memory: bool = False,
         **options: Any,
     ) -> None:
         network = wrap(student())
         self.network = network
-        self.losses: list[DistillationLoss] = [SoftLabelLoss(), hint_loss()]
+        self.losses: list[DistillationLoss] = [SoftLabelLoss(), hint_loss(), *([memory_loss()] if memory else [])]
         parameters = list(trainable_parameters(network, self.losses))
         self.optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=epochs)
@@ -215,12 +225,16 @@ class Run:
             "optimizer": self.optimizer, "lr_scheduler": self.scheduler,
         }
 
+    def _weights(self) -> dict[str, float]:
+        weights = {"logits": 0.5, "features": 0.3, "node": 0.1, "inter_edge": 1.0, "inter_affinity": 4.0}
+        return {name: weight for name, weight in weights.items() if any(name in loss.terms for loss in self.losses)}
+
     def _handlers(self, seed: int) -> list[Any]:
         return [
             ValidationHandler(interval=1, validator=self.evaluator),
             LrScheduleHandler(self.scheduler, print_lr=False),
             EpochSeed(seed),
-            DistillationHandler(Teacher(teacher), self.losses, {"logits": 0.5, "features": 0.3}),
+            DistillationHandler(Teacher(teacher), self.losses, self._weights()),
             WeightSchedule(0.5),
             NanGuard(),
         ]

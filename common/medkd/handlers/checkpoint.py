@@ -7,14 +7,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
-from torch import nn
+from torch import Tensor, nn
 
 from medkd.taps import unwrap
 from medkd.weights import load_tensors
@@ -147,6 +148,7 @@ class CheckpointHandler:
                 target.load_state_dict(content["objects"][name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise ValueError(f"{path} does not fit {name!r} of this run; it cannot be resumed: {error}") from error
+        self._restore_memories(content.get("memories", []))
         if getattr(engine, "scaler", None) is not None and content["scaler"]:
             engine.scaler.load_state_dict(content["scaler"])
         engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
@@ -155,11 +157,34 @@ class CheckpointHandler:
             self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
         logger.info("Resuming after epoch %d of %d from %s", content["epoch"], engine.state.max_epochs, path)
 
+    def _restore_memories(self, memories: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Give each rank its own again; another number of ranks goes on with that of the first."""
+        if len(memories) != idist.get_world_size():
+            if memories:
+                logger.warning("The checkpoint is of %d ranks: all take the memories of the first.", len(memories))
+            return
+        for name, buffers in memories[idist.get_rank()].items():
+            for path, value in buffers.items():
+                self.objects[name].get_buffer(path).copy_(value)
+
+    def _memories(self) -> list[dict[str, dict[str, Tensor]]]:
+        """Buffers of all modules but the network, of each rank: what their losses remember."""
+        own = {
+            name: {path: buffer.detach().cpu() for path, buffer in value.named_buffers()}
+            for name, value in self.objects.items() if name != "network" and isinstance(value, nn.Module)
+        }
+        if idist.get_world_size() == 1 or not any(own.values()):
+            return []
+        gathered: list[Any] = [None] * idist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        return gathered
+
     def _end_epoch(self, engine: Any) -> None:
+        memories = self._memories()                                # a matter of all ranks
         if idist.get_rank() == 0:
             if self.evaluator is not None and self._best_epoch() == engine.state.epoch:
                 self._write_student(engine)
-            self._write_checkpoint(engine)
+            self._write_checkpoint(engine, memories)
 
     def _best_epoch(self) -> int:
         return int(self.evaluator.state.best_metric_epoch) if self.evaluator is not None else -1
@@ -188,12 +213,13 @@ class CheckpointHandler:
             run["validation"] = {state.key_metric_name: float(state.best_metric)}
         return run
 
-    def _write_checkpoint(self, engine: Any) -> None:
+    def _write_checkpoint(self, engine: Any, memories: Sequence[Any]) -> None:
         path = self._folder / f"epoch_{engine.state.epoch:05d}.pt"
         best = self.evaluator.state if self.evaluator is not None else None
         scaler = getattr(engine, "scaler", None)
         content = {
             "objects": {name: value.state_dict() for name, value in self.objects.items()},
+            "memories": list(memories),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,

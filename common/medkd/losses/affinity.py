@@ -38,8 +38,9 @@ class AffinityLoss(nn.Module):
             code), or `none`. None takes that of the rank.
         widen: make background of the voxels next to a border between instances first, see `widen_borders`.
         background_axis: also drive the embeddings of the background along the first axis of the embedding space and
-            all others off it, which gives the network a foreground without a head of its own (ours): the squared
-            difference of the cosine with that axis from 1 or 0, class-balanced, as one more channel.
+            all others off it, which gives the network a foreground without a head of its own (ours): the mean squared
+            difference of the cosine with that axis from 1 or 0, as one more channel, so that the cosine is the
+            probability of background.
 
     Shape:
         embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background. Result: a scalar, float32.
@@ -106,11 +107,10 @@ class AffinityLoss(nn.Module):
 
 
 def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:
-    """Mean squared difference of the cosine with the first axis from 1 on background, else from 0; balanced."""
+    """Mean squared difference of the cosine with the first axis from 1 on background, else from 0."""
     wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     cosine = unit_vectors(wide)[:, :1]                             # (B, 1, *S)
-    target = is_background.to(cosine)
-    return (target_balance_weight(target) * (cosine - target).square()).mean()
+    return (cosine - is_background.to(cosine)).square().mean()
 
 
 def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:

@@ -161,7 +161,8 @@ def _spread(blocks: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor
     within = [one for step in block for one in (-1, step)]
     shares = shares.reshape(*blocks.shape[:2], *(one for count in blocks.shape[2:] for one in (count, 1)))
     whole = shares.expand(-1, -1, *within)
-    spread = whole.contiguous().reshape(*blocks.shape[:2], *(n * k for n, k in zip(blocks.shape[2:], block, strict=True)))
+    covered = [count * step for count, step in zip(blocks.shape[2:], block, strict=True)]
+    spread = whole.contiguous().reshape(*blocks.shape[:2], *covered)
     return _at(spread, tuple(slice(length) for length in size))
 
 

@@ -33,11 +33,15 @@ def test_ranks_end_with_one_student_and_one_head_and_only_the_first_writes(tmp_p
     toys.student().load_state_dict(torch.load(mine / "model.pt"), strict=True)
 
 
-def test_a_run_of_two_ranks_is_resumed_to_the_same_end(tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_is_resumed_to_the_same_end_each_with_its_memory(tmp_path: Path) -> None:
     shared = tmp_path / "weights", tmp_path / "weights"
-    whole = train(tmp_path / "whole", (tmp_path / "other", tmp_path / "other"), epochs=4)
-    train(tmp_path / "broken", shared, epochs=4, last=2)
-    resumed = train(tmp_path / "broken", shared, epochs=4, resume=True)
+    whole = train(tmp_path / "whole", (tmp_path / "other", tmp_path / "other"), epochs=4, memory=True)
+    train(tmp_path / "broken", shared, epochs=4, last=2, memory=True)
+    resumed = train(tmp_path / "broken", shared, epochs=4, resume=True, memory=True)
+    memories = [of_rank["distill_loss"]["2.bank.voxel_moments"] for of_rank, _ in whole]
+    assert not torch.equal(*memories)
+    heads = [of_rank["distill_loss"]["2.projections.0.weight"] for of_rank, _ in whole]
+    assert torch.equal(*heads)
     for (before, cases), (after, later_cases) in zip(whole, resumed, strict=True):
         assert toys.same(before, after)
         assert later_cases == cases[len(later_cases) :]

@@ -89,7 +89,7 @@ def test_background_is_drawn_to_the_first_axis() -> None:
     label = torch.tensor([[[[0, 0, 0, 1]]]])
     loss = AffinityLoss([(-1, 0)], background_axis=True)             # no pair lies inside: only the axis counts
     along = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 4)
-    assert loss(along, label).item() == pytest.approx(0.75)          # the one voxel that is off weighs as three
+    assert loss(along, label).item() == pytest.approx(0.25)
     assert loss(along.flip(1), label).item() == pytest.approx(0.75)
 
 
