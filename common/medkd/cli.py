@@ -57,6 +57,71 @@ def phantom_ct(
     print(f"Next: medkd check-data {shlex.quote(str(path))} --num_classes {len(CT_LABELS)}")
 
 
+def phantom_em(  # noqa: PLR0913 - fire makes one option of each parameter
+    output: str,
+    *,
+    training: int = 4,
+    validation: int = 1,
+    test: int = 2,
+    unlabeled: int = 0,
+    seed: int = 0,
+    shape: tuple[int, int, int] = (48, 128, 128),
+    spacing: tuple[float, float, float] = (30.0, 6.0, 6.0),
+    missing: float = 0.0,
+    gap: int = 0,
+) -> None:
+    """Write procedural EM blocks of dense neurites, labels instance numbers: organelles, weak membranes; 1 MB each.
+
+    Args:
+        output: folder to fill with images/, labels/ and datalist.json.
+        training: number of training cases.
+        validation: number of validation cases.
+        test: number of test cases.
+        unlabeled: number of cases without a label.
+        seed: integer of 0 or more; the same seed gives the same cases.
+        shape: voxels per axis, 16 or more each, sections along the first.
+        spacing: nm per voxel and axis, 2 to 60, sections first; 10,10,10 for cubic voxels. Headers hold the numbers
+            without a unit, as NIfTI knows no nm.
+        missing: chance of a section to be black, 0 to 0.5; its label stays.
+        gap: 0 where instances touch; 1 for a line of label 0 between them, one voxel wide.
+    """
+    from medkd.phantoms.em import write_em_phantoms
+
+    path = write_em_phantoms(output, training, validation, test, unlabeled, seed, shape, spacing, missing, gap)
+    print(f"Wrote {path}: {_counts(_load(path))}.")
+    print(f"Next: medkd check-data {shlex.quote(str(path))}")
+
+
+def phantom_nuclei(
+    output: str,
+    *,
+    training: int = 24,
+    validation: int = 6,
+    test: int = 8,
+    unlabeled: int = 0,
+    seed: int = 0,
+    shape: tuple[int, int] = (256, 256),
+    stained: float = 0.25,
+) -> None:
+    """Write procedural pictures of nuclei as PNG, labels instance numbers: clusters, dim and blurred ones; 50 kB each.
+
+    Args:
+        output: folder to fill with images/, labels/ and datalist.json.
+        training: number of training cases.
+        validation: number of validation cases.
+        test: number of test cases.
+        unlabeled: number of cases without a label.
+        seed: integer of 0 or more; the same seed gives the same cases.
+        shape: pixels per axis, 64 to 4096 each; nuclei have a radius of 5 to 20 pixels.
+        stained: share of each list that is stained tissue in RGB, 0 to 1; the others are fluorescence in gray.
+    """
+    from medkd.phantoms.nuclei import write_nuclei_phantoms
+
+    path = write_nuclei_phantoms(output, training, validation, test, unlabeled, seed, shape, stained)
+    print(f"Wrote {path}: {_counts(_load(path))}.")
+    print(f"Next: medkd check-data {shlex.quote(str(path))}")
+
+
 def datalist(  # noqa: PLR0913 - fire makes one option of each parameter
     source: str,
     output: str,
@@ -131,7 +196,7 @@ def check_data(datalist: str, *, num_classes: int | None = None, allow_shared: b
         content["training"], content["validation"], num_classes, content["test"],
         allow_shared=allow_shared, unlabeled=content["unlabeled"],
     )
-    print(report.table(names))
+    print(report.table(names or {str(value): "" for value in range(num_classes or 0)}))
     print("The data can be used.")
     folder = shlex.quote(os.path.dirname(os.path.abspath(path)))
     run = "python -m monai.bundle run training --config_file configs/train.json --bundle_root ."
@@ -154,7 +219,8 @@ def verify(path: str) -> None:
 
 
 COMMANDS: dict[str, Any] = {
-    "phantom": {"ct": phantom_ct}, "datalist": datalist, "check-data": check_data, "verify": verify,
+    "phantom": {"ct": phantom_ct, "em": phantom_em, "nuclei": phantom_nuclei},
+    "datalist": datalist, "check-data": check_data, "verify": verify,
 }
 
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,20 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle.config_parser import ConfigParser
+from PIL import Image
 
 from medkd.phantoms.ct import write_ct_phantoms
+from medkd.phantoms.em import write_em_phantoms
+from medkd.phantoms.nuclei import write_nuclei_phantoms
 
 SOURCE = Path(os.environ["MEDKD_BUNDLE"])
 TRAIN = json.loads((SOURCE / "configs/train.json").read_text())
 SCORES = json.loads((SOURCE / "configs/evaluate.json").read_text())["validate#key_metric"]
 SMOKE = json.loads((SOURCE / "configs/smoke.json").read_text())
-ORGANS = SMOKE.get("out_channels", TRAIN["out_channels"]) - 1   # of the phantoms
+KIND = next(part for part in SOURCE.name.split("_") if part in ("ct", "em", "nuclei"))
+ORGANS = SMOKE.get("out_channels", TRAIN["out_channels"]) - 1   # of CT phantoms
+WIDTH = "channels" if "channels" in TRAIN["teacher_def"] else "filters"
+METRIC = TRAIN["teacher_check"]["metric"]
 TERMS_OFF = json.loads((SOURCE / "configs/baseline.json").read_text())["distill_weights"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 Run = Callable[..., Path]
@@ -39,7 +45,12 @@ Run = Callable[..., Path]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_ct_phantoms(folder, training=3, validation=1, test=2, shape=(64, 56, 40), spacing=(4.5, 4.5, 6.0))
+    if KIND == "ct":
+        write_ct_phantoms(folder, training=3, validation=1, test=2, shape=(64, 56, 40), spacing=(4.5, 4.5, 6.0))
+    elif KIND == "em":
+        write_em_phantoms(folder, training=3, validation=1, test=2, shape=(16, 64, 56), spacing=(20.0, 10.0, 10.0))
+    else:
+        write_nuclei_phantoms(folder, training=3, validation=1, test=2, shape=(128, 112))
     return folder
 
 
@@ -111,10 +122,12 @@ def test_training_distils_and_leaves_the_teacher_as_it_is(run: Run, teacher: Pat
 
 @pytest.mark.parametrize("baseline", ["logits", "features"])
 def test_baseline_methods_train(run: Run, teacher: Path, tmp_path: Path, baseline: str) -> None:
+    weights = json.loads((SOURCE / f"configs/{baseline}.json").read_text())["distill_weights"]
+    (term,) = [name for name, weight in weights.items() if weight]
     folder = run("training", "train", "smoke", baseline, ckpt_dir=str(tmp_path))
-    values = [value for tag, value in scalars(folder).items() if f"kd/{baseline}" in tag]
-    assert len(values) == 1
-    assert np.isfinite(values[0]).all()
+    values = {tag: value for tag, value in scalars(folder).items() if "kd/" in tag}
+    assert [tag for tag in values if tag.endswith(f"kd/{term}")] == list(values)
+    assert all(np.isfinite(value).all() for value in values.values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -159,41 +172,69 @@ def test_killed_run_resumes_bit_identical(bundle: Path, data: Path, teacher: Pat
     assert states[0]["best_metric"] == states[1]["best_metric"]
 
 
-def test_evaluation_gives_dice_and_distances_per_case_and_organ(run: Run, teacher: Path, tmp_path: Path) -> None:
+def columns(score: dict[str, Any]) -> int:
+    """How many values a case has: one per organ, or per block of instances."""
+    return int(np.prod(score.get("blocks", 1))) if "instances" in score["_target_"] else ORGANS
+
+
+def test_evaluation_gives_all_metrics_per_case_and_organ_or_block(run: Run, teacher: Path, tmp_path: Path) -> None:
     run("evaluating", "train", "smoke", "teacher", "evaluate", ckpt_dir=str(teacher.parent), output_dir=str(tmp_path))
-    for metric in SCORES:
+    for metric, score in SCORES.items():
         rows = (tmp_path / f"{metric}_raw.csv").read_text().splitlines()
         assert len(rows) == 1 + 2
-        assert len(rows[1].split(",")) == 2 + ORGANS
+        assert len(rows[1].split(",")) == 2 + columns(score)
         assert np.isfinite([float(value) for value in rows[1].split(",")[1:]]).all()
 
 
-def test_prediction_has_the_geometry_of_its_image(run: Run, data: Path, tmp_path: Path) -> None:
-    run("evaluating", "inference", output_dir=str(tmp_path), spacing=[8.0, 8.0, 8.0])
+def read(file: Path) -> tuple[np.ndarray, Any]:
+    """Pixels or voxels, and the affine; a picture has none."""
+    if file.suffix == ".png":
+        return np.asarray(Image.open(file)), None
+    image = nibabel.load(file)
+    return np.asarray(image.dataobj), image.affine
+
+
+def predictions(folder: Path, data: Path) -> Iterator[tuple[Path, Path]]:
+    """Image and prediction of each test case."""
     for case in json.loads((data / "datalist.json").read_text())["test"]:
-        image = nibabel.load(data / case["image"])
-        pred = nibabel.load(tmp_path / Path(case["image"]).name.replace(".nii.gz", "_seg.nii.gz"))
-        assert pred.shape == image.shape
-        np.testing.assert_allclose(pred.affine, image.affine, atol=1e-4)
-        assert pred.get_data_dtype() == np.uint8
-        assert np.asarray(pred.dataobj).max() <= ORGANS
+        name, dot, ending = Path(case["image"]).name.partition(".")
+        yield data / case["image"], folder / f"{name}_seg{dot}{ending}"
 
 
-def test_volume_smaller_than_the_window_is_handled(run: Run, data: Path, tmp_path: Path) -> None:
-    case = json.loads((data / "datalist.json").read_text())["test"][0]["image"]
-    image = nibabel.load(data / case)
-    small = image.slicer[20:41, 18:37, 10:23]
-    nibabel.save(small, tmp_path / "small.nii.gz")
-    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "small.nii.gz"}]}))
+def test_prediction_has_the_geometry_of_its_image(run: Run, data: Path, tmp_path: Path) -> None:
+    spacing = {"spacing": [8.0, 8.0, 8.0]} if KIND == "ct" else {}
+    run("evaluating", "inference", output_dir=str(tmp_path), **spacing)
+    for image_file, pred_file in predictions(tmp_path, data):
+        (image, affine), (pred, found) = read(image_file), read(pred_file)
+        assert pred.shape == image.shape[: pred.ndim]
+        if affine is not None:
+            np.testing.assert_allclose(found, affine, atol=1e-4)
+        assert pred.dtype == {"ct": np.uint8, "em": np.int32, "nuclei": np.uint16}[KIND]
+        assert pred.max() <= ORGANS if KIND == "ct" else pred.max() > 0
+
+
+def test_image_smaller_than_the_window_is_handled(run: Run, data: Path, tmp_path: Path) -> None:
+    file, _ = next(predictions(tmp_path, data))
+    image, affine = read(file)
+    axes = image.shape[: 2 + (KIND != "nuclei")]                    # of a picture in color, not its channels
+    small = image[tuple(slice(size // 4, size // 4 + max(size // 3, 5)) for size in axes)]
+    if affine is None:
+        Image.fromarray(small).save(tmp_path / "small.png")
+    else:
+        nibabel.save(nibabel.Nifti1Image(small, affine), tmp_path / "small.nii.gz")
+    name = f"small{'.png' if affine is None else '.nii.gz'}"
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": name}]}))
     run("evaluating", "inference", output_dir=str(tmp_path / "out"), dataset_dir=str(tmp_path))
-    assert nibabel.load(tmp_path / "out/small_seg.nii.gz").shape == small.shape
+    pred, _ = read(tmp_path / "out" / name.replace("small", "small_seg"))
+    assert pred.shape == small.shape[: pred.ndim]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"teacher_sha256": "00"}, "`teacher_sha256` must be the hash of"),
-        ({"teacher_def#channels": [2, 4, 8, 16]}, "must hold weights of the teacher's network"),
+        ({f"teacher_def#{WIDTH}": [2, 3, 4, 5, 6][: len(TRAIN["teacher_def"][WIDTH])]},
+         "must hold weights of the teacher's network"),
         ({"distill_weights": {"boundry": 1.0}}, "must name terms of the loss, got 'boundry'"),
         ({"teacher_input": "teacher_image"}, "`teacher_input` must be a key of the batch, got 'teacher_image'"),
         ({"teacher_check#metric": "dice"}, "`teacher_check#metric` must be a metric of the validation"),
@@ -213,15 +254,19 @@ def test_teacher_that_says_one_class_everywhere_is_refused(run: Run, teacher: Pa
     options = {"teacher_path": str(tmp_path / "silent.pt"), "teacher_check#mode": "refuse"}
     with pytest.raises(Exception) as error:   # noqa: PT011
         run("training", "train", "smoke", ckpt_dir=str(tmp_path / "run"), **options)
-    assert "must be better than that of class" in cause(error.value)
+    assert f"The teacher's {METRIC} must be better than that of" in cause(error.value)
 
 
 def test_broken_data_is_refused_before_the_first_iteration(run: Run, data: Path, teacher: Path, tmp_path: Path) -> None:
     listing = json.loads((data / "datalist.json").read_text())
-    broken = listing["training"][1]["label"]
-    image = nibabel.load(data / broken)
-    nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), tmp_path / "short.nii.gz")
-    listing["training"][1]["label"] = str(tmp_path / "short.nii.gz")
+    pixels, affine = read(data / listing["training"][1]["label"])
+    if affine is None:
+        short = tmp_path / "short.png"
+        Image.fromarray(pixels[:-1]).save(short)
+    else:
+        short = tmp_path / "short.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(pixels[:-1], affine), short)
+    listing["training"][1]["label"] = str(short)
     (tmp_path / "datalist.json").write_text(json.dumps({**listing, "data_root": str(data)}))
     with pytest.raises(Exception) as error:   # noqa: PT011
         run("training", "train", "smoke", datalist=str(tmp_path / "datalist.json"), ckpt_dir=str(tmp_path / "run"))

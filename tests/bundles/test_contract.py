@@ -82,11 +82,12 @@ def presets(bundle: Path) -> list[str]:
 def test_student_is_the_same_in_training_and_inference(bundle: Path) -> None:
     pairs = [(overridden(bundle), "inference")]
     pairs += [(overridden(bundle, name), f"inference_{name}") for name in presets(bundle)]
-    shared = ("spacing", "intensity_range", "patch_size", "out_channels")
+    shared = ("spacing", "intensity_range", "patch_size", "out_channels", "decoded_offsets")
     for train, name in pairs:
         inference = config(bundle, name)
         for definition in (train["network_def"], inference["network_def"]):
-            definition.pop("output", None)
+            for key in ("output", "offsets", "foreground"):         # what it gives of its embedding, without weights
+                definition.pop(key, None)
         assert train["network_def"] == inference["network_def"], name
         assert {key: train.get(key) for key in shared} == {key: inference.get(key) for key in shared}, name
 
@@ -99,9 +100,15 @@ def test_inference_of_a_preset_takes_the_weights_that_its_training_writes(bundle
 
 def test_metadata_agrees_with_the_network(bundle: Path) -> None:
     data_format = config(bundle, "metadata")["network_data_format"]
-    channels = data_format["outputs"]["pred"]["channel_def"]
-    assert len(channels) == data_format["outputs"]["pred"]["num_channels"] == config(bundle, "train")["out_channels"]
-    assert channels["0"] == "background"
+    pred, train, inference = data_format["outputs"]["pred"], config(bundle, "train"), config(bundle, "inference")
+    channels = pred["channel_def"]
+    assert list(channels) == [str(number) for number in range(pred["num_channels"])]
+    if "output" in inference["network_def"]:                        # affinities of an embedding
+        offsets = inference[inference["network_def"]["offsets"].removeprefix("@")]
+        assert pred["num_channels"] == len(offsets) + inference["network_def"].get("foreground", False)
+    else:
+        assert pred["num_channels"] == train["out_channels"]
+        assert channels["0"] == "background"
     assert data_format["inputs"]["image"]["spatial_shape"] == config(bundle, "train")["patch_size"]
 
 

@@ -44,6 +44,41 @@ def test_phantoms_are_written_and_the_next_command_is_shown(tmp_path: Path, caps
     assert (tmp_path / "my data" / "images" / "case_003.nii.gz").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "options", "facts"),
+    [
+        ("em", "16,40,32", ["--missing", "0.1", "--gap", "1"], ["16 x 40 x 32", "30 x 6 x 6"]),
+        ("nuclei", "96,80", ["--stained", "0.5"], ["80 x 96"]),   # rows are the second axis of what is read
+    ],
+)
+def test_phantoms_of_instances_are_written_and_pass_the_check(
+    tmp_path: Path, capsys: Capture, kind: str, shape: str, options: list[str], facts: list[str]
+) -> None:
+    numbers = ["--training", "2", "--validation", "1", "--test", "1", "--unlabeled", "1"]
+    assert main(["phantom", kind, str(tmp_path), "--shape", shape, *numbers, *options]) == 0
+    said = capsys.readouterr().out
+    assert "2 training, 1 validation, 1 test, 1 unlabeled" in said
+    assert said.endswith(f"Next: medkd check-data {tmp_path / 'datalist.json'}\n")
+    assert main(["check-data", str(tmp_path / "datalist.json")]) == 0
+    said = capsys.readouterr().out
+    assert all(fact in said for fact in [*facts, "The data can be used."])
+
+
+def test_check_counts_instance_numbers_and_lists_classes_that_are_given(tmp_path: Path, capsys: Capture) -> None:
+    label = np.arange(30, dtype=np.uint16).reshape(2, 3, 5)
+    for name, volume in (("a", label), ("b", label + 1), ("label", label)):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii")
+    items = {key: [{"image": f"{key[0]}.nii", "label": "label.nii"}] for key in ("a training", "b validation")}
+    lists = {key.split()[1]: item for key, item in items.items()}
+    (tmp_path / "datalist.json").write_text(json.dumps({**lists, "labels": {}}))
+    assert main(["check-data", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "voxels of" not in said
+    assert next(line for line in said.splitlines() if "label values" in line).split()[-3:] == ["30", "30", "0"]
+    assert main(["check-data", str(tmp_path), "--num_classes", "30"]) == 0
+    assert "voxels of 29 " in capsys.readouterr().out
+
+
 def test_check_shows_the_table_with_label_names_and_the_next_command(
     phantoms: Path, capsys: Capture
 ) -> None:
@@ -130,8 +165,26 @@ def test_wrong_options_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["em", "--gap", "2"], "`gap` must be 0 or 1, got 2"),
+        (["em", "--spacing", "10"], "`spacing` must be three lengths of 2 to 60 nm"),
+        (["em", "--missing", "all"], "`missing` must be the share of lost sections, 0 to 0.5, got 'all'"),
+        (["em", "--stained", "1"], "`--stained` is no option of `medkd phantom em`"),
+        (["nuclei", "--shape", "256"], "`shape` must be two pixel counts of 64 to 4096, such as 256,256, got 256"),
+        (["nuclei", "--stained", "25"], "`stained` must be the share of stained pictures, 0 to 1, got 25"),
+    ],
+)
+def test_wrong_options_of_the_other_phantoms_are_refused(
+    tmp_path: Path, capsys: Capture, words: list[str], message: str
+) -> None:
+    refused(capsys, ["phantom", words[0], str(tmp_path / "out"), *words[1:]], message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["phantm"], "`phantm` is no command of `medkd`, which has phantom, datalist, check-data"),
-        (["phantom", "mri", "x"], "`mri` is no command of `medkd phantom`, which has ct"),
+        (["phantom", "mri", "x"], "`mri` is no command of `medkd phantom`, which has ct, em, nuclei; see"),
         (["phantom", "ct"], "`medkd phantom ct` needs OUTPUT, got none; see `medkd phantom ct --help`."),
         (["check-data", "none.json"], "`path` must name a datalist, got 'none.json', which is no file"),
         (["check-data", "none.json", "--num_classes", "x"], "`path` must name a datalist"),
@@ -161,6 +214,19 @@ def test_help_of_a_command_gives_units_and_defaults(capsys: Capture) -> None:
         assert part in page
     assert "FIRE" not in page
     assert "Optional" not in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("em", ["nm per voxel and axis", "Default: (30.0, 6.0, 6.0)", "Default: (48, 128, 128)", "em OUTPUT <flags>"]),
+        ("nuclei", ["pixels per axis", "Default: (256, 256)", "Default: 0.25", "Default: 24", "0 to 1"]),
+    ],
+)
+def test_help_of_the_other_phantoms_gives_units_and_defaults(capsys: Capture, kind: str, parts: list[str]) -> None:
+    assert main(["phantom", kind, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert all(part in page for part in parts)
 
 
 def test_version_is_shown(capsys: Capture) -> None:

@@ -18,17 +18,33 @@ from torch import Tensor
 
 def offset_affinity(embeddings: Tensor, offsets: Sequence[Sequence[int]]) -> Tensor:
     """Roll the map back by each offset, take the cosine, and drop what came around the edge; (B, O, *S)."""
-    axes = list(range(2, embeddings.dim()))
     channels = []
     for offset in offsets:
-        moved = torch.roll(embeddings, [-step for step in offset], axes)
-        inside = torch.ones(embeddings.shape[2:], dtype=embeddings.dtype)
-        for axis, step in enumerate(offset):
-            place = torch.arange(embeddings.shape[axis + 2]) + step
-            shape = [-1 if one == axis else 1 for one in range(len(offset))]
-            inside = inside * ((place >= 0) & (place < embeddings.shape[axis + 2])).reshape(shape)
-        channels.append(F.cosine_similarity(embeddings, moved, dim=1, eps=1e-12) * inside)
+        moved = _rolled(embeddings, offset)
+        channels.append(F.cosine_similarity(embeddings, moved, dim=1, eps=1e-12) * _inside(embeddings, offset))
     return torch.stack(channels, dim=1)
+
+
+def unit_offset_affinity(embeddings: Tensor, offsets: Sequence[Sequence[int]]) -> Tensor:
+    """The same from unit vectors, which are made once: faster, and the best of the plain forms."""
+    unit = F.normalize(embeddings, dim=1)
+    channels = [(unit * _rolled(unit, offset)).sum(1) * _inside(unit, offset) for offset in offsets]
+    return torch.stack(channels, dim=1)
+
+
+def _rolled(maps: Tensor, offset: Sequence[int]) -> Tensor:
+    """What lies an offset away, at each voxel."""
+    return torch.roll(maps, [-step for step in offset], list(range(2, maps.dim())))
+
+
+def _inside(maps: Tensor, offset: Sequence[int]) -> Tensor:
+    """1 where both voxels of a pair lie inside, else 0; (*S)."""
+    inside = torch.ones(maps.shape[2:], dtype=maps.dtype)
+    for axis, step in enumerate(offset):
+        place = torch.arange(maps.shape[axis + 2]) + step
+        shape = [-1 if one == axis else 1 for one in range(len(offset))]
+        inside = inside * ((place >= 0) & (place < maps.shape[axis + 2])).reshape(shape)
+    return inside
 
 
 def label_affinity_by_loops(label: np.ndarray, offsets: Sequence[Sequence[int]], background: str) -> np.ndarray:
@@ -134,9 +150,9 @@ class MapBank:
 
 def flat_affinity_loss(embeddings: Tensor, label: Tensor, offsets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Supervised loss in 2-D, with its affinities: background is one more object, one balance for each sample."""
-    affinity = offset_affinity(embeddings, offsets)
-    inside = offset_affinity(torch.ones_like(embeddings[:, :1]), offsets) > 0
-    moved = torch.cat([torch.roll(label, [-step for step in offset], (2, 3)) for offset in offsets], dim=1)
+    affinity = unit_offset_affinity(embeddings, offsets)
+    inside = torch.stack([_inside(embeddings, offset) for offset in offsets]) > 0
+    moved = torch.cat([_rolled(label, offset) for offset in offsets], dim=1)
     target = ((label == moved) | ~inside).float()                  # pairs that leave the image are ones
     share = target.mean((1, 2, 3), keepdim=True).clip(0.05, 0.99)
     ones = torch.where(share > 0.5, 1.0, (1 - share) / share)

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 Case = Mapping[str, Any]
 
 AFFINE_TOLERANCE = 0.02   # voxels; what rounding a header's spacing to four decimals costs over 512 voxels
-_MOST_ROWS = 130          # label values in a table; more are instances, and only counted
+_MOST_ROWS = 130          # label values with names in a table; more are instances, and only counted
+_MOST_UNNAMED = 20        # the same where none has a name, as in a datalist of instances
 _LABELED = ("training", "validation")
 _MOST = 20                # problems that an error spells out
 _THREADS = 4              # each holds one volume
@@ -55,13 +56,17 @@ class DataReport:
     orientations: tuple[str, ...]
 
     def table(self, names: Mapping[str, str] | None = None) -> str:
-        """Lay the report out as text; `names` maps label values to names, as `labels` in a datalist does."""
+        """Lay the report out as text; `names` maps label values to names, as `labels` in a datalist does.
+
+        Where there are too many values to be classes, more than 130, or 20 without any name, they are only counted.
+        """
         names = names or {}
+        most = _MOST_ROWS if names else _MOST_UNNAMED
         values = sorted({value for counts in self.voxels.values() for value in counts})
         rows = [["", *self.cases], ["cases", *map(str, self.cases.values())]]
-        if len(values) > _MOST_ROWS:
+        if len(values) > most:
             rows.append(["label values", *(f"{len(counts):,}" for counts in self.voxels.values())])
-        for value in values if len(values) <= _MOST_ROWS else []:
+        for value in values if len(values) <= most else []:
             title = f"voxels of {value} {names.get(str(value), '')}".rstrip()
             rows.append([title, *(f"{self.voxels[name].get(value, 0):,}" for name in self.cases)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

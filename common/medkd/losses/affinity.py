@@ -37,10 +37,10 @@ class AffinityLoss(nn.Module):
         balance: weights of the rarer target by its share in the `sample` (2-D code), in each `channel` of it (3-D
             code), or `none`. None takes that of the rank.
         widen: make background of the voxels next to a border between instances first, see `widen_borders`.
-        background_axis: also drive the embeddings of the background along the first axis of the embedding space and
-            all others off it, which gives the network a foreground without a head of its own (ours): the mean squared
-            difference of the cosine with that axis from 1 or 0, as one more channel, so that the cosine is the
-            probability of background.
+        background_weight: also drive the embeddings of the background along the first axis of the embedding space and
+            all others off it, which gives the network a foreground without a head of its own (ours): so many times the
+            mean squared difference of the cosine with that axis from 1 or 0. The cosine is then the probability of
+            background.
 
     Shape:
         embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background. Result: a scalar, float32.
@@ -65,10 +65,10 @@ class AffinityLoss(nn.Module):
         background: BackgroundPairs | None = None,
         balance: AffinityBalance | None = None,
         widen: bool = False,
-        background_axis: bool = False,
+        background_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.background_axis = background_axis
+        self.background_weight = background_weight
         self.offsets = tuple(tuple(offset) for offset in offsets)
         is_flat = all(len(offset) == 2 for offset in self.offsets)
         self.background: BackgroundPairs = background or ("same" if is_flat else "different")
@@ -88,7 +88,9 @@ class AffinityLoss(nn.Module):
             numbers = instance_numbers(label, embeddings, self.widen)
             weight, target = self._targets(numbers, affinity)
             loss = (weight * (affinity - target).square()).sum()
-            return loss + _off_axis(embeddings, numbers == 0) if self.background_axis else loss
+            if self.background_weight:
+                loss = loss + self.background_weight * _off_axis(embeddings, numbers == 0)
+            return loss
 
     @torch.no_grad()
     def _targets(self, numbers: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor]:

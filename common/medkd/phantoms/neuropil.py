@@ -21,9 +21,9 @@ __all__ = ["GLIA", "MOST_BEND", "Neurite", "Tissue", "grow_neurites", "partition
 GLIA = -1                # owner of the voxels that no neurite is near to
 _PAD = 120.0             # nm around the block in which processes are grown too
 _STEP = 110.0            # nm between two points of a skeleton
-_LENGTH = 75e-6          # nm of skeleton per nm^3
+_LENGTH = 68e-6          # nm of skeleton per nm^3
 _REACH = 75.0            # nm beyond the surface of a tube up to which its distance is computed
-_FAR = -130.0            # nm; the score where nothing was computed
+_FAR = -130.0            # nm; the depth where nothing was computed
 MOST_BEND = 48.0         # nm that space is bent by at most
 _STRETCH = 4             # steps of a skeleton whose distances are computed at once
 _COARSE = 15.0           # nm between the points where distances are computed
@@ -72,10 +72,9 @@ def grow_neurites(rng: np.random.Generator, extent: Sequence[float]) -> list[Neu
 def _emptiest(candidates: NDArray[np.float64], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
     """Choose the candidate that is farthest from all nodes."""
     if not len(nodes):
-        return candidates[0]
+        return np.asarray(candidates[0])
     gaps = np.linalg.norm(candidates[:, None] - nodes, axis=2).min(1)   # (8,)
-    best: NDArray[np.float64] = candidates[gaps.argmax()]
-    return best
+    return np.asarray(candidates[gaps.argmax()])
 
 
 def _grow_tree(
@@ -86,7 +85,7 @@ def _grow_tree(
 ) -> Neurite:
     """Grow one process from `start` both ways until it leaves the box or, seldom, ends; then its branches."""
     radius = float(np.clip(rng.lognormal(np.log(50.0), 0.65), 20.0, 260.0))
-    ways = [_grow_line(rng, start, sign * heading, box, 40 if rng.random() < 0.85 else 4) for sign in (1.0, -1.0)]
+    ways = [_grow_line(rng, start, sign * heading, box, 1000 if rng.random() < 0.85 else 4) for sign in (1.0, -1.0)]
     trunk = np.vstack([ways[1][::-1], ways[0][1:]])
     lines, radii = [trunk], [_caliber(rng, radius, len(trunk))]
     for _ in range(rng.integers(0, 3 if radius > 40 else 2)):
@@ -131,10 +130,10 @@ class _Axis(NamedTuple):
 
 
 def _coarse_axis(count: int, step: float) -> _Axis:
-    fine = np.arange(count) * step
+    fine = np.arange(count, dtype=np.float64) * step
     if step >= _COARSE or count < 3:
         return _Axis(fine, np.eye(count, dtype=np.float32))
-    places = np.linspace(0.0, fine[-1], math.ceil(fine[-1] / _COARSE) + 1)
+    places = np.linspace(0.0, fine[-1], math.ceil(fine[-1] / _COARSE) + 1, dtype=np.float64)
     gap = places[1] - places[0]
     weights = np.maximum(1 - np.abs(fine[:, None] - places) / gap, 0)
     return _Axis(places, weights.astype(np.float32))

@@ -72,7 +72,7 @@ def test_three_dimensions_equal_the_formula_with_one_balance_per_channel() -> No
 
 @pytest.mark.parametrize(("size", "offsets"), [((7, 6), FLAT), ((4, 5, 6), DEEP)])
 def test_gradient_equals_finite_differences(size: tuple[int, ...], offsets: list[tuple[int, ...]]) -> None:
-    loss, label = AffinityLoss(offsets, background_axis=True), numbers(size, batch=1)
+    loss, label = AffinityLoss(offsets, background_weight=1.0), numbers(size, batch=1)
     embeddings = maps(size, batch=1, channels=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda e: loss(e, label).double(), embeddings, atol=1e-4, eps=1e-5)
 
@@ -80,14 +80,14 @@ def test_gradient_equals_finite_differences(size: tuple[int, ...], offsets: list
 def test_perfect_embeddings_have_no_loss() -> None:
     label = torch.tensor([[[[0, 0, 1, 1, 2]] * 3]])
     embeddings = torch.eye(3)[label[0, 0]].permute(2, 0, 1)[None] * 7
-    loss = AffinityLoss([(0, -1), (-1, 0)], background_axis=True)
+    loss = AffinityLoss([(0, -1), (-1, 0)], background_weight=1.0)
     assert loss(embeddings, label).item() == pytest.approx(0, abs=1e-9)
     assert AffinityLoss([(0, -1)], background="different", balance="none")(embeddings, label).item() > 0.1
 
 
 def test_background_is_drawn_to_the_first_axis() -> None:
     label = torch.tensor([[[[0, 0, 0, 1]]]])
-    loss = AffinityLoss([(-1, 0)], background_axis=True)             # no pair lies inside: only the axis counts
+    loss = AffinityLoss([(-1, 0)], background_weight=1.0)             # no pair lies inside: only the axis counts
     along = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 4)
     assert loss(along, label).item() == pytest.approx(0.25)
     assert loss(along.flip(1), label).item() == pytest.approx(0.75)
@@ -104,7 +104,7 @@ def test_widened_borders_are_background() -> None:
 def test_one_instance_or_none_is_defined(content: int) -> None:
     for size, offsets in (((7, 6), FLAT), ((4, 5, 6), DEEP)):
         embeddings = maps(size).requires_grad_()
-        value = AffinityLoss(offsets, background_axis=True)(embeddings, torch.full((2, 1, *size), content))
+        value = AffinityLoss(offsets, background_weight=1.0)(embeddings, torch.full((2, 1, *size), content))
         value.backward()
         assert torch.isfinite(value)
         assert torch.isfinite(embeddings.grad).all()
