@@ -20,12 +20,13 @@ LAYERS: dict[str, set[str]] = {
     "losses": {"checks", "ops", "weights"},
     "handlers": {"checks", "ops", "taps", "weights", "losses"},
 }
-SHARED_BY_LOSSES = {"base", "boundary_head"}
+SHARED_BY_LOSSES = {"base", "boundary_head", "relation_bank"}
 OURS = {"bundles", "scripts", "tests", "ci", "demo", "bench"}  # what the shared package knows nothing of
 STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB
-SCRIPT_PACKAGES = NETWORK_PACKAGES | {"medkd", "ignite", "numpy", "scipy", "skimage"}
+SCRIPT_PACKAGES = NETWORK_PACKAGES | {"medkd", "ignite", "nibabel", "numpy", "PIL", "scipy", "skimage", "tqdm"}
 SCRIPT_PACKAGES |= {"mwatershed", "waterz", "cc3d"}  # the wheels of extra `em`
+SCRIPT_PACKAGES |= {"h5py", "tifffile"}  # what public data sets come in
 
 
 def imports(source: str) -> Iterator[str]:

@@ -9,18 +9,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from medkd.checks import check_label, check_maps
 from medkd.ops.embedding import (
     BackgroundPairs,
     label_affinity,
     offset_affinity,
     offset_mask,
     target_balance_weight,
-    widen_borders,
 )
 from medkd.ops.graph import unit_vectors
+from medkd.ops.instances import instance_numbers
 
-__all__ = ["AffinityBalance", "AffinityLoss", "instance_numbers"]
+__all__ = ["AffinityBalance", "AffinityLoss"]
 
 AffinityBalance = Literal["sample", "channel", "none"]
 
@@ -113,32 +112,3 @@ def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:
     wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
     cosine = unit_vectors(wide)[:, :1]                             # (B, 1, *S)
     return (cosine - is_background.to(cosine)).square().mean()
-
-
-def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:
-    """Instance numbers as integers.
-
-    Args:
-        label: shape (B, 1, *S), whole numbers of any type, 0 is background; 16-bit floats are too coarse for numbers.
-        like: map of shape (B, C, *S).
-        widen: see `widen_borders`.
-
-    Returns:
-        Shape (B, 1, *S), int64.
-
-    Raises:
-        ValueError: another shape, or a fraction.
-    """
-    check_maps("embeddings", like)
-    check_label("label", label, like)
-    if label.shape[2:] != like.shape[2:]:
-        raise ValueError(
-            f"`label` must have the size of the embeddings, {tuple(like.shape[2:])}, got {tuple(label.shape[2:])}; "
-            "crop it to the field of view of a network with valid convolutions (CenterSpatialCropd)."
-        )
-    numbers = label.long()
-    if label.is_floating_point() and not torch.equal(numbers.to(label), label):
-        raise ValueError(
-            "`label` must be whole numbers of instances, got fractions; resample labels with mode 'nearest'."
-        )
-    return widen_borders(numbers) if widen else numbers

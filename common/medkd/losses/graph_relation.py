@@ -11,13 +11,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from medkd.losses.affinity import instance_numbers
 from medkd.losses.base import DistillationLoss, TapPair, pointwise_convolution, tap_pairs
 from medkd.losses.relation_bank import RelationBank
 from medkd.ops.embedding import offset_affinity, pooled_directions
 from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import (
     consecutive_labels,
+    instance_numbers,
     moment_distance,
     relation_edges,
     second_moment,

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from medkd.checks import check_label, check_maps
+from medkd.ops.embedding import widen_borders
 from medkd.ops.graph import unit_vectors
 
-__all__ = ["consecutive_labels", "moment_distance", "relation_edges", "second_moment", "segment_mean"]
+__all__ = [
+    "consecutive_labels", "instance_numbers", "moment_distance", "relation_edges", "second_moment", "segment_mean",
+]
 
 
 def consecutive_labels(label: Tensor) -> Tensor:
@@ -27,6 +30,35 @@ def consecutive_labels(label: Tensor) -> Tensor:
     """
     found, numbers = torch.unique(label, return_inverse=True)
     return torch.where(label == 0, 0, numbers + (0 if (found == 0).any() else 1))
+
+
+def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:
+    """Instance numbers as integers.
+
+    Args:
+        label: shape (B, 1, *S), whole numbers of any type, 0 is background; 16-bit floats are too coarse for numbers.
+        like: map of shape (B, C, *S).
+        widen: see `widen_borders`.
+
+    Returns:
+        Shape (B, 1, *S), int64.
+
+    Raises:
+        ValueError: another shape, or a fraction.
+    """
+    check_maps("embeddings", like)
+    check_label("label", label, like)
+    if label.shape[2:] != like.shape[2:]:
+        raise ValueError(
+            f"`label` must have the size of the embeddings, {tuple(like.shape[2:])}, got {tuple(label.shape[2:])}; "
+            "crop it to the field of view of a network with valid convolutions (CenterSpatialCropd)."
+        )
+    numbers = label.long()
+    if label.is_floating_point() and not torch.equal(numbers.to(label), label):
+        raise ValueError(
+            "`label` must be whole numbers of instances, got fractions; resample labels with mode 'nearest'."
+        )
+    return widen_borders(numbers) if widen else numbers
 
 
 def segment_mean(maps: Tensor, label: Tensor, background: bool = False) -> tuple[Tensor, Tensor]:

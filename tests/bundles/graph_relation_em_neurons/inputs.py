@@ -58,7 +58,7 @@ def unusual(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_background_one_instance_large_ids_and_missing_sections_are_trained_with(
     run_bundle: Callable[..., None], bundle: Path, unusual: Path
 ) -> None:
-    options: dict[str, Any] = {"dataset_dir": str(unusual), "train#trainer#epoch_length": 4, "epochs": 1, "num_workers": 0}
+    options: dict[str, Any] = {"dataset_dir": str(unusual), "epochs": 1, "train#trainer#epoch_length": 4}
     run_bundle("training", "train", "smoke", "teacher", **options, ckpt_dir=str(bundle / "models/teacher"))
     run_bundle("training", "train", "smoke", **options, ckpt_dir=str(bundle / "runs/unusual"))
     weights = torch.load(bundle / "runs/unusual/model.pt", weights_only=True)

@@ -161,6 +161,13 @@ def test_cvppp_holds_out_the_plants_of_the_papers_code(tmp_path: Path) -> None:
     assert np.array_equal(pixels(item["label"]), drawn((4, 12, 4, 12, 1), (8, 16, 10, 20, 2)))
 
 
+def test_without_background_instances_are_still_numbered_from_one_on(tmp_path: Path) -> None:
+    source = a1(tmp_path / "A1")
+    Image.fromarray(LEAVES + 4).save(source / "plant003_label.png")
+    lists = check(prepare_cvppp(source, tmp_path / "data"))
+    assert np.unique(pixels(lists["training"][1]["label"])).tolist() == [1, 2, 3]
+
+
 def test_test_plants_without_a_label_are_unlabeled(tmp_path: Path) -> None:
     for number, labeled in (("004", False), ("005", True), ("006", False)):
         plant(tmp_path / "testing/A1", number, labeled)

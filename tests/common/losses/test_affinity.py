@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medkd.losses.affinity import AffinityLoss, instance_numbers
+from medkd.losses.affinity import AffinityLoss
+from medkd.ops.instances import instance_numbers
 from oracles import graph_relation as oracle
 
 FLAT = [(-1, 0), (0, -1), (-3, 0), (0, -5)]
