@@ -2,7 +2,7 @@
 """Cost of graph relation distillation: op by op against the plain formulas, in a training step, and its students.
 
 One thread throughout. The plain formulas are batched torch with autograd, with loops over instances and past images
-(`tests/oracles`). Shapes are the released code's: crops of plants, and two windows of EM.
+(`tests/oracles`). Shapes are those of the released code: crops of plants, and windows of EM.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,7 +69,7 @@ QUICK = [Shape(2, (56, 48), 4, 4, 20), Shape(1, (6, 30, 32), 4, 6, 5)]
 
 @dataclass(frozen=True)
 class Batch:
-    """Embeddings of both networks and labels, and those of the teacher's past images."""
+    """Embeddings of both networks with their labels, and those of the teacher's past images."""
 
     student: Tensor
     teacher: Tensor
@@ -102,8 +103,7 @@ class Batch:
 
 def _voronoi(size: Sequence[int], count: int, seed: int) -> Tensor:
     """Cells of random points, without the quarter of the voxels that is farthest from them; (1, *S)."""
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.rand(count, len(size), generator=generator) * torch.tensor(size)
+    points = torch.rand(count, len(size), generator=torch.Generator().manual_seed(seed)) * torch.tensor(size)
     voxels = torch.cartesian_prod(*map(torch.arange, size)).float()
     distance, nearest = torch.cdist(voxels, points).min(1)
     return torch.where(distance > distance.quantile(0.75), 0, nearest + 1).reshape(1, *size)
@@ -112,61 +112,43 @@ def _voronoi(size: Sequence[int], count: int, seed: int) -> Tensor:
 # ---- op by op ------------------------------------------------------------------------------------------------------
 
 
-def _shapes(quick: bool) -> list[Shape]:
-    return QUICK if quick else SHAPES
+def _over_shapes(quick: bool, measure: Callable[[Shape, int], list[Row]]) -> list[Row]:
+    return [row for shape in (QUICK if quick else SHAPES) for row in measure(shape, 2 if quick else 3)]
 
 
 def _against(
-    name: str,
-    subject: tuple[str, Function],
-    reference: tuple[str, Function],
-    leaf: Tensor,
-    pairs: int,
-    goal: float | None,
+    name: str, subject: tuple[str, Function], reference: tuple[str, Function], leaf: Tensor, pairs: int,
+    goal: float | None = None,
 ) -> list[Row]:
     """Time forward and backward to `leaf`, after seeing that both give the same value and gradient."""
-    generator = torch.Generator().manual_seed(1)
 
     def run(function: Function) -> tuple[Tensor, Tensor]:
         value = function(leaf)
-        pull = torch.randn(value.shape, generator=generator.manual_seed(1)) if value.dim() else torch.ones(())
+        pull = torch.linspace(1.0, -1.0, value.numel()).reshape(value.shape)
         return value.detach(), torch.autograd.grad(value, leaf, pull)[0]
 
+    works = [lambda: run(subject[1]), lambda: run(reference[1])]
     with threads(1):
-        for what, found, right in zip(("value", "gradient"), run(subject[1]), run(reference[1]), strict=True):
+        for what, found, right in zip(("value", "gradient"), works[0](), works[1](), strict=True):
             if (error := float((found - right).norm() / right.norm())) > TOLERANCE:
-                raise RuntimeError(f"{name}: the {what} is off by {error:.1e} of it, at most {TOLERANCE:.0e} is right.")
-        works = [lambda: run(subject[1]), lambda: run(reference[1])]
+                raise RuntimeError(f"{name}: the {what} is off by {error:.1e} of it, more than {TOLERANCE:.0e}.")
         rows = compare_times(name, (subject[0], works[0]), (reference[0], works[1]), pairs, goal=goal)
-        memory = [peak_memory(work) for work in works]
-    return [*rows, compare_memory(f"{name}_memory", (subject[0], memory[0]), (reference[0], memory[1]))]
+        peaks = [peak_memory(work) for work in works]
+    return [*rows, compare_memory(f"{name}_memory", (subject[0], peaks[0]), (reference[0], peaks[1]))]
 
 
-def affinities(quick: bool) -> list[Row]:
+def affinities(shape: Shape, pairs: int) -> list[Row]:
     """Compare affinities at the offsets with rolled maps: their cosines, and products of unit vectors made once."""
-    return [row for shape in _shapes(quick) for row in _affinities(shape, quick)]
-
-
-def _affinities(shape: Shape, quick: bool) -> list[Row]:
     batch = Batch.make(shape)
-    rows = []
-    for name, words, function, goal in (
-        ("affinities", "roll and cosine", plain.offset_affinity, None if quick else 10),
-        ("affinities_unit", "unit vectors, roll, product", plain.unit_offset_affinity, None),
-    ):
-        rows += _against(
-            f"{name}_{shape.name}", ("slices, own backward", lambda s: offset_affinity(s, batch.offsets)),
-            (words, lambda s, f=function: f(s, batch.offsets)), batch.student, 2 if quick else 5, goal,
-        )
-    return rows
+    mine = "slices, own backward", lambda s: offset_affinity(s, batch.offsets)
+    cosine = "roll and cosine", lambda s: plain.offset_affinity(s, batch.offsets)
+    unit = "unit vectors, roll, product", lambda s: plain.unit_offset_affinity(s, batch.offsets)
+    rows = _against(f"affinities_{shape.name}", mine, cosine, batch.student, pairs, 10)
+    return rows + _against(f"affinities_unit_{shape.name}", mine, unit, batch.student, pairs)
 
 
-def graph_within(quick: bool) -> list[Row]:
+def graph_within(shape: Shape, pairs: int) -> list[Row]:
     """Compare nodes and edges within images; the teacher's nodes are there."""
-    return [row for shape in _shapes(quick) for row in _graph_within(shape, quick)]
-
-
-def _graph_within(shape: Shape, quick: bool) -> list[Row]:
     batch = Batch.make(shape)
     label = batch.label
     nodes, present = segment_mean(batch.teacher, label)
@@ -185,16 +167,12 @@ def _graph_within(shape: Shape, quick: bool) -> list[Row]:
 
     return _against(
         f"graph_within_{shape.name}", ("nodes and edges, one scatter", mine), ("loop over instances", other),
-        batch.student, 2 if quick else 7, None if quick else shape.graph_goal,
+        batch.student, 2 * pairs + 1, shape.graph_goal,
     )
 
 
-def graph_across(quick: bool) -> list[Row]:
-    """Compare edges to 12 past images; the nodes of teacher and past images are there, in ours as one moment."""
-    return [row for shape in _shapes(quick) for row in _graph_across(shape, quick)]
-
-
-def _graph_across(shape: Shape, quick: bool) -> list[Row]:
+def graph_across(shape: Shape, pairs: int) -> list[Row]:
+    """Compare edges to 12 past images; the nodes of the teacher and of these are there, in ours as one moment."""
     batch = Batch.make(shape)
     label = batch.label
     moment = batch.loss().bank.draw()[1]
@@ -212,33 +190,26 @@ def _graph_across(shape: Shape, quick: bool) -> list[Row]:
 
     return _against(
         f"graph_across_{shape.name}", ("edges to the bank, second moment", mine),
-        ("loops over instances and pairs of images", other), batch.student, 2 if quick else 7,
-        None if quick else shape.graph_goal,
+        ("loops over instances and pairs of images", other), batch.student, 2 * pairs + 1, shape.graph_goal,
     )
 
 
-def affinity_across(quick: bool) -> list[Row]:
-    """Compare affinities to all blocks of 12 past images: one cached moment, and the matrices over pairs."""
-    return [row for shape in _shapes(quick) for row in _affinity_across(shape, quick)]
-
-
-def _affinity_across(shape: Shape, quick: bool) -> list[Row]:
+def affinity_across(shape: Shape, pairs: int) -> list[Row]:
+    """Compare affinities to all blocks of 12 past images: one cached moment, and maps with matrices over pairs."""
     batch = Batch.make(shape)
     loss = batch.loss()
     cells, moment = loss.pooling, loss.bank.draw()[0]
 
     def mine(student: Tensor) -> Tensor:
-        return moment_distance(
-            pooled_directions(student, cells), pooled_directions(batch.teacher, cells), moment
-        ).mean()
+        directions = [pooled_directions(maps, cells) for maps in (student, batch.teacher)]
+        return moment_distance(*directions, moment).mean()
 
     def other(student: Tensor) -> Tensor:
         return plain.inter_affinity_distance(student, batch.teacher, batch.past, cells)
 
     return _against(
         f"affinity_across_{shape.name}", ("affinities to the bank, second moment", mine),
-        ("matrices over pairs of blocks", other), batch.student, 2 if quick else 3,
-        None if quick else shape.across_goal,
+        ("matrices over pairs of blocks", other), batch.student, pairs, shape.across_goal,
     )
 
 
@@ -247,7 +218,7 @@ def _affinity_across(shape: Shape, quick: bool) -> list[Row]:
 
 def whole(quick: bool) -> list[Row]:
     """Compare supervised loss and all terms of a 2-D step, forward and backward to the embedding, bank and all."""
-    batch = Batch.make(_shapes(quick)[0])
+    batch = Batch.make((QUICK if quick else SHAPES)[0])
     loss, supervised = batch.loss(), AffinityLoss(batch.offsets)
     bank = plain.MapBank(CAPACITY, CHANNELS, batch.student.shape[2:])
     bank.enqueue(batch.past, batch.past_label)
@@ -258,20 +229,16 @@ def whole(quick: bool) -> list[Row]:
         return _total(values, loss, batch.student)
 
     def other() -> tuple[Tensor, Tensor]:
-        values = plain.flat_step(
-            batch.student, batch.teacher, batch.label, bank, batch.offsets, loss.pooling, SAMPLE
-        )
-        return _total(values, loss, batch.student)
+        maps = batch.student, batch.teacher, batch.label
+        return _total(plain.flat_step(*maps, bank, batch.offsets, loss.pooling, SAMPLE), loss, batch.student)
 
-    words = "supervised loss and all terms, 2-D", "plain formulas, 12 maps in memory"
+    words = "supervised loss and all terms, 2-D", "plain formulas, maps in the bank"
     with threads(1):
         (values, gradient), (others, pull) = mine(), other()       # both banks give all of their 12 images here
         errors = {"value": (values / others - 1.0).abs().max(), "gradient": (gradient - pull).norm() / pull.norm()}
-        rows = compare_times(
-            "whole", (words[0], mine), (words[1], other), 2 if quick else 3, goal=None if quick else 15
-        )
-        memory = [peak_memory(work) for work in (mine, other)]
-    rows.append(compare_memory("whole_memory", (words[0], memory[0]), (words[1], memory[1])))
+        rows = compare_times("whole", (words[0], mine), (words[1], other), 2 if quick else 3, goal=15)
+        peaks = [peak_memory(work) for work in (mine, other)]
+    rows.append(compare_memory("whole_memory", (words[0], peaks[0]), (words[1], peaks[1])))
     for what, error in errors.items():
         rows.append(plain_row(f"whole_error_{what}", words[0], float(error), TOLERANCE, "relative"))
     return rows
@@ -282,30 +249,21 @@ def _total(values: dict[str, Tensor], loss: GraphRelationLoss, student: Tensor) 
     weights = {"supervised": 1.0} | dict(loss.preset_weights)
     total = sum(weights[name] * value for name, value in values.items())
     gradient = torch.autograd.grad(total, student)[0]   # type: ignore[arg-type]
-    return torch.stack([values[name].detach() for name in weights]), gradient
+    return torch.stack([value.detach() for value in values.values()]), gradient
 
 
-def memory(quick: bool) -> list[Row]:
+def memory(shape: Shape, _: int) -> list[Row]:
     """Compare the peak memory of the loss, forward and backward, with the two embeddings it is given."""
-    rows = []
-    for shape in _shapes(quick):
-        batch = Batch.make(shape)
-        loss = batch.loss()
+    batch = Batch.make(shape)
+    loss = batch.loss()
 
-        def work(batch: Batch = batch, loss: GraphRelationLoss = loss) -> None:
-            values = loss({"pred": batch.student}, {"pred": batch.teacher}, batch.label)
-            _total({"supervised": batch.student.new_zeros(())} | values, loss, batch.student)
+    def work() -> None:
+        _total(loss({"pred": batch.student}, {"pred": batch.teacher}, batch.label), loss, batch.student)
 
-        with threads(1):
-            peak = peak_memory(work)
-        embeddings = 2 * batch.teacher.nbytes / 2**20
-        rows.append(
-            compare_memory(
-                f"memory_{shape.name}", ("all terms, forward and backward", peak),
-                ("the two embeddings", embeddings), "lower", None if quick else 3,
-            )
-        )
-    return rows
+    given = "the two embeddings", 2 * batch.teacher.nbytes / 2**20
+    with threads(1):
+        sides = ("all terms, forward and backward", peak_memory(work)), given
+    return [compare_memory(f"memory_{shape.name}", *sides, "lower", 3)]
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------
@@ -326,25 +284,22 @@ class Pair:
     def mala(cls, quick: bool) -> Pair:
         """Build those of EM, with valid convolutions."""
         network = _network("graph_relation_em_neurons", "MalaUNet")
+        names, image, size = ("MALA-tiny", "MALA"), (1, 1, 53, 268, 268), (25, 56, 56)
         if quick:
-            size = output = (6, 30, 32)
-            student, teacher = (network(channels=channels, padding="same") for channels in ((2,) * 4, (2, 3, 4, 5)))
+            students, teachers = ({"channels": one, "padding": "same"} for one in ((2,) * 4, (2, 3, 4, 5)))
+            image, size = (1, 1, 6, 30, 32), (6, 30, 32)
         else:
-            size, output = (53, 268, 268), (25, 56, 56)
-            student, teacher = network(channels=(8, 16, 32, 64), decoder_channels=(32, 32, 8)), network()
-        image = torch.randn(1, 1, *size, generator=_generator())
-        return cls(("MALA-tiny", "MALA"), student, teacher.eval().requires_grad_(False), image, output, 0.25)
+            students, teachers = {"channels": (8, 16, 32, 64), "decoder_channels": (32, 32, 8)}, {}
+        return cls(names, network(**students), network(**teachers), torch.randn(image), size, 0.25)
 
     @classmethod
     def resunet(cls, quick: bool) -> Pair:
         """Build those of plants."""
         network = _network("graph_relation_nuclei", "ResidualUNet")
         filters = [(2,) * 5, (4, 8, 16, 32, 64)] if quick else [(4, 8, 16, 32, 64), (32, 64, 179, 349, 680)]
-        student, teacher = (network(filters=one, published_head=True) for one in filters)
         size = (48, 64) if quick else (544, 544)
-        image = torch.randn(1, 3, *size, generator=_generator())
-        names = "ResUNet-tiny", "ResUNet"
-        return cls(names, student, teacher.eval().requires_grad_(False), image, size, 0.10)
+        networks = [network(filters=one, published_head=True) for one in filters]
+        return cls(("ResUNet-tiny", "ResUNet"), *networks, torch.randn(1, 3, *size), size, 0.10)
 
     def predict(self, network: nn.Module) -> Tensor:
         """Forward pass in evaluation mode without gradients."""
@@ -353,10 +308,6 @@ class Pair:
 
 
 PAIRS = {"mala": Pair.mala, "resunet": Pair.resunet}
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def _network(bundle: str, name: str) -> type[nn.Module]:
@@ -371,71 +322,53 @@ def _network(bundle: str, name: str) -> type[nn.Module]:
             del sys.modules[module]
 
 
-def step(quick: bool) -> list[Row]:
+def step(quick: bool, key: str) -> list[Row]:
     """Time a distillation step, without the optimizer, against the plain step and the teacher's forward pass."""
-    rows = []
-    for key, make in PAIRS.items():
-        pair = make(quick)
-        label = _voronoi(pair.size, 30 if len(pair.size) == 3 else 20, 0)[None]
-        work = _step_works(pair, label)
-        words = f"step with all terms, {pair.names[0]}", f"plain step + forward of {pair.names[1]}"
-        with threads(1):
-            rows += compare_times(
-                f"step_{key}", (words[0], work[0]), (words[1], work[1]), 2 if quick else 3, "lower",
-                None if quick else 1.15,
-            )
-    return rows
-
-
-def _step_works(pair: Pair, label: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The distillation step, and its parts without the terms; EM widens borders, as its bundle does."""
-    offsets, widen = OFFSETS[len(pair.size)], len(pair.size) == 3
+    pair = PAIRS[key](quick)
+    pair.teacher.requires_grad_(False)
+    offsets, widen = OFFSETS[len(pair.size)], len(pair.size) == 3  # EM widens borders, as its bundle does
     supervised, loss = AffinityLoss(offsets, widen=widen), GraphRelationLoss(offsets, widen=widen)
+    label = _voronoi(pair.size, 30 if widen else 20, 0)[None]
 
-    def student() -> tuple[Tensor, Tensor]:
+    def plain_step() -> tuple[Tensor, Tensor]:
         pair.student.train().zero_grad()
         pred = pair.student(pair.image)
         return pred, supervised(pred, label)
 
     def distilled() -> None:
-        pred, total = student()
+        pred, total = plain_step()
         terms = loss({"pred": pred}, {"pred": pair.predict(pair.teacher)}, label)
         (total + sum(loss.preset_weights[term] * value for term, value in terms.items())).backward()
 
     def apart() -> None:
-        student()[1].backward()
+        plain_step()[1].backward()
         pair.predict(pair.teacher)
 
-    return distilled, apart
-
-
-def student(quick: bool) -> list[Row]:
-    """Compare student and teacher: parameters, multiply-accumulates, forward time in torch and in OpenVINO."""
-    rows = []
-    for key, make in PAIRS.items():
-        pair = make(quick)
-        networks = pair.student, pair.teacher
-        for what, count, goal in (("parameters", _parameters, 0.01), ("gmac", _gigamacs, 0.10)):
-            values = [count(network, pair.image) for network in networks]
-            sides = zip(pair.names, values, strict=True)
-            rows.append(compare_memory(f"student_{key}_{what}", *sides, "lower", None if quick else goal, what))
-        runs = [lambda n=network, p=pair: p.predict(n) for network in networks]
-        rows += _forward_times(f"student_{key}", pair, runs, quick)
-        if find_spec("openvino") is None:
-            print(f"student_{key}_openvino: left out, as the package openvino is not installed")
-        else:
-            rows += _forward_times(f"student_{key}_openvino", pair, _compiled(pair), quick)
-    return rows
-
-
-def _forward_times(name: str, pair: Pair, runs: Sequence[Callable[[], object]], quick: bool) -> list[Row]:
-    sides = [(f"{words}, one image", run) for words, run in zip(pair.names, runs, strict=True)]
+    sides = (f"step with all terms, {pair.names[0]}", distilled), (f"plain step + forward of {pair.names[1]}", apart)
     with threads(1):
-        return compare_times(name, *sides, 2 if quick else 3, "lower", None if quick else pair.goal)
+        return compare_times(f"step_{key}", *sides, 2 if quick else 3, "lower", 1.15)
 
 
-def _parameters(network: nn.Module, _: Tensor) -> float:
-    return sum(parameter.numel() for parameter in network.parameters())
+def student(quick: bool, key: str) -> list[Row]:
+    """Compare student and teacher: parameters, multiply-accumulates, forward time in torch and in OpenVINO."""
+    pair = PAIRS[key](quick)
+    networks = pair.student, pair.teacher
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    products = [_gigamacs(network, pair.image) for network in networks]
+    rows = [
+        compare_memory(f"student_{key}_{what}", *zip(pair.names, values, strict=True), "lower", goal, what)
+        for what, values, goal in (("parameters", sizes, 0.01), ("gmac", products, 0.10))
+    ]
+    runtimes = {"eager": [lambda n=n: pair.predict(n) for n in networks]}
+    if find_spec("openvino") is None:
+        print(f"student_{key}_openvino: left out, as the package openvino is not installed")
+    else:
+        runtimes["openvino"] = [_compiled(network, pair) for network in networks]
+    for runtime, runs in runtimes.items():
+        sides = [(f"{words}, {runtime}, forward", run) for words, run in zip(pair.names, runs, strict=True)]
+        with threads(1):
+            rows += compare_times(f"student_{key}_{runtime}", *sides, 2 if quick else 3, "lower", pair.goal)
+    return rows
 
 
 def _gigamacs(network: nn.Module, image: Tensor) -> float:
@@ -446,30 +379,25 @@ def _gigamacs(network: nn.Module, image: Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def _compiled(pair: Pair) -> list[Callable[[], object]]:
-    """Both networks in OpenVINO on one thread."""
+def _compiled(network: nn.Module, pair: Pair) -> Callable[[], object]:
+    """Forward pass in OpenVINO on one thread, after seeing that it gives what torch gives."""
     openvino = importlib.import_module("openvino")
     options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    image = pair.image.numpy()
-    runs: list[Callable[[], object]] = []
-    for network in (pair.student, pair.teacher):
-        converted = openvino.convert_model(network.eval(), example_input=pair.image)
-        converted.reshape(list(image.shape))
-        compiled = openvino.compile_model(converted, "CPU", options)
-        difference = torch.as_tensor(compiled(image)[0]) - pair.predict(network)
-        if difference.abs().max() > 1e-3 * pair.predict(network).abs().max():
-            raise RuntimeError("OpenVINO must give what torch gives, within 1e-3 of the largest value.")
-        runs.append(lambda c=compiled: c(image))
-    return runs
+    converted = openvino.convert_model(network.eval(), example_input=pair.image)
+    converted.reshape(list(pair.image.shape))
+    run = openvino.compile_model(converted, "CPU", options)
+    image, right = pair.image.numpy(), pair.predict(network)
+    if (torch.as_tensor(run(image)[0]) - right).abs().max() > 1e-3 * right.abs().max():
+        raise RuntimeError("OpenVINO must give what torch gives, within 1e-3 of the largest value.")
+    return lambda: run(image)
 
 
 MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {
-    "affinities": affinities,
-    "graph_within": graph_within,
-    "graph_across": graph_across,
-    "affinity_across": affinity_across,
+    **{
+        measure.__name__: partial(_over_shapes, measure=measure)
+        for measure in (affinities, graph_within, graph_across, affinity_across, memory)
+    },
     "whole": whole,
-    "memory": memory,
-    "step": step,
-    "student": student,
+    **{f"step_{key}": partial(step, key=key) for key in PAIRS},
+    **{f"student_{key}": partial(student, key=key) for key in PAIRS},
 }

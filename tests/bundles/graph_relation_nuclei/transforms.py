@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle's own transform, alone and in its configs; run by `test_contract.py` in a process of its own.
+
+Windows, instances and affinities are tested with `graph_relation_em_neurons`, as the files are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from numpy.typing import NDArray
+from PIL import Image
+
+sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
+
+from scripts import instances as decoding
+from scripts.transforms import ThreeChannelsd
+
+Array = NDArray[Any]
+Run = Callable[..., None]
+OFFSETS = [[-1, 0], [0, -1]]
+quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy networks gain nothing from a second thread, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["affinities.py", "instances.py", "windows.py"])
+def test_shared_code_is_the_same_in_both_bundles(name: str) -> None:
+    here = Path(os.environ["MEDKD_BUNDLE"])
+    other = here.parent / "graph_relation_em_neurons"
+    assert (here / "scripts" / name).read_bytes() == (other / "scripts" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (4, [0, 1, 2])])
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, MetaTensor])
+def test_gray_is_repeated_and_transparency_is_dropped(kind: Callable[..., Any], channels: int, kept: list[int]) -> None:
+    voxels = torch.arange(channels * 6, dtype=torch.uint8).reshape(channels, 2, 3)
+    picture = kind(voxels)
+    data = {"image": picture, "label": 1}
+    result = ThreeChannelsd("image")(data)
+    assert np.array_equal(np.asarray(result["image"]), voxels[kept].numpy())
+    assert type(result["image"]) is type(picture)
+    assert result["image"].dtype == picture.dtype
+    assert data["image"] is picture
+    assert picture.shape == (channels, 2, 3)
+
+
+def test_metadata_stay() -> None:
+    picture = MetaTensor(torch.zeros(1, 2, 3), affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
+    assert torch.equal(ThreeChannelsd("image")({"image": picture})["image"].affine, picture.affine)
+
+
+def test_more_than_four_channels_are_no_picture() -> None:
+    with pytest.raises(ValueError, match="`image` must be a picture of 1 to 4 channels, got 5; save it as gray"):
+        ThreeChannelsd("image")({"image": torch.zeros(5, 2, 2)})
+
+
+def test_transform_may_miss_its_key_only_if_told() -> None:
+    assert ThreeChannelsd("image", allow_missing_keys=True)({"label": 1}) == {"label": 1}
+    with pytest.raises(KeyError, match="image"):
+        ThreeChannelsd("image")({"label": 1})
+
+
+def nuclei() -> Array:
+    """Numbers of squares in a picture without any symmetry (rows, columns); two nearly touch."""
+    label = np.zeros((50, 70), np.int64)
+    label[3:13, 5:25] = 1
+    label[14:30, 5:17] = 2
+    label[20:45, 40:47] = 3
+    label[33:47, 49:66] = 4
+    return label
+
+
+def write(path: Path, kind: str, label: Array) -> None:
+    gray = np.where(label > 0, 200, 30).astype(np.uint8)
+    alpha = np.full_like(gray, 255)
+    planes = {"L": [gray], "LA": [gray, alpha], "RGB": [gray] * 3, "RGBA": [gray] * 3 + [alpha]}[kind]
+    Image.fromarray(planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)).save(path)
+
+
+def infer(run_bundle: Run, folder: Path, *pictures: str) -> Path:
+    """Run inference with a network that joins neighbors that are both bright, and finds what is bright."""
+    weight, bias = torch.zeros(3, 3, 3, 3), torch.tensor([-1.0, -1.0, 0.0])
+    weight[:, 0, 1, 1] = 1.0
+    weight[0, 0, 0, 1] = weight[1, 0, 1, 0] = 1.0                    # the previous row and column, as MONAI has them
+    torch.save({"weight": weight, "bias": bias}, folder / "seen.pt")
+    network = {"_target_": "torch.nn.Conv2d", "in_channels": 3, "out_channels": 3, "kernel_size": 3, "padding": 1}
+    (folder / "datalist.json").write_text(json.dumps({"test": [{"image": name} for name in pictures]}))
+    run_bundle(
+        "evaluating", "inference", dataset_dir=str(folder), output_dir=str(folder / "eval"), network_def=network,
+        ckpt_path=str(folder / "seen.pt"), offsets=OFFSETS, window_size=[32, 40],
+    )
+    return folder / "eval"
+
+
+@quiet
+@pytest.mark.parametrize("kind", ["L", "LA", "RGB", "RGBA"])
+def test_instances_of_a_picture_lie_on_it_pixel_by_pixel(run_bundle: Run, tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "case.png", kind, nuclei())
+    pred = Image.open(infer(run_bundle, tmp_path, "case.png") / "case_seg.png")
+    assert pred.mode == "I;16"
+    found = np.asarray(pred)
+    pairs = set(zip(found.ravel().tolist(), nuclei().ravel().tolist(), strict=True))
+    assert len(pairs) == 5
+    assert (0, 0) in pairs
+    assert {number for number, _ in pairs} == {0, 1, 2, 3, 4}
+
+
+@quiet
+@pytest.mark.filterwarnings("ignore:Divide by zero:Warning")
+def test_black_picture_has_no_instance(run_bundle: Run, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((50, 70), np.uint8)).save(tmp_path / "black.png")
+    assert not np.asarray(Image.open(infer(run_bundle, tmp_path, "black.png") / "black_seg.png")).any()
+
+
+@quiet
+def test_pictures_of_several_sizes_are_taken_one_by_one(run_bundle: Run, tmp_path: Path) -> None:
+    write(tmp_path / "whole.png", "L", nuclei())
+    write(tmp_path / "part.png", "RGB", nuclei()[:20, :30])
+    folder = infer(run_bundle, tmp_path, "whole.png", "part.png")
+    assert Image.open(folder / "whole_seg.png").size == (70, 50)
+    found = np.asarray(Image.open(folder / "part_seg.png"))
+    assert np.array_equal(found > 0, nuclei()[:20, :30] > 0)
+
+
+@quiet
+def test_inference_without_the_package_saves_affinities_and_tells_what_to_install(
+    run_bundle: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decoding, "find_spec", lambda name: None)
+    write(tmp_path / "case.png", "L", nuclei())
+    file = nib.load(infer(run_bundle, tmp_path, "case.png") / "case_seg.nii.gz")
+    assert capsys.readouterr().out.count("pip install mwatershed") == 1
+    assert file.get_data_dtype() == np.float32
+    maps = np.asarray(file.dataobj).reshape(70, 50, 3)                # columns first, as NIfTI has pictures
+    np.testing.assert_allclose(maps[..., 2], nuclei().T > 0, atol=1e-6)
