@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
 from monai.inferers import Inferer
+from monai.utils import convert_to_dst_type
 from torch import Tensor
 from tqdm import tqdm
 
@@ -135,7 +136,8 @@ class AffinityInferer(Inferer):
             for place in chunk:
                 weights[_box(place, self.window)] += weight
         result = total.div_(weights.clamp_(min=torch.finfo(torch.float32).tiny))
-        return result[(..., *(slice(length) for length in size))]
+        result = result[(..., *(slice(length) for length in size))]
+        return convert_to_dst_type(result, inputs, dtype=result.dtype)[0]   # with the metadata of the image
 
     def _starts(self, length: int, axis: int) -> list[int]:
         """Starts of the windows along an axis; the last one is flush with the end if `alignment` lets it."""

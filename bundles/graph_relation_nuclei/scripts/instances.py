@@ -313,7 +313,7 @@ class SaveInstancesd(SaveImaged):
         for key in self.key_iterator(result):
             maps = result[key]
             name = str(maps.meta.get("filename_or_obj", "")).lower()
-            if maps.is_floating_point():
+            if len(maps) > 1:
                 self.map_saver(maps)
             elif not name.endswith(_PICTURES):
                 self.saver(maps)
