@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -60,15 +60,18 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
         threshold: of `waterz`: regions whose mean affinity is above 1 - threshold are merged; larger merges more.
         seed_distance: of `watershed` and `waterz`: voxels along each axis within which there is one seed.
         per_section: of `watershed` and `waterz`: regions are grown section by section, for anisotropic volumes.
-        absorb: connected instances of fewer voxels, and what is in none, go to their neighbors, if they have any.
+        absorb: connected instances of fewer voxels, and what is in none, go to their neighbors along the axes of which
+            there are affinities; where there is no larger one, they become background.
         min_size: connected instances of fewer voxels become background.
         foreground: probability of foreground, shape (*S); 0 below 0.5. None for none.
 
     Returns:
-        Numbers from 1 on of connected instances, 0 for background, shape (*S), int32.
+        Numbers from 1 on of connected instances, 0 for background, shape (*S), int32. `mutex` takes a voxel that no
+        neighbor attracts for background, the others fill the image: without any seed it is one instance.
 
     Raises:
-        ValueError: another method, or shapes that do not agree.
+        ValueError: another method, shapes that do not agree, or no affinities of the nearest neighbors along all axes,
+            which all but `mutex` need.
         ImportError: the package that the method needs is not installed.
 
     Reference:
@@ -79,8 +82,12 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
     rank = affinities.ndim - 1
     if len(offsets) != len(affinities) or any(len(offset) != rank for offset in offsets):
         raise ValueError(
-            f"`affinities` must have a channel per offset, {len(offsets)}, and their {len(offsets[0])} axes, got shape "
-            f"{affinities.shape}."
+            f"`affinities` must have a channel per offset and an axis per step of it, got shape {affinities.shape} for "
+            f"the offsets {[list(offset) for offset in offsets]}."
+        )
+    if foreground is not None and foreground.shape != affinities.shape[1:]:
+        raise ValueError(
+            f"`foreground` must have the shape {affinities.shape[1:]} of an affinity, got {foreground.shape}."
         )
     mask = None if foreground is None else foreground >= 0.5
     if method == "mutex":
@@ -94,8 +101,7 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
         found = np.where(mask, found, 0)
     found = connected_components(found, connectivity=1, background=0)
     if absorb > 1:
-        border = 1.0 - affinities[[_channel(offsets, axis) for axis in range(rank)]].mean(0)
-        found = watershed(border, _drop_small(found, absorb), mask=mask)
+        found = _absorbed(affinities, offsets, found, absorb, mask)
     if min_size > 1:
         found = _drop_small(found, min_size)
     return found.astype(np.int32)
@@ -161,6 +167,21 @@ def _merged(neighbors: Array, regions: Array, threshold: float) -> Array:
         return np.array(next(iter(merged)))
 
 
+def _absorbed(
+    affinities: Array, offsets: Sequence[Sequence[int]], found: Array, absorb: int, mask: Array | None
+) -> Array:
+    """Grow instances of enough voxels into the rest; never from section to section without affinities of these."""
+    rank = found.ndim
+    steps = [[-int(axis == other) for other in range(rank)] for axis in range(rank)]
+    axes = [axis for axis, step in enumerate(steps) if step in [list(offset) for offset in offsets]]
+    border = 1.0 - affinities[[_channel(offsets, axis) for axis in axes]].mean(0)
+    reach = np.zeros([3] * rank, bool)
+    for axis in axes:
+        reach[tuple(slice(None) if axis == other else 1 for other in range(rank))] = True
+    grown: Array = watershed(border, _drop_small(found, absorb), connectivity=reach, mask=mask)
+    return grown
+
+
 def _channel(offsets: Sequence[Sequence[int]], axis: int) -> int:
     wanted = [-int(axis == other) for other in range(len(offsets[0]))]
     for channel, offset in enumerate(offsets):
@@ -180,13 +201,13 @@ def _drop_small(found: Array, min_size: int) -> Array:
 
 @contextmanager
 def _silent_output() -> Iterator[None]:
-    """Keep what compiled code prints away from the user."""
+    """Keep what compiled code prints, to the file as well as to Python's buffer of it, away from the user."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
-        with open(os.devnull, "wb") as nothing:
+        with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
             os.dup2(nothing.fileno(), 1)
-        yield
+            yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
@@ -256,6 +277,9 @@ class ConsecutiveLabelsd(MapTransform):
         per_section: what has one number in two sections is two instances. Sections lie along the axis of the largest
             spacing, the first of equal ones.
         allow_missing_keys: do nothing where a key is absent.
+
+    Raises:
+        ValueError: numbers below 0.
     """
 
     def __init__(self, keys: KeysCollection, per_section: bool = False, allow_missing_keys: bool = False) -> None:
@@ -266,6 +290,9 @@ class ConsecutiveLabelsd(MapTransform):
         """Give a copy of `data` with new numbers, int32."""
         result = dict(data)
         for key in self.key_iterator(result):
+            least = int(torch.as_tensor(result[key]).min())
+            if least < 0:
+                raise ValueError(f"`{key}` must have numbers of at least 0, got {least}; 0 is background.")
             numbers = _consecutive(torch.as_tensor(result[key]))
             if self.per_section:
                 numbers = _consecutive(_apart(numbers, section_axis(result[key])))
@@ -280,7 +307,8 @@ def _consecutive(numbers: Tensor) -> Tensor:
 
 def section_axis(volume: MetaTensor) -> int:
     """Spatial axis of the largest spacing, the first of equal ones, of a volume (C, *S)."""
-    return int(np.argmax([round(float(step), 3) for step in volume.pixdim]))
+    spacing = np.asarray(volume.pixdim)
+    return int(np.argmax((spacing / spacing.max()).round(4)))      # in any unit, mm as well as nm
 
 
 def _apart(numbers: Tensor, axis: int) -> Tensor:
@@ -292,18 +320,23 @@ def _apart(numbers: Tensor, axis: int) -> Tensor:
 class SaveInstancesd(SaveImaged):
     """Save instance numbers of a picture (PNG, JPEG, BMP, TIFF) as PNG of 16 bits, and of anything else as NIfTI.
 
-    Affinities, which are there when a package for instances is missing, are saved as NIfTI in float32.
+    Affinities, which are there when a package for instances is missing, are saved as NIfTI in float32; they are what
+    has several channels or values between whole numbers. A stack of pictures in one file is a volume.
 
     Args:
-        keys: maps with the metadata of their images, shape (O, *S); O is 1 for instance numbers.
-        options: of `SaveImaged`, but for `output_ext` and `output_dtype`.
+        keys: maps with the metadata of their images, shape (O, *S); O is 1 for instance numbers, of any type, as
+            `Invertd` gives floats.
+        allow_missing_keys: do nothing where a key is absent.
+        options: of `SaveImage`, but for `output_ext` and `output_dtype`.
 
     Raises:
         ValueError: a picture with more than 65,535 instances.
     """
 
-    def __init__(self, keys: KeysCollection, **options: Any) -> None:
-        super().__init__(keys, output_ext=".nii.gz", output_dtype=np.int32, **options)
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **options: Any) -> None:
+        super().__init__(
+            keys, output_ext=".nii.gz", output_dtype=np.int32, allow_missing_keys=allow_missing_keys, **options
+        )
         self.picture_saver = SaveImage(output_ext=".png", output_dtype=np.uint16, **options)
         self.map_saver = SaveImage(output_ext=".nii.gz", output_dtype=np.float32, **options)
 
@@ -313,9 +346,9 @@ class SaveInstancesd(SaveImaged):
         for key in self.key_iterator(result):
             maps = result[key]
             name = str(maps.meta.get("filename_or_obj", "")).lower()
-            if len(maps) > 1:
+            if len(maps) > 1 or not bool((maps == maps.round()).all()):
                 self.map_saver(maps)
-            elif not name.endswith(_PICTURES):
+            elif maps.dim() != 3 or not name.endswith(_PICTURES):
                 self.saver(maps)
             elif int(maps.max()) > np.iinfo(np.uint16).max:
                 raise ValueError(f"`{key}` must have at most 65,535 instances for a PNG, got {int(maps.max())}.")

@@ -20,6 +20,8 @@ from scripts.instances import section_axis
 
 __all__ = ["RandMissingSectionsd", "RandShiftedSectionsd", "SectionsFirstd"]
 
+_CODES = (("L", "R"), ("P", "A"), ("I", "S"))    # of nibabel, whatever space the metadata name
+
 
 class SectionsFirstd(MapTransform, InvertibleTransform):
     """Move the axis of the largest spacing to the front: (z, y, x), as networks for anisotropic EM expect it.
@@ -41,7 +43,7 @@ class SectionsFirstd(MapTransform, InvertibleTransform):
             volume = result[key]
             codes = list(aff2axcodes(np.asarray(volume.affine)))
             front = [codes.pop(section_axis(volume)), *codes]
-            result[key] = Orientation(axcodes="".join(front), labels=None)(volume)
+            result[key] = Orientation(axcodes="".join(front), labels=_CODES)(volume)
             if get_track_meta() and result[key].applied_operations:
                 result[key].applied_operations[-1][TraceKeys.ID] = TraceKeys.NONE   # made and undone by two objects
         return result
@@ -50,7 +52,7 @@ class SectionsFirstd(MapTransform, InvertibleTransform):
         """Give a copy of `data` with the axes in their first order."""
         result = dict(data)
         for key in self.key_iterator(result):
-            result[key] = Orientation(axcodes="RAS", labels=None).inverse(result[key])
+            result[key] = Orientation(axcodes="RAS", labels=_CODES).inverse(result[key])
         return result
 
 

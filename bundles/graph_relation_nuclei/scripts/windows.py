@@ -46,14 +46,14 @@ class AffinityInferer(Inferer):
         progress: show a bar.
 
     Raises:
-        ValueError: unknown mode; sizes of another rank; an offset that is not inside a window; a network that gives
-            another shape than promised.
+        ValueError: unknown mode; sizes of another rank; no offsets, or one that is not inside a window; an overlap or a
+            batch that cannot be; a network that gives another shape than promised.
 
     Reference:
         Liu et al., arXiv 2401.06370; its code overwrites windows and repeats their first planes, which is not followed.
     """
 
-    constants = (0.0, 1.0)                                         # for the check of the teacher: all apart, all one
+    constants = (0.0, 1.0)                                         # for the check of the teacher
 
     def __init__(   # noqa: PLR0913 - options of a config, each with a default
         self,
@@ -87,8 +87,15 @@ class AffinityInferer(Inferer):
         rank = len(self.roi_size)
         if self.mode not in get_args(Blending):
             raise ValueError(f"`mode` must be one of {get_args(Blending)}, got {self.mode!r}.")
-        if any(len(one) != rank for one in (self.margin, self.alignment, *self.offsets)):
-            raise ValueError(f"`offsets`, `margin` and `alignment` must have {rank} axes, as `roi_size` has.")
+        if not 0.0 <= self.overlap < 1.0:
+            raise ValueError(f"`overlap` must be a share of at least 0 and below 1, got {self.overlap}.")
+        if self.sw_batch_size < 1:
+            raise ValueError(f"`sw_batch_size` must be at least 1, got {self.sw_batch_size}.")
+        if not self.offsets or any(len(one) != rank for one in (self.margin, self.alignment, *self.offsets)):
+            raise ValueError(
+                f"`offsets`, at least one, `margin` and `alignment` must have {rank} axes, as `roi_size` has, got "
+                f"{self.offsets}, {self.margin} and {self.alignment}."
+            )
         self.window = [size - 2 * lost for size, lost in zip(self.roi_size, self.margin, strict=True)]
         reach = [max(abs(offset[axis]) for offset in self.offsets) for axis in range(rank)]
         room = [size - far for size, far in zip(self.window, reach, strict=True)]
@@ -113,7 +120,8 @@ class AffinityInferer(Inferer):
             kwargs: further arguments of the network.
 
         Returns:
-            Shape (B, O, *S), float32, range [0, 1]; with `foreground` one channel more.
+            Shape (B, O, *S), float32, range [0, 1]; with `foreground` one channel more. Images with metadata, by which
+            `Invertd` and savers know them, give theirs.
         """
         if inputs.dim() != len(self.roi_size) + 2:
             raise ValueError(
@@ -137,7 +145,16 @@ class AffinityInferer(Inferer):
                 weights[_box(place, self.window)] += weight
         result = total.div_(weights.clamp_(min=torch.finfo(torch.float32).tiny))
         result = result[(..., *(slice(length) for length in size))]
+        self._cut(result)
         return convert_to_dst_type(result, inputs, dtype=result.dtype)[0]   # with the metadata of the image
+
+    def _cut(self, affinities: Tensor) -> None:
+        """Set pairs to 0 that end behind the image, in what it was extended by."""
+        for channel, offset in enumerate(self.offsets):
+            for axis, step in enumerate(offset):
+                if step > 0:
+                    beyond = max(affinities.shape[axis + 2] - step, 0)
+                    affinities[:, channel].narrow(axis + 1, beyond, affinities.shape[axis + 2] - beyond).zero_()
 
     def _starts(self, length: int, axis: int) -> list[int]:
         """Starts of the windows along an axis; the last one is flush with the end if `alignment` lets it."""
