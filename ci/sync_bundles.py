@@ -6,7 +6,8 @@
     python ci/sync_bundles.py --write    put the skeleton's values in, keep the bundle's own ones
 
 Each file of ci/skeleton has its namesake in bundles/*/configs; other files of a bundle are its own. Files other than
-JSON are equal byte for byte. In a JSON file of the skeleton
+JSON are equal byte for byte, and so is a file of bundles/*/scripts with a namesake in ci/skeleton/scripts, as bundles
+never import each other and inference needs nothing but `scripts`. In a JSON file of the skeleton
   * the value "<own>" marks a key that must be there and whose value, of any depth, belongs to the bundle;
   * the item "<own>" of a list stands for any number of items, at most once per list;
   * the top-level key "<own keys>" lists paths a#b#c that a bundle may have or not; what the skeleton itself gives for
@@ -30,6 +31,7 @@ OWN = "<own>"
 OWN_KEYS = "<own keys>"
 ABSENT = object()
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = "bundles/*/scripts/*.py"
 
 
 class Difference(NamedTuple):
@@ -144,6 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = sorted(options.root.glob("bundles/*/configs"))
     try:
         lines = [line for d in folders for s in skeletons for line in sync_file(s, d / s.name, options.write)]
+        shared = {file: options.root / "ci/skeleton/scripts" / file.name for file in options.root.glob(SCRIPTS)}
+        lines += [
+            line for file, source in sorted(shared.items()) if source.is_file()
+            for line in sync_file(source, file, options.write)
+        ]
     except ValueError as error:
         lines = [str(error)]
     print(*lines, sep="\n", end="\n" if lines else "")

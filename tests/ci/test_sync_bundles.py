@@ -176,6 +176,22 @@ def test_files_that_are_not_json_are_equal_byte_for_byte(house: House) -> None:
     assert copy.read_text() == "[loggers]\n"
 
 
+def test_scripts_that_bundles_share_are_equal_and_all_others_their_own(house: House) -> None:
+    shared, copy, own = (
+        house.root / place for place in
+        ("ci/skeleton/scripts/windows.py", "bundles/toy/scripts/windows.py", "bundles/toy/scripts/networks.py")
+    )
+    for file in (shared, copy, own):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{file.parts[-3]}\n")
+    status, text = house.run("--check")
+    assert (status, "must equal" in text, "networks.py" in text) == (1, True, False)
+    assert house.run("--write")[0] == 0
+    assert copy.read_bytes() == shared.read_bytes()
+    shared.unlink()
+    assert house.run("--check")[0] == 0
+
+
 def test_what_write_leaves_has_the_canonical_layout(house: House) -> None:
     house.change("device", "cuda")
     house.run("--write")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding window for affinities, also of networks whose result is smaller than their input; the same file in every
+bundle that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, product
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from monai.data.utils import compute_importance_map
+from monai.inferers import Inferer
+from monai.utils import convert_to_dst_type
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.affinities import embedding_affinity
+
+__all__ = ["AffinityInferer"]
+
+Blending = Literal["constant", "gaussian"]
+
+
+class AffinityInferer(Inferer):
+    """Blend affinities of overlapping windows; embeddings of two windows are not comparable and are never blended.
+
+    The image is extended by `margin`, and to whole windows, by reflection, or by repeating its border where an axis is
+    too short for that. In a window a pair of voxels counts only if both are in it, so the first planes of each negative
+    offset have weight 0. The step is made so small that every pair inside the image is whole in some window; pairs that
+    leave the image have affinity 0.
+
+    Args:
+        roi_size: input of the network, voxels per axis.
+        offsets: of the affinities, in the order of the channels.
+        from_embedding: the network gives embeddings, as it does in training; False: it gives affinities.
+        foreground: the last channel, behind the affinities, is the probability of foreground.
+        margin: voxels per axis that the network loses on each side; None for none.
+        alignment: windows start at multiples of this, voxels per axis. A network that pools gives the same result in
+            windows that are shifted by multiples of its strides; with "valid" convolutions the result is then that of
+            the whole image at once. None for 1.
+        overlap: share of the (output) window that at least overlaps with the next one.
+        sw_batch_size: windows per forward pass.
+        mode: weights of a window, `gaussian` or `constant`.
+        progress: show a bar.
+
+    Raises:
+        ValueError: unknown mode; sizes of another rank; no offsets, or one that is not inside a window; an overlap or a
+            batch that cannot be; a network that gives another shape than promised.
+
+    Reference:
+        Liu et al., arXiv 2401.06370; its code overwrites windows and repeats their first planes, which is not followed.
+    """
+
+    constants = (0.0, 1.0)                                         # for the check of the teacher
+
+    def __init__(   # noqa: PLR0913 - options of a config, each with a default
+        self,
+        roi_size: Sequence[int],
+        offsets: Sequence[Sequence[int]],
+        from_embedding: bool = False,
+        foreground: bool = False,
+        margin: Sequence[int] | None = None,
+        alignment: Sequence[int] | None = None,
+        overlap: float = 0.5,
+        sw_batch_size: int = 1,
+        mode: Blending = "gaussian",
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        rank = len(roi_size)
+        self.roi_size = list(roi_size)
+        self.offsets = [list(offset) for offset in offsets]
+        self.from_embedding = from_embedding
+        self.foreground = foreground
+        self.channels = len(self.offsets) + int(foreground)
+        self.margin = [0] * rank if margin is None else list(margin)
+        self.alignment = [1] * rank if alignment is None else list(alignment)
+        self.overlap = overlap
+        self.sw_batch_size = sw_batch_size
+        self.mode = mode
+        self.progress = progress
+        self._check()
+
+    def _check(self) -> None:
+        rank = len(self.roi_size)
+        if self.mode not in get_args(Blending):
+            raise ValueError(f"`mode` must be one of {get_args(Blending)}, got {self.mode!r}.")
+        if not 0.0 <= self.overlap < 1.0:
+            raise ValueError(f"`overlap` must be a share of at least 0 and below 1, got {self.overlap}.")
+        if self.sw_batch_size < 1:
+            raise ValueError(f"`sw_batch_size` must be at least 1, got {self.sw_batch_size}.")
+        if not self.offsets or any(len(one) != rank for one in (self.margin, self.alignment, *self.offsets)):
+            raise ValueError(
+                f"`offsets`, at least one, `margin` and `alignment` must have {rank} axes, as `roi_size` has, got "
+                f"{self.offsets}, {self.margin} and {self.alignment}."
+            )
+        self.window = [size - 2 * lost for size, lost in zip(self.roi_size, self.margin, strict=True)]
+        reach = [max(abs(offset[axis]) for offset in self.offsets) for axis in range(rank)]
+        room = [size - far for size, far in zip(self.window, reach, strict=True)]
+        self.step = []
+        for axis in range(rank):
+            wanted = min(int(self.window[axis] * (1 - self.overlap)), room[axis])
+            step = max(wanted, 1) // self.alignment[axis] * self.alignment[axis] or self.alignment[axis]
+            if step > room[axis]:
+                raise ValueError(
+                    f"`roi_size` must leave windows that are larger than the offsets {reach} by `alignment` "
+                    f"{self.alignment}, got windows of {self.window}; take larger ones or shorter offsets."
+                )
+            self.step.append(step)
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Affinities of images.
+
+        Args:
+            inputs: shape (B, C, *S).
+            network: gives embeddings (B, C, *s) or affinities (B, O, *s) of windows of `roi_size`.
+            args: further arguments of the network.
+            kwargs: further arguments of the network.
+
+        Returns:
+            Shape (B, O, *S), float32, range [0, 1]; with `foreground` one channel more. Images with metadata, by which
+            `Invertd` and savers know them, give theirs.
+        """
+        if inputs.dim() != len(self.roi_size) + 2:
+            raise ValueError(
+                f"`inputs` must have shape (B, C, *S) with {len(self.roi_size)} axes in S, got {tuple(inputs.shape)}."
+            )
+        plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        size = plain.shape[2:]
+        starts = [self._starts(length, axis) for axis, length in enumerate(size)]
+        covered = [places[-1] + window for places, window in zip(starts, self.window, strict=True)]
+        image = _extend(plain, self.margin, [to - length for to, length in zip(covered, size, strict=True)])
+        weight = self._weight(plain.device)
+        total = torch.zeros(len(plain), self.channels, *covered, device=plain.device)
+        weights = torch.zeros(1, self.channels, *covered, device=plain.device)
+        places = list(product(*starts))
+        for chunk in self._chunks(places):
+            for sample in range(len(plain)):
+                windows = torch.cat([image[sample : sample + 1][_box(place, self.roi_size)] for place in chunk])
+                for place, result in zip(chunk, self._run(windows, network, *args, **kwargs), strict=True):
+                    total[sample : sample + 1][_box(place, self.window)] += result * weight
+            for place in chunk:
+                weights[_box(place, self.window)] += weight
+        result = total.div_(weights.clamp_(min=torch.finfo(torch.float32).tiny))
+        result = result[(..., *(slice(length) for length in size))]
+        self._cut(result)
+        return convert_to_dst_type(result, inputs, dtype=result.dtype)[0]   # with the metadata of the image
+
+    def _cut(self, affinities: Tensor) -> None:
+        """Set pairs to 0 that end behind the image, in what it was extended by."""
+        for channel, offset in enumerate(self.offsets):
+            for axis, step in enumerate(offset):
+                if step > 0:
+                    beyond = max(affinities.shape[axis + 2] - step, 0)
+                    affinities[:, channel].narrow(axis + 1, beyond, affinities.shape[axis + 2] - beyond).zero_()
+
+    def _starts(self, length: int, axis: int) -> list[int]:
+        """Starts of the windows along an axis; the last one is flush with the end if `alignment` lets it."""
+        window, step, unit = self.window[axis], self.step[axis], self.alignment[axis]
+        last = -(-max(length - window, 0) // unit) * unit
+        return [*range(0, last, step), last]
+
+    def _chunks(self, places: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        rest = iter(tqdm(places, desc="windows", disable=not self.progress, leave=False))
+        while chunk := list(islice(rest, self.sw_batch_size)):
+            yield chunk
+
+    def _run(self, windows: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        result = network(windows, *args, **kwargs)
+        if self.from_embedding:
+            result = embedding_affinity(result, self.offsets, self.foreground)
+        if list(result.shape[1:]) != [self.channels, *self.window]:
+            raise ValueError(
+                f"`network` must give {self.channels} channels of {self.window} voxels for windows of {self.roi_size}, "
+                f"got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground` and `from_embedding`."
+            )
+        return result.float()
+
+    def _weight(self, device: torch.device) -> Tensor:
+        """Weights of a window, (1, channels, *window): 0 where the partner of a pair is not in it."""
+        blending = compute_importance_map(self.window, mode=self.mode, device=device, dtype=torch.float32)
+        weight = blending.expand(self.channels, *self.window).clone()
+        for channel, offset in enumerate(self.offsets):
+            for axis, step in enumerate(offset):
+                if step:
+                    weight[channel].narrow(axis, 0 if step < 0 else self.window[axis] - step, abs(step)).zero_()
+        return weight.unsqueeze(0)
+
+
+def _box(place: Sequence[int], size: Sequence[int]) -> tuple[Any, ...]:
+    return (..., *(slice(start, start + length) for start, length in zip(place, size, strict=True)))
+
+
+def _extend(image: Tensor, margin: Sequence[int], more: Sequence[int]) -> Tensor:
+    """Pad by the margin on both sides and by `more` voxels at the ends: reflected, or repeated on a short axis."""
+    rank = len(margin)
+    for axis in range(rank):
+        before, after = margin[axis], margin[axis] + more[axis]
+        if before or after:
+            pad = [0] * (2 * rank)
+            pad[2 * (rank - 1 - axis) : 2 * (rank - axis)] = [before, after]
+            mode = "reflect" if max(before, after) < image.shape[axis + 2] else "replicate"
+            image = F.pad(image, pad, mode=mode)
+    return image
