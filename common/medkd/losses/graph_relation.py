@@ -91,6 +91,8 @@ class GraphRelationLoss(DistillationLoss):
         pooling: voxels per axis of the blocks that `inter_affinity` averages over; all 1 for none.
         bank: the memory of past images; None for 32 images of 16 channels, of which 12 are drawn.
         widen: make background of the voxels next to a border between instances first, as `AffinityLoss` does.
+        background_weight: for networks trained with that of `AffinityLoss`, whose first axis of the embedding space is
+            the direction of the background: `affinity` compares the cosines with it too, so many times (ours).
         seed: of the projections' first values.
 
     Raises:
@@ -119,6 +121,7 @@ class GraphRelationLoss(DistillationLoss):
         pooling: Sequence[int] | None = None,
         bank: RelationBank | None = None,
         widen: bool = False,
+        background_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
         if preset not in _PRESETS:
@@ -138,6 +141,7 @@ class GraphRelationLoss(DistillationLoss):
         self.preset_weights = dict(zip(_TERMS, chosen.weights[rank], strict=True))
         self.bank = RelationBank(channels=16) if bank is None else bank
         self.widen = widen
+        self.background_weight = background_weight
         generator = torch.Generator().manual_seed(seed)
         self.projections = nn.ModuleList(
             pointwise_convolution(*level.channels, rank, generator) for level in self.levels
@@ -182,6 +186,9 @@ class GraphRelationLoss(DistillationLoss):
         if "affinity" in values:
             difference = offset_affinity(mine, self.offsets) - offset_affinity(other, self.offsets)
             values["affinity"] = values["affinity"] + difference.square().sum() / (len(mine) * mine[0, 0].numel())
+            if self.background_weight and level is None:
+                axis = (unit_vectors(mine)[:, 0] - unit_vectors(other)[:, 0]).square().mean()
+                values["affinity"] = values["affinity"] + self.background_weight * axis
         needs_graph = {"node", "edge"} if level is not None else {"node", "edge", "inter_edge"}
         if not needs_graph & values.keys():
             return None

@@ -228,6 +228,14 @@ def test_global_generators_are_left_alone() -> None:
     assert torch.equal(after, drawn)
 
 
+def test_cosines_with_the_axis_of_the_background_are_compared_if_asked_for() -> None:
+    student, teacher, label = maps((9, 9)).requires_grad_(), maps((9, 9)), labels((9, 9))
+    plain = run(a_loss(FLAT), student, teacher, label)["affinity"]
+    both = run(a_loss(FLAT, background_weight=3.0), student, teacher, label)["affinity"]
+    axis = (F.normalize(student, dim=1)[:, 0] - F.normalize(teacher, dim=1)[:, 0]).square().mean()
+    assert both.item() == pytest.approx((plain + 3 * axis).item())
+
+
 def level(stride: list[int], channels: tuple[int, int] = (2, 3)) -> dict[str, Any]:
     return {"tap": ["s", "t"], "channels": list(channels), "stride": stride}
 
