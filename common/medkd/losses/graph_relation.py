@@ -112,7 +112,7 @@ class GraphRelationLoss(DistillationLoss):
 
     terms = _TERMS
 
-    def __init__(
+    def __init__(   # noqa: PLR0913 - options of a config, each with a default
         self,
         offsets: Sequence[Sequence[int]],
         preset: Literal["default", "paper"] = "default",
