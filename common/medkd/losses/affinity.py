@@ -18,6 +18,7 @@ from medkd.ops.embedding import (
 )
 from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import instance_numbers
+from medkd.ops.precision import at_least_float32
 
 __all__ = ["AffinityBalance", "AffinityLoss"]
 
@@ -109,6 +110,6 @@ class AffinityLoss(nn.Module):
 
 def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:
     """Mean squared difference of the cosine with the first axis from 1 on background, else from 0."""
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    wide = at_least_float32(embeddings)
     cosine = unit_vectors(wide)[:, :1]                             # (B, 1, *S)
     return (cosine - is_background.to(cosine)).square().mean()

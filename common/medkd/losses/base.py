@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medkd.checks import suggest
+from medkd.ops.precision import at_least_float32
 
 __all__ = ["DistillationLoss", "TapPair", "pointwise_convolution", "tap_pairs", "trainable_parameters"]
 
@@ -69,9 +70,8 @@ class DistillationLoss(nn.Module, ABC):
         self._check_paths(student, teacher)
         device = student["pred"].device.type
         with torch.autocast(device, enabled=False):
-            student = {path: _at_least_float32(value) for path, value in student.items()}
-            teacher = {path: _at_least_float32(value.detach()) for path, value in teacher.items()}
-            return self.compute_terms(student, teacher, label)
+            frozen = {path: value.detach() for path, value in teacher.items()}
+            return self.compute_terms(_widened(student), _widened(frozen), label)
 
     def _check_paths(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         for role, given, position in (("student", student, 0), ("teacher", teacher, 1)):
@@ -86,8 +86,8 @@ class DistillationLoss(nn.Module, ABC):
         """Give each term of `active_terms`; inputs are as in `forward`, in float32."""
 
 
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+def _widened(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: at_least_float32(value) if value.is_floating_point() else value for path, value in values.items()}
 
 
 def tap_pairs(taps: Sequence[str | Sequence[str]], argument: str) -> tuple[TapPair, ...]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -281,5 +280,5 @@ def _overlap(
         inside = (center >= 0) & (center < wide)
         first = int(inside.int().argmax())
         cells.append(slice(first, first + int(inside.sum())))
-        places.append(center[inside].floor().long().clamp(max=math.ceil(wide) - 1))
+        places.append(center[inside].floor().long())
     return tuple(cells), places

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_label, check_maps, check_same_grid
+from medkd.ops.precision import at_least_float32
 
 __all__ = ["AffinityDivergence", "affinity_distance", "feature_contrast", "half_directions", "path_affinity"]
 
@@ -42,7 +43,7 @@ def feature_contrast(features: Tensor, eps: float = 1e-6) -> Tensor:
         [0.0, 0.25, 0.25, 0.0]
     """
     check_maps("features", features)
-    wide = features if features.dtype == torch.float64 else features.float()
+    wide = at_least_float32(features)
     return _FeatureContrast.apply(wide, eps)   # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -249,7 +250,7 @@ def affinity_distance(
         raise ValueError(f"`lengths` must be ascending positive numbers of voxels, got {list(lengths)}.")
     if divergence not in get_args(AffinityDivergence):
         raise ValueError(f"`divergence` must be one of {get_args(AffinityDivergence)}, got {divergence!r}.")
-    student = student if student.dtype == torch.float64 else student.float()
+    student = at_least_float32(student)
     weights = _PairWeights(student, label, tuple(lengths), ignore)
     difference = _squared if divergence == "squared" else _binary_kl
     return _AffinityDistance.apply(student, teacher.detach().to(student), weights, difference)   # type: ignore[no-any-return, no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_maps
+from medkd.ops.precision import at_least_float32
 
 __all__ = [
     "BackgroundPairs", "label_affinity", "offset_affinity", "offset_mask", "pooled_directions",
@@ -50,7 +51,7 @@ def offset_affinity(embeddings: Tensor, offsets: Sequence[Sequence[int]]) -> Ten
     """
     check_maps("embeddings", embeddings)
     steps = _check_offsets(offsets, embeddings.dim() - 2)
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    wide = at_least_float32(embeddings)
     return _OffsetAffinity.apply(wide, steps)   # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -125,7 +126,7 @@ def pooled_directions(embeddings: Tensor, cells: Sequence[int]) -> Tensor:
     block = tuple(cells)
     if len(block) != embeddings.dim() - 2 or min(block) < 1:
         raise ValueError(f"`cells` must be {embeddings.dim() - 2} numbers of voxels of at least 1, got {list(cells)}.")
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    wide = at_least_float32(embeddings)
     pooled = _PooledDirections.apply(wide, block)   # type: ignore[no-untyped-call]
     return pooled.flatten(2).transpose(1, 2)   # type: ignore[no-any-return]
 

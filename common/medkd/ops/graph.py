@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from medkd.ops.precision import at_least_float32
+
 __all__ = ["class_balance_weight", "gram_relation_distance", "softmax_relation_distance", "unit_vectors"]
 
 
@@ -123,7 +125,7 @@ def softmax_relation_distance(
     _check_pair(student, teacher)
     if temperature <= 0 or rows < 1:
         raise ValueError(f"`temperature` must be above 0 and `rows` at least 1, got {temperature} and {rows}.")
-    student = student if student.dtype == torch.float64 else student.float()
+    student = at_least_float32(student)
     teacher = teacher.detach().to(student)
     weight = student.new_ones(student.shape[:2]) if weight is None else weight.to(student)
     distances = [

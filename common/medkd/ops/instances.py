@@ -9,6 +9,7 @@ from torch import Tensor
 from medkd.checks import check_label, check_maps
 from medkd.ops.embedding import widen_borders
 from medkd.ops.graph import unit_vectors
+from medkd.ops.precision import at_least_float32
 
 __all__ = [
     "consecutive_labels", "instance_numbers", "moment_distance", "relation_edges", "second_moment", "segment_mean",
@@ -83,7 +84,7 @@ def segment_mean(maps: Tensor, label: Tensor, background: bool = False) -> tuple
     """
     check_maps("maps", maps)
     check_label("label", label, maps)
-    wide = maps if maps.dtype == torch.float64 else maps.float()
+    wide = at_least_float32(maps)
     index = label.flatten(1).long()                                # (B, N)
     count = int(index.max()) + 1
     sums = wide.new_zeros(*wide.shape[:2], count)
@@ -122,7 +123,7 @@ def second_moment(vectors: Tensor) -> Tensor:
     Returns:
         Moments of shape (B, C, C), in at least float32.
     """
-    wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+    wide = at_least_float32(vectors)
     return wide.transpose(1, 2) @ wide / max(wide.shape[1], 1)
 
 
@@ -153,6 +154,6 @@ def moment_distance(student: Tensor, teacher: Tensor, moment: Tensor) -> Tensor:
             f"`student` and `teacher` must have one shape (B, N, C), got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}; an embedding of another size needs a projection first."
         )
-    wide = student if student.dtype == torch.float64 else student.float()
+    wide = at_least_float32(student)
     difference = wide - teacher.detach().to(wide)
     return ((difference @ moment.detach().to(wide)) * difference).sum((1, 2)) / max(wide.shape[1], 1)
