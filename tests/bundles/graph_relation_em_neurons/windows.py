@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,7 @@ SPACE = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-3, 0, 0], [0, 2, 0], [1, -4, 2]]
 TINY: dict[str, Any] = {"channels": (1, 2, 2, 2), "embedding_channels": 4}
 NEAR = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, -9, 0], [0, 0, -9]]
 Network = Callable[..., torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy networks gain nothing from a second thread, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbered(*size: int, batch: int = 1) -> torch.Tensor:
