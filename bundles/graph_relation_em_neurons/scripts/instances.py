@@ -90,10 +90,11 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
             f"`foreground` must have the shape {affinities.shape[1:]} of an affinity, got {foreground.shape}."
         )
     mask = None if foreground is None else foreground >= 0.5
+    nearest = _nearest(offsets)
     if method == "mutex":
         found = _mutex(affinities, offsets, stride, bias, mask)
     else:
-        neighbors = affinities[[_channel(offsets, axis) for axis in range(rank)]].astype(np.float32)   # (rank, *S)
+        neighbors = affinities[_all_axes(nearest, offsets)].astype(np.float32)   # (rank, *S)
         found = _regions(neighbors, seed_distance, per_section)
         if method == "waterz":
             found = _merged(neighbors, found, threshold)
@@ -101,7 +102,7 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
         found = np.where(mask, found, 0)
     found = connected_components(found, connectivity=1, background=0)
     if absorb > 1:
-        found = _absorbed(affinities, offsets, found, absorb, mask)
+        found = _absorbed(affinities, nearest, found, absorb, mask)
     if min_size > 1:
         found = _drop_small(found, min_size)
     return found.astype(np.int32)
@@ -168,26 +169,34 @@ def _merged(neighbors: Array, regions: Array, threshold: float) -> Array:
 
 
 def _absorbed(
-    affinities: Array, offsets: Sequence[Sequence[int]], found: Array, absorb: int, mask: Array | None
+    affinities: Array, nearest: Mapping[int, int], found: Array, absorb: int, mask: Array | None
 ) -> Array:
     """Grow instances of enough voxels into the rest; never from section to section without affinities of these."""
-    rank = found.ndim
-    steps = [[-int(axis == other) for other in range(rank)] for axis in range(rank)]
-    axes = [axis for axis, step in enumerate(steps) if step in [list(offset) for offset in offsets]]
-    border = 1.0 - affinities[[_channel(offsets, axis) for axis in axes]].mean(0)
-    reach = np.zeros([3] * rank, bool)
-    for axis in axes:
-        reach[tuple(slice(None) if axis == other else 1 for other in range(rank))] = True
+    border = 1.0 - affinities[list(nearest.values())].mean(0)
+    reach = np.zeros([3] * found.ndim, bool)
+    for axis in nearest:
+        reach[tuple(slice(None) if axis == other else 1 for other in range(found.ndim))] = True
     grown: Array = watershed(border, _drop_small(found, absorb), connectivity=reach, mask=mask)
     return grown
 
 
-def _channel(offsets: Sequence[Sequence[int]], axis: int) -> int:
-    wanted = [-int(axis == other) for other in range(len(offsets[0]))]
-    for channel, offset in enumerate(offsets):
-        if list(offset) == wanted:
-            return channel
-    raise ValueError(f"`offsets` must hold {wanted}, the previous neighbor along axis {axis}, got {list(offsets)}.")
+def _nearest(offsets: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Axis -> channel of the affinities to the previous neighbor along it, of the axes that have them."""
+    steps = [list(offset) for offset in offsets]
+    rank = len(steps[0])
+    units = {axis: [-int(axis == other) for other in range(rank)] for axis in range(rank)}
+    return {axis: steps.index(unit) for axis, unit in units.items() if unit in steps}
+
+
+def _all_axes(nearest: Mapping[int, int], offsets: Sequence[Sequence[int]]) -> list[int]:
+    """Channels of `nearest`; raise where an axis has none."""
+    for axis in range(rank := len(offsets[0])):
+        if axis not in nearest:
+            wanted = [-int(axis == other) for other in range(rank)]
+            raise ValueError(
+                f"`offsets` must hold {wanted}, the previous neighbor along axis {axis}, got {list(offsets)}."
+            )
+    return list(nearest.values())
 
 
 def _drop_small(found: Array, min_size: int) -> Array:

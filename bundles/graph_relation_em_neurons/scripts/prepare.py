@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -174,6 +173,8 @@ def _read_stack(path: Path) -> Array:
         with _open_hdf5(path) as file:
             return np.asarray(_dataset(file, path, "main", "data"))
     if path.suffix.lower() in _TIFF:
+        import tifffile  # comes with scikit-image, which the bundle lists
+
         stack: Array = tifffile.imread(path)
         return _number_colors(stack) if stack.ndim == 4 else stack
     raise ValueError(f"{path} must be a TIFF, HDF5 ({', '.join(_HDF5)}) or a folder of sections, got {path.suffix!r}.")

@@ -64,10 +64,27 @@ class _RandSectionsd(RandomizableTransform, MapTransform):
         RandomizableTransform.__init__(self, prob)
         self.share = share
 
-    def draw(self, sections: int) -> list[int]:
-        """Sections that are hit: each with probability `share`, but never all of them."""
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give a copy of `data` with the same sections of all images damaged in the same way."""
+        result = dict(data)
+        self.randomize(None)
+        first = self.first_key(result)
+        if not self._do_transform or first == ():
+            return result
+        damages = self.draw(result[first].shape[1])
+        for key in self.key_iterator(result):
+            result[key] = result[key].clone()
+            self.damage(result[key], damages)
+        return result
+
+    def draw(self, sections: int) -> Mapping[int, Any]:
+        """Sections that are hit, each with probability `share`, but never all of them, and what happens to them."""
         chosen = np.flatnonzero(self.R.random(sections) < self.share)
-        return [int(one) for one in chosen[: sections - 1]]
+        return {int(one): None for one in chosen[: sections - 1]}
+
+    def damage(self, image: Tensor, damages: Mapping[int, Any]) -> None:
+        """Change an image (C, D, H, W) in place."""
+        raise NotImplementedError
 
 
 class RandMissingSectionsd(_RandSectionsd):
@@ -85,19 +102,9 @@ class RandMissingSectionsd(_RandSectionsd):
     ) -> None:
         super().__init__(keys, prob, share, allow_missing_keys)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Give a copy of `data` with sections missing."""
-        result = dict(data)
-        self.randomize(None)
-        first = self.first_key(result)
-        if not self._do_transform or first == ():
-            return result
-        missing = self.draw(result[first].shape[1])
-        for key in self.key_iterator(result):
-            image = result[key].clone()
-            image[:, missing] = image.min()
-            result[key] = image
-        return result
+    def damage(self, image: Tensor, damages: Mapping[int, Any]) -> None:
+        """Darken the sections."""
+        image[:, list(damages)] = image.min()
 
 
 class RandShiftedSectionsd(_RandSectionsd):
@@ -124,21 +131,15 @@ class RandShiftedSectionsd(_RandSectionsd):
         super().__init__(keys, prob, share, allow_missing_keys)
         self.largest = largest
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Give a copy of `data` with sections shifted."""
-        result = dict(data)
-        self.randomize(None)
-        first = self.first_key(result)
-        if not self._do_transform or first == ():
-            return result
-        shifted = self.draw(result[first].shape[1])
-        shifts = self.R.randint(-self.largest, self.largest + 1, (len(shifted), 2))
-        for key in self.key_iterator(result):
-            image = result[key].clone()
-            for section, (rows, columns) in zip(shifted, shifts, strict=True):
-                image[:, section] = _shift(_shift(image[:, section], 1, int(rows)), 2, int(columns))
-            result[key] = image
-        return result
+    def draw(self, sections: int) -> Mapping[int, Any]:
+        """Sections that are hit, with voxels to shift each by along both axes of the plane."""
+        shifted = super().draw(sections)
+        return dict(zip(shifted, self.R.randint(-self.largest, self.largest + 1, (len(shifted), 2)), strict=True))
+
+    def damage(self, image: Tensor, damages: Mapping[int, Any]) -> None:
+        """Shift the sections."""
+        for section, (rows, columns) in damages.items():
+            image[:, section] = _shift(_shift(image[:, section], 1, int(rows)), 2, int(columns))
 
 
 def _shift(section: Tensor | MetaTensor, axis: int, step: int) -> Tensor:

@@ -145,16 +145,18 @@ class AffinityInferer(Inferer):
                 weights[_box(place, self.window)] += weight
         result = total.div_(weights.clamp_(min=torch.finfo(torch.float32).tiny))
         result = result[(..., *(slice(length) for length in size))]
-        self._cut(result)
+        self._drop_leaving_pairs(result)                           # into what the image was extended by
         return convert_to_dst_type(result, inputs, dtype=result.dtype)[0]   # with the metadata of the image
 
-    def _cut(self, affinities: Tensor) -> None:
-        """Set pairs to 0 that end behind the image, in what it was extended by."""
+    def _drop_leaving_pairs(self, maps: Tensor) -> None:
+        """Set to 0, in maps (..., channels, *S), the pairs that leave them."""
+        rank = len(self.roi_size)
         for channel, offset in enumerate(self.offsets):
-            for axis, step in enumerate(offset):
-                if step > 0:
-                    beyond = max(affinities.shape[axis + 2] - step, 0)
-                    affinities[:, channel].narrow(axis + 1, beyond, affinities.shape[axis + 2] - beyond).zero_()
+            plane = maps.select(-rank - 1, channel)
+            for axis, step in enumerate(offset, start=-rank):
+                length = plane.shape[axis]
+                gone = min(abs(step), length)
+                plane.narrow(axis, 0 if step < 0 else length - gone, gone).zero_()
 
     def _starts(self, length: int, axis: int) -> list[int]:
         """Starts of the windows along an axis; the last one is flush with the end if `alignment` lets it."""
@@ -181,12 +183,9 @@ class AffinityInferer(Inferer):
     def _weight(self, device: torch.device) -> Tensor:
         """Weights of a window, (1, channels, *window): 0 where the partner of a pair is not in it."""
         blending = compute_importance_map(self.window, mode=self.mode, device=device, dtype=torch.float32)
-        weight = blending.expand(self.channels, *self.window).clone()
-        for channel, offset in enumerate(self.offsets):
-            for axis, step in enumerate(offset):
-                if step:
-                    weight[channel].narrow(axis, 0 if step < 0 else self.window[axis] - step, abs(step)).zero_()
-        return weight.unsqueeze(0)
+        weight = blending.expand(1, self.channels, *self.window).clone()
+        self._drop_leaving_pairs(weight)
+        return weight
 
 
 def _box(place: Sequence[int], size: Sequence[int]) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import instance_numbers
 from medkd.ops.precision import at_least_float32
 
-__all__ = ["AffinityBalance", "AffinityLoss"]
+__all__ = ["AffinityBalance", "AffinityLoss", "weighted_targets"]
 
 AffinityBalance = Literal["sample", "channel", "none"]
 
@@ -86,26 +86,40 @@ class AffinityLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             affinity = offset_affinity(embeddings, self.offsets)                 # (B, O, *S)
             numbers = instance_numbers(label, embeddings, self.widen)
-            weight, target = self._targets(numbers, affinity)
+            weight, target = weighted_targets(numbers, self.offsets, self.background, self.balance)
             loss = (weight * (affinity - target).square()).sum()
             if self.background_weight:
                 loss = loss + self.background_weight * _off_axis(embeddings, numbers == 0)
             return loss
 
-    @torch.no_grad()
-    def _targets(self, numbers: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, whose sum makes means over voxels of the squares, and targets; both of shape (B, O, *S)."""
-        size = affinity.shape[2:]
-        mask = offset_mask(size, self.offsets, affinity.device)
-        target = label_affinity(numbers, self.offsets, self.background)
-        weight = mask.expand_as(target).float()
-        if self.balance == "sample":                               # pairs that leave the image count as ones here
-            weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
-        elif self.balance == "channel":
-            weight = weight * target_balance_weight(target, mask, per_channel=True)
-        inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
-        share = torch.as_tensor(len(target) * inside, device=target.device)
-        return weight / share.reshape(-1, *[1] * len(size)), target.to(affinity)
+
+@torch.no_grad()
+def weighted_targets(
+    numbers: Tensor, offsets: Sequence[Sequence[int]], background: BackgroundPairs, balance: AffinityBalance
+) -> tuple[Tensor, Tensor]:
+    """Give the weights of pairs in L_aff, and their targets.
+
+    Args:
+        numbers: instance numbers, shape (B, 1, *S), integer; 0 is background.
+        offsets: as in `medkd.ops.embedding.offset_affinity`.
+        background: as in `AffinityLoss`.
+        balance: as in `AffinityLoss`.
+
+    Returns:
+        Two tensors of shape (B, O, *S), float32. The sum of the weights times squared differences is the sum over
+        offsets of means over images and voxels.
+    """
+    size = numbers.shape[2:]
+    mask = offset_mask(size, offsets, numbers.device)
+    target = label_affinity(numbers, offsets, background)
+    weight = mask.expand_as(target).float()
+    if balance == "sample":                                        # pairs that leave the image count as ones here
+        weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
+    elif balance == "channel":
+        weight = weight * target_balance_weight(target, mask, per_channel=True)
+    inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
+    share = torch.as_tensor(len(target) * inside, device=target.device)
+    return weight / share.reshape(-1, *[1] * len(size)), target
 
 
 def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:

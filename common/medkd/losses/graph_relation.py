@@ -10,9 +10,10 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from medkd.losses.affinity import AffinityBalance, weighted_targets
 from medkd.losses.base import DistillationLoss, TapPair, pointwise_convolution, tap_pairs
 from medkd.losses.relation_bank import RelationBank
-from medkd.ops.embedding import offset_affinity, pooled_directions
+from medkd.ops.embedding import BackgroundPairs, offset_affinity, pooled_directions
 from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import (
     consecutive_labels,
@@ -90,6 +91,8 @@ class GraphRelationLoss(DistillationLoss):
         pooling: voxels per axis of the blocks that `inter_affinity` averages over; all 1 for none.
         bank: the memory of past images; None for 32 images of 16 channels, of which 12 are drawn.
         widen: make background of the voxels next to a border between instances first, as `AffinityLoss` does.
+        balance: weights of the pairs in `affinity`: `none`, the published mean over all voxels, or `sample` or
+            `channel` as in `AffinityLoss` (ours): the rarer target counts as much as the other one. Not at `levels`.
         background_weight: for networks trained with that of `AffinityLoss`, whose first axis of the embedding space is
             the direction of the background: `affinity` compares the cosines with it too, so many times (ours).
         seed: of the projections' first values.
@@ -120,6 +123,7 @@ class GraphRelationLoss(DistillationLoss):
         pooling: Sequence[int] | None = None,
         bank: RelationBank | None = None,
         widen: bool = False,
+        balance: AffinityBalance = "none",
         background_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -140,6 +144,9 @@ class GraphRelationLoss(DistillationLoss):
         self.preset_weights = dict(zip(_TERMS, chosen.weights[rank], strict=True))
         self.bank = RelationBank(channels=16) if bank is None else bank
         self.widen = widen
+        if balance not in get_args(AffinityBalance):
+            raise ValueError(f"`balance` must be one of {get_args(AffinityBalance)}, got {balance!r}.")
+        self.balance: AffinityBalance = balance
         self.background_weight = background_weight
         generator = torch.Generator().manual_seed(seed)
         self.projections = nn.ModuleList(
@@ -183,8 +190,8 @@ class GraphRelationLoss(DistillationLoss):
     ) -> _Graph | None:
         """Add the terms within images, of one level; gives its graphs, if a term needs them."""
         if "affinity" in values:
-            difference = offset_affinity(mine, self.offsets) - offset_affinity(other, self.offsets)
-            values["affinity"] = values["affinity"] + difference.square().sum() / (len(mine) * mine[0, 0].numel())
+            squares = (offset_affinity(mine, self.offsets) - offset_affinity(other, self.offsets)).square()
+            values["affinity"] = values["affinity"] + self._mean_over_pairs(squares, numbers, level)
             if self.background_weight and level is None:
                 axis = (unit_vectors(mine)[:, 0] - unit_vectors(other)[:, 0]).square().mean()
                 values["affinity"] = values["affinity"] + self.background_weight * axis
@@ -202,6 +209,13 @@ class GraphRelationLoss(DistillationLoss):
             difference = relation_edges(nodes) - relation_edges(other_nodes)
             values["edge"] = values["edge"] + (difference.square().sum((1, 2)) / count**2).mean()
         return _Graph(nodes, other_nodes, present)
+
+    def _mean_over_pairs(self, squares: Tensor, numbers: Tensor, level: _Level | None) -> Tensor:
+        """Sum over offsets of means over voxels of (B, O, *S)."""
+        if self.balance == "none" or level is not None:
+            return squares.sum() / (len(squares) * squares[0, 0].numel())
+        background: BackgroundPairs = "same" if squares.dim() == 4 else "different"
+        return (weighted_targets(numbers, self.offsets, background, self.balance)[0] * squares).sum()
 
     def _node_distance(self, difference: Tensor) -> Tensor:
         """Sum over nodes, (B,), of the length of (B, K, C) or its square; the length has gradient 0 at 0."""
