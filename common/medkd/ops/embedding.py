@@ -127,6 +127,7 @@ def pooled_directions(embeddings: Tensor, cells: Sequence[int]) -> Tensor:
     if len(block) != embeddings.dim() - 2 or min(block) < 1:
         raise ValueError(f"`cells` must be {embeddings.dim() - 2} numbers of voxels of at least 1, got {list(cells)}.")
     wide = at_least_float32(embeddings)
+    block = tuple(min(pair) for pair in zip(block, wide.shape[2:], strict=True))
     pooled = _PooledDirections.apply(wide, block)   # type: ignore[no-untyped-call]
     return pooled.flatten(2).transpose(1, 2)   # type: ignore[no-any-return]
 

@@ -236,6 +236,27 @@ def test_cosines_with_the_axis_of_the_background_are_compared_if_asked_for() -> 
     assert both.item() == pytest.approx((plain + 3 * axis).item())
 
 
+@pytest.mark.parametrize(
+    ("balance", "axes", "weights"),
+    [
+        ("none", 2, [1 / 4, 1 / 4, 1 / 4]),
+        ("sample", 2, [1 / 4, 1 / 4, 3 / 4]),                        # of four pairs one is 0: that outside counts as 1
+        ("none", 3, [1 / 4, 1 / 4, 1 / 4]),
+        ("channel", 3, [1 / 3, 1 / 3, 2 / 3]),                       # of three pairs inside one is 0
+    ],
+)
+def test_the_rarer_target_counts_as_much_as_the_other_one_if_asked_for(
+    balance: str, axes: int, weights: list[float]
+) -> None:
+    size = (1,) * (axes - 1) + (4,)
+    offsets = [(0,) * (axes - 1) + (-1,)]
+    student, teacher = maps(size, batch=1), maps(size, batch=1)
+    loss = a_loss(offsets, balance=balance)
+    found = run(loss, student, teacher, torch.tensor([1, 1, 1, 2]).reshape(1, 1, *size))["affinity"]
+    squares = (oracle.offset_affinity(student, offsets) - oracle.offset_affinity(teacher, offsets)).square().flatten()
+    assert found.item() == pytest.approx((squares[1:] * torch.tensor(weights)).sum().item(), rel=1e-6)
+
+
 def level(stride: list[int], channels: tuple[int, int] = (2, 3)) -> dict[str, Any]:
     return {"tap": ["s", "t"], "channels": list(channels), "stride": stride}
 
@@ -289,6 +310,7 @@ def test_weights_of_the_presets() -> None:
     [
         ({"preset": "code"}, "`preset` must be one of"),
         ({"node_loss": "l1"}, "`node_loss` must be one of"),
+        ({"balance": "class"}, "`balance` must be one of"),
         ({"offsets": []}, "`offsets` must be vectors of 2 or 3"),
         ({"levels": [{"tap": "e"}]}, "`levels` must have the keys 'tap', 'channels' and 'stride'"),
         ({"levels": [{"tap": "e", "channels": [2], "stride": [1, 1]}]}, "`levels` must give two `channels`"),
