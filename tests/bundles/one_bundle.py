@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle.config_parser import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose
 from PIL import Image
 
 from medkd.phantoms.ct import write_ct_phantoms
@@ -287,6 +289,26 @@ def test_two_ranks_end_with_one_student(bundle: Path, data: Path, teacher: Path,
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert weights(tmp_path)
     assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+
+
+def test_images_much_smaller_than_a_patch_are_filled_up(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/train.json"))
+    patch = parser["patch_size"]
+    size = [-(-length // 3) for length in patch]
+    case = {
+        "image": MetaTensor(torch.rand(3 if KIND == "nuclei" else 1, *size)),
+        "label": MetaTensor(torch.ones(1, *size, dtype=torch.int64)),
+    }
+    fixed = parser["train#deterministic_transforms"]
+    pads = [index for index, transform in enumerate(fixed) if transform["_target_"] == "SpatialPadd"]
+    steps = [parser.get_parsed_content(f"train#deterministic_transforms#{index}") for index in pads]
+    result = Compose(steps + parser.get_parsed_content("train#random_transforms"))(case)
+    for one in result if isinstance(result, list) else [result]:
+        assert list(one["image"].shape[1:]) == list(one["label"].shape[1:]) == patch
 
 
 @pytest.mark.parametrize("names", [["multi_gpu_train", "teacher"], ["teacher", "multi_gpu_train"]])
