@@ -26,16 +26,19 @@ from torch import nn  # noqa: E402
 MOST_CASES = 8
 
 
-def build_network(configs: Sequence[str], options: Mapping[str, Any]) -> nn.Module:
-    """The network of a training, on the CPU."""
-    config = effective_config([Path(name) for name in configs], {**options, "device": "cpu", "bundle_root": "."})
-    network: nn.Module = ConfigParser(config).get_parsed_content("network")
-    return network.eval()
+def read_training(configs: Sequence[str], options: Mapping[str, Any]) -> ConfigParser:
+    """Config of a training, on the CPU."""
+    return ConfigParser(
+        effective_config([Path(name) for name in configs], {**options, "device": "cpu", "bundle_root": "."})
+    )
 
 
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters and seconds per case of both networks, through the preprocessing and inferer of inference.json."""
-    networks = {name: build_network(**request[name]) for name in ("teacher", "student")}
+    """Parameters and seconds per case of both networks, as in training, with the preprocessing of inference.json."""
+    trainings = {name: read_training(**request[name]) for name in ("teacher", "student")}
+    networks: dict[str, nn.Module] = {
+        name: training.get_parsed_content("network").eval() for name, training in trainings.items()
+    }
     file = Path("configs", request["inference"])
     known = effective_config([file], {})
     options = {key: value for key, value in request["options"].items() if key.split("#")[0] in known}
@@ -43,7 +46,8 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     parser = ConfigParser(effective_config([file], options))
     dataset = parser.get_parsed_content("dataset")
     images = [dataset[number]["image"].as_tensor()[None] for number in range(min(len(dataset), MOST_CASES))]
-    seconds = time_networks(networks, parser.get_parsed_content("inferer"), images)
+    inferer = trainings["student"].get_parsed_content("validate#inferer")       # for what a network in training gives
+    seconds = time_networks(networks, inferer, images)
     return {
         "parameters": {name: sum(p.numel() for p in one.parameters()) for name, one in networks.items()},
         "seconds": seconds,
