@@ -70,10 +70,20 @@ def _sentence(row: Mapping[str, Any], splits: Mapping[str, Any]) -> str:
     if numbers:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += f"{seconds['teacher']:.2f} and {seconds['student']:.2f} s per case."
-    if row.get("search"):
-        tried = (f"{one['name'].replace('_', ' ')} {one['validation']:.3f}" for one in row["search"])
-        text += f"\n\nAlso tried, on validation with the first seed: {'; '.join(tried)}."
-    return text
+    return f"{text}\n\n{_tried(row)}" if row.get("search") else text
+
+
+def _tried(row: Mapping[str, Any]) -> str:
+    """Everything that was trained with the first seed, by its validation score, best first."""
+    arms = {name: row[name] for name in row if _is_arm(row[name]) and name not in ("teacher", "distilled")}
+    scores = {TITLES.get(name, name): arm["validation"]["runs"][0] for name, arm in arms.items() if name != "logits_kd"}
+    plain = row.get("logits_kd", {})
+    for name, one in plain.get("candidates", {"": plain} if plain else {}).items():
+        scores[f"{TITLES['logits_kd']} ({name})" if name else TITLES["logits_kd"]] = one["validation"]["runs"][0]
+    scores |= {one["name"].replace("_", " "): one["validation"] for one in row["search"]}
+    lines = [f"| first seed only | validation {_title(row['metric'])} |", "| --- | --- |"]
+    ordered = sorted(scores.items(), key=lambda item: item[1], reverse=row["higher_is_better"])
+    return "\n".join(lines + [f"| {name} | {value:.3f} |" for name, value in ordered])
 
 
 def _is_arm(value: Any) -> bool:

@@ -495,7 +495,12 @@ def test_pages_are_filled_between_their_markers_and_the_same_twice(tmp_path: Pat
         "a: 0.500 ± 0.071 / 0.250 ± 0.071 / 0.650 ± 0.000 / 0.850<!-- /results --> | after |"
     )
     assert second == page.read_text()
-    assert "Also tried, on validation with the first seed: no ramp 0.457." in second
+    tried = second[second.index("| first seed only | validation dice |") :]
+    assert [line.split(" | ")[0] for line in tried.splitlines()[2:8]] == [
+        "| method and plain KD", "| method alone", "| plain KD (foreground)", "| student alone", "| no ramp",
+        "| plain KD (uniform)",
+    ]
+    assert "| no ramp | 0.457 |" in tried
     assert second.startswith("a\n<!-- results -->\n| a | validation dice | test dice |")
     assert "| method and plain KD (= distilled) |" in second
 
