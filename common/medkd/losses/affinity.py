@@ -4,25 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from medkd.ops.embedding import (
-    BackgroundPairs,
-    label_affinity,
-    offset_affinity,
-    offset_mask,
-    target_balance_weight,
-)
+from medkd.ops.embedding import AffinityBalance, BackgroundPairs, offset_affinity, weighted_targets
 from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import instance_numbers
 from medkd.ops.precision import at_least_float32
 
-__all__ = ["AffinityBalance", "AffinityLoss", "weighted_targets"]
-
-AffinityBalance = Literal["sample", "channel", "none"]
+__all__ = ["AffinityLoss"]
 
 
 class AffinityLoss(nn.Module):
@@ -91,35 +83,6 @@ class AffinityLoss(nn.Module):
             if self.background_weight:
                 loss = loss + self.background_weight * _off_axis(embeddings, numbers == 0)
             return loss
-
-
-@torch.no_grad()
-def weighted_targets(
-    numbers: Tensor, offsets: Sequence[Sequence[int]], background: BackgroundPairs, balance: AffinityBalance
-) -> tuple[Tensor, Tensor]:
-    """Give the weights of pairs in L_aff, and their targets.
-
-    Args:
-        numbers: instance numbers, shape (B, 1, *S), integer; 0 is background.
-        offsets: as in `medkd.ops.embedding.offset_affinity`.
-        background: as in `AffinityLoss`.
-        balance: as in `AffinityLoss`.
-
-    Returns:
-        Two tensors of shape (B, O, *S), float32. The sum of the weights times squared differences is the sum over
-        offsets of means over images and voxels.
-    """
-    size = numbers.shape[2:]
-    mask = offset_mask(size, offsets, numbers.device)
-    target = label_affinity(numbers, offsets, background)
-    weight = mask.expand_as(target).float()
-    if balance == "sample":                                        # pairs that leave the image count as ones here
-        weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
-    elif balance == "channel":
-        weight = weight * target_balance_weight(target, mask, per_channel=True)
-    inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
-    share = torch.as_tensor(len(target) * inside, device=target.device)
-    return weight / share.reshape(-1, *[1] * len(size)), target
 
 
 def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:

@@ -10,10 +10,15 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from medkd.losses.affinity import AffinityBalance, weighted_targets
 from medkd.losses.base import DistillationLoss, TapPair, pointwise_convolution, tap_pairs
 from medkd.losses.relation_bank import RelationBank
-from medkd.ops.embedding import BackgroundPairs, offset_affinity, pooled_directions
+from medkd.ops.embedding import (
+    AffinityBalance,
+    BackgroundPairs,
+    offset_affinity,
+    pooled_directions,
+    weighted_targets,
+)
 from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import (
     consecutive_labels,

@@ -16,10 +16,11 @@ from medkd.checks import check_maps
 from medkd.ops.precision import at_least_float32
 
 __all__ = [
-    "BackgroundPairs", "label_affinity", "offset_affinity", "offset_mask", "pooled_directions",
-    "target_balance_weight", "widen_borders",
+    "AffinityBalance", "BackgroundPairs", "label_affinity", "offset_affinity", "offset_mask", "pooled_directions",
+    "target_balance_weight", "weighted_targets", "widen_borders",
 ]
 
+AffinityBalance = Literal["sample", "channel", "none"]
 BackgroundPairs = Literal["same", "different"]
 Offset = tuple[int, ...]
 Slices = tuple[slice, ...]
@@ -249,6 +250,40 @@ def target_balance_weight(target: Tensor, mask: Tensor | None = None, per_channe
     rare = torch.where(share > 0.5, share / (1.0 - share), (1.0 - share) / share)
     rare = torch.where((ones == 0) | (ones == total), 1.0, rare)
     return torch.where((target > 0.5) == (share <= 0.5), rare, 1.0)
+
+
+@torch.no_grad()
+def weighted_targets(
+    numbers: Tensor, offsets: Sequence[Sequence[int]], background: BackgroundPairs, balance: AffinityBalance
+) -> tuple[Tensor, Tensor]:
+    """Give the weights of pairs in L_aff, and their targets.
+
+    Args:
+        numbers: instance numbers, shape (B, 1, *S), integer; 0 is background.
+        offsets: as in `offset_affinity`.
+        background: two voxels of background are the `same` object, or `different`.
+        balance: weights of the rarer target by its share in the `sample` (2-D code), in each `channel` of it (3-D
+            code), or `none`.
+
+    Returns:
+        Two tensors of shape (B, O, *S), float32. The sum of the weights times squared differences is the sum over
+        offsets of means over images and voxels: all voxels in 2-D (pairs that leave the image add 0), the pairs inside
+        in 3-D, as in the code.
+
+    Reference:
+        Liu et al., arXiv 2401.06370, L_aff.
+    """
+    size = numbers.shape[2:]
+    mask = offset_mask(size, offsets, numbers.device)
+    target = label_affinity(numbers, offsets, background)
+    weight = mask.expand_as(target).float()
+    if balance == "sample":                                        # pairs that leave the image count as ones here
+        weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
+    elif balance == "channel":
+        weight = weight * target_balance_weight(target, mask, per_channel=True)
+    inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
+    share = torch.as_tensor(len(target) * inside, device=target.device)
+    return weight / share.reshape(-1, *[1] * len(size)), target
 
 
 def widen_borders(label: Tensor) -> Tensor:
