@@ -70,7 +70,18 @@ def _sentence(row: Mapping[str, Any], splits: Mapping[str, Any]) -> str:
     if numbers:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += f"{seconds['teacher']:.2f} and {seconds['student']:.2f} s per case."
+    text += _calibrated(row)
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text
+
+
+def _calibrated(row: Mapping[str, Any]) -> str:
+    """What was chosen on validation for each network, seed by seed."""
+    arms = {name: row[name]["calibrated"] for name in row if _is_arm(row[name]) and "calibrated" in row[name]}
+    told = [
+        f"{TITLES.get(name, name)} {', '.join(str(value) for one in chosen for value in one.values())}"
+        for name, chosen in arms.items() if name != "distilled"
+    ]
+    return f" Chosen on validation, `{next(iter(arms['teacher'][0]))}`: {'; '.join(told)}." if told else ""
 
 
 def _tried(row: Mapping[str, Any]) -> str:

@@ -21,8 +21,9 @@ n}), `seeds`, `preset`, `inference` and `evaluate` (config names), `arms` (what 
 row), `data` (the DATA folder, which rows may share with their trainings; its first row has the search), `test` (regular
 expression: only test cases whose name it is found in count), `patient` (regular expression: cases with the same group
 are averaged to one), `parts` (values of a case's parts, such as blocks, count as cases), `datalist` (arguments of
-`medkd.data.datalist.make_datalist`), `ship` (copy the student into the bundle), and `search` (name -> arm, see
-`make results SEARCH=1`).
+`medkd.data.datalist.make_datalist`), `ship` (copy the student into the bundle), `calibrate` (an option of the
+evaluation -> values: every network is told about with the one that is best on validation), and `search` (name -> arm,
+see `make results SEARCH=1`).
 """
 
 from __future__ import annotations
@@ -81,9 +82,12 @@ class Row:
     parts: bool = False
     datalist: Mapping[str, Any] = field(default_factory=dict)
     ship: bool = False
+    calibrate: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     search: Mapping[str, Arm] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.calibrate) > 1:
+            raise ValueError(f"`calibrate` of row {self.id!r} must name one option, got {sorted(self.calibrate)}.")
         object.__setattr__(self, "data", self.data or self.id)
 
     def schedule(self, arm: str) -> dict[str, int]:

@@ -71,14 +71,17 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def make_place(options: argparse.Namespace, row: Row, commands: Commands) -> Place:
+def make_place(options: argparse.Namespace, recipe: Recipe, row: Row, commands: Commands) -> Place:
     """Copy the sources and make the list of the data."""
     work = options.root / "runs" / "results" / options.bundle
     source = copy_source(options.folder, ROOT / "common" / "medkd", work / "source")
     datalist = find_datalist(options.data, work / row.data / "data", {"patient": row.patient, **row.datalist})
     check_test_list(datalist)
     threads = max(1, cores() // options.workers) if options.workers > 1 else 0
-    return Place(source.resolve(), (work / row.data).resolve(), datalist, row.evaluate, threads, commands)
+    folder = (work / row.data).resolve()
+    return Place(
+        source.resolve(), folder, datalist, row.evaluate, threads, commands, row.calibrate, recipe.higher_is_better
+    )
 
 
 def cores() -> int:
@@ -189,7 +192,7 @@ def main(words: Sequence[str]) -> int:
         recipe = read_recipe(options.folder, options.recipes)
         rows = recipe.rows_of(options.data.name)
         for row in rows[:1] if options.search else rows:
-            place = make_place(options, row, commands)
+            place = make_place(options, recipe, row, commands)
             (search if options.search else compare)(options, recipe, row, place)
     except (RowFailedError, CommandError, ValueError, FileNotFoundError) as error:
         print(f"\n{error}", file=sys.stderr)

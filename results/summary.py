@@ -101,6 +101,7 @@ def arm_summary(runs: Sequence[Scored], metric: str) -> dict[str, Any]:
         },
         "per_case": [{case: _rounded(value) for case, value in run.values[metric].items()} for run in runs],
         "epochs": [run.trained.epoch for run in runs],
+        **({"calibrated": [dict(run.trained.calibrated) for run in runs]} if runs[0].trained.calibrated else {}),
         "minutes": [round(run.trained.minutes, 1) for run in runs],
         "configs": runs[0].trained.run.configs(),
         "options": dict(runs[0].trained.run.options),

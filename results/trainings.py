@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from medkd.data.datalist import SplitsFile, make_datalist
 __all__ = [
     "Place", "Run", "Trained", "check_test_list", "copy_source", "evaluate", "find_datalist", "needs_of", "train",
 ]
+
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Trained:
         minutes: of training, all attempts together.
         sha256: of the weights.
         new: False when it was finished before.
+        calibrated: option of its evaluation, with the value that is best on the validation cases.
     """
 
     run: Run
@@ -91,6 +94,7 @@ class Trained:
     minutes: float
     sha256: str
     new: bool
+    calibrated: Mapping[str, Any] = field(hash=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class Place:
         evaluate: configs that make an evaluation of a training.
         threads: of each command, 0 leaves it to torch.
         commands: runs them.
+        calibrate: option of the evaluation -> values, of which every training gets the best.
+        higher_is_better: of the main metric.
     """
 
     source: Path
@@ -112,6 +118,8 @@ class Place:
     evaluate: Sequence[str]
     threads: int
     commands: Commands
+    calibrate: Mapping[str, Sequence[Any]] = field(hash=False, default_factory=dict)
+    higher_is_better: bool = True
 
     def environment(self) -> dict[str, str]:
         """Variables of a command."""
@@ -231,8 +239,9 @@ def train(
             _train(run, place, folder, weights, lock, say)
         state, model = read_state(folder / "run.json"), read_state(folder / "model.json")
         metric, value = next(iter(model["validation"].items()))
+        chosen, value = _calibrate(run, place, folder, metric, lock) or ({}, value)
         weight_hash = file_hash(folder / "model.pt")
-        return Trained(run, folder, key, metric, value, model["epoch"], state["seconds"] / 60, weight_hash, new)
+        return Trained(run, folder, key, metric, value, model["epoch"], state["seconds"] / 60, weight_hash, new, chosen)
 
 
 def _train(
@@ -274,6 +283,28 @@ def _check_model(folder: Path, log: bytes) -> None:
         )
 
 
+def _calibrate(
+    run: Run, place: Place, folder: Path, metric: str, lock: int
+) -> tuple[dict[str, Any], float] | None:
+    """Give the option that is best on validation, as the row wants it, and the score; the first of equal ones."""
+    for key, values in place.calibrate.items():
+        wanted = hashlib.sha256(json.dumps([key, values]).encode()).hexdigest()[:12]
+        request, found = (folder / f"calibration_{wanted}{end}.json" for end in ("_request", ""))
+        if not found.exists():
+            options = {**run.settings, "datalist": str(place.datalist), "ckpt_dir": place.path(folder)}
+            content = {
+                "configs": run.configs(), "options": options, "weights": place.path(folder / "model.pt"),
+                "metric": metric, "values": {key: values},
+            }
+            _write(request, content)
+            words = [sys.executable, str(HERE / "calibrate.py"), *(place.path(file) for file in (request, found))]
+            place.commands.run(words, place.source, folder / "calibration.log", place.environment(), lock=lock)
+        scores = json.loads(found.read_text())[key]
+        best = (max if place.higher_is_better else min)(scores)
+        return {key: values[scores.index(best)]}, best
+    return None
+
+
 def evaluate(trained: Trained, place: Place) -> Path:
     """Score a training on the test cases, once.
 
@@ -284,7 +315,7 @@ def evaluate(trained: Trained, place: Place) -> Path:
     Returns:
         Folder of the files `<metric>_raw.csv`.
     """
-    run = trained.run
+    run = replace(trained.run, options={**trained.run.options, **trained.calibrated})
     part = needed_part(_config(run, place, *place.evaluate), ("initialize", "evaluating"))
     key = run_key(part, place.source, data_hash(place.datalist, ("test",)), trained.sha256)
     target = trained.folder / f"eval_{key}"

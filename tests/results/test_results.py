@@ -544,7 +544,7 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
             "teacher_check": {"metric": "val_mean_dice", "mode": "warn"},
         },
         "epochs": {"teacher": 1, "student": 1}, "val_interval": {"teacher": 1, "student": 1}, "seeds": [0, 1],
-        "ship": True,
+        "ship": True, "calibrate": {"validate#inferer#overlap": [0.0, 0.25]},
     }
     arms = {"teacher": {"overrides": ["teacher"], "seeds": 1}, "student_alone": {"overrides": ["baseline"], "seeds": 1}}
     recipe = {"default": "toy", "arms": {**arms, "combined": {}}, "distilled_from": ["combined"], "rows": {"toy": row}}
@@ -563,6 +563,12 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     assert "teacher, seed 0: was finished before" in said
     content = json.loads((tmp_path / "results" / f"{BUNDLE}.json").read_text())
     assert content["distilled"]["seeds"] == [0, 1]
+    files = (tmp_path / "runs" / "results" / BUNDLE / "toy").glob("*/calibration_????????????.json")
+    tried = {file.parent.name[-12:]: json.loads(file.read_text())["validate#inferer#overlap"] for file in files}
+    for arm in (content[name] for name in ("teacher", "student_alone", "combined")):
+        for key, chosen, value in zip(arm["keys"], arm["calibrated"], arm["validation"]["runs"], strict=True):
+            assert value == round(max(tried[key]), 4)
+            assert chosen == {"validate#inferer#overlap": [0.0, 0.25][tried[key].index(max(tried[key]))]}
     assert content["parameters"]["teacher"] > 20 * content["parameters"]["student"]
     assert content["seconds_per_case"]["student"] > 0
     assert set(content["teacher"]["per_case"][0]) == {"case_002"}
@@ -570,6 +576,8 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     assert str(tmp_path) not in json.dumps(content)
     assert (tmp_path / "results" / f"{BUNDLE}.png").exists()
     assert "toy: 0." in (tmp_path / "README.md").read_text()
-    assert "| toy |" in (bundle / "docs" / "README.md").read_text()
+    page = (bundle / "docs" / "README.md").read_text()
+    assert "| toy |" in page
+    assert "Chosen on validation, `validate#inferer#overlap`: teacher 0." in page
     assert len(content["shipped"]["sha256"]) == 64
     assert (bundle / "models" / "model.pt").stat().st_size > 10_000
