@@ -49,7 +49,7 @@ def _row_table(row: Mapping[str, Any]) -> str:
         titles["logits_kd"] += f" ({row['logits_kd']['candidate']})"
     arms |= row["ablations"]
     metrics = sorted({name for arm in arms.values() for name in arm["metrics"]}, key=_order)
-    head = [row["data"], f"validation {_title(row['metric'])}", f"test {_title(row['metric'])}", *map(_title, metrics)]
+    head = [row["id"], f"validation {_title(row['metric'])}", f"test {_title(row['metric'])}", *map(_title, metrics)]
     lines = [head, ["---"] * len(head)]
     for name, arm in arms.items():
         values = [_number(arm["metrics"].get(metric)) for metric in metrics]
