@@ -181,17 +181,21 @@ def test_background_alone_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "cells"), [((11, 9), (7, 4)), ((5, 8, 9), (3, 7, 7)), ((4, 6), (1, 1)), ((2, 5, 6), (3, 7, 2))]
+    ("size", "cells"), [((11, 9), (7, 4)), ((5, 8, 9), (3, 7, 7)), ((4, 6), (1, 1)), ((4, 5), (9, 2))]
 )
 def test_pooled_directions_equal_average_pooling_of_unit_embeddings(
     size: tuple[int, ...], cells: tuple[int, ...]
 ) -> None:
     embeddings = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     pool = F.avg_pool2d if len(size) == 2 else F.avg_pool3d
-    block = tuple(min(pair) for pair in zip(cells, size, strict=True))
-    expected = pool(F.normalize(embeddings, dim=1), block, block, ceil_mode=True).flatten(2).transpose(1, 2)
+    expected = pool(F.normalize(embeddings, dim=1), cells, cells, ceil_mode=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pooled_directions(embeddings, cells), expected)
     assert torch.autograd.gradcheck(lambda maps: pooled_directions(maps, cells), embeddings)
+
+
+def test_blocks_larger_than_a_thin_volume_are_as_large_as_it() -> None:
+    embeddings = torch.randn(2, 3, 2, 5, 6, dtype=torch.float64)
+    assert torch.equal(pooled_directions(embeddings, (3, 7, 2)), pooled_directions(embeddings, (2, 5, 2)))
 
 
 def test_pooled_directions_leave_out_embeddings_without_length() -> None:
