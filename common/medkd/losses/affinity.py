@@ -9,10 +9,15 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from medkd.ops.embedding import AffinityBalance, BackgroundPairs, offset_affinity, weighted_targets
-from medkd.ops.graph import unit_vectors
+from medkd.ops.embedding import (
+    AffinityBalance,
+    BackgroundPairs,
+    background_cosine,
+    offset_affinity,
+    pairs_of_background,
+    weighted_targets,
+)
 from medkd.ops.instances import instance_numbers
-from medkd.ops.precision import at_least_float32
 
 __all__ = ["AffinityLoss"]
 
@@ -63,7 +68,7 @@ class AffinityLoss(nn.Module):
         self.background_weight = background_weight
         self.offsets = tuple(tuple(offset) for offset in offsets)
         is_flat = all(len(offset) == 2 for offset in self.offsets)
-        self.background: BackgroundPairs = background or ("same" if is_flat else "different")
+        self.background: BackgroundPairs = background or pairs_of_background(2 if is_flat else 3)
         self.balance: AffinityBalance = balance or ("sample" if is_flat else "channel")
         self.widen = widen
         for name, value, known in (
@@ -87,6 +92,5 @@ class AffinityLoss(nn.Module):
 
 def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:
     """Mean squared difference of the cosine with the first axis from 1 on background, else from 0."""
-    wide = at_least_float32(embeddings)
-    cosine = unit_vectors(wide)[:, :1]                             # (B, 1, *S)
+    cosine = background_cosine(embeddings)                         # (B, 1, *S)
     return (cosine - is_background.to(cosine)).square().mean()

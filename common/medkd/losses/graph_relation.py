@@ -14,8 +14,9 @@ from medkd.losses.base import DistillationLoss, TapPair, pointwise_convolution, 
 from medkd.losses.relation_bank import RelationBank
 from medkd.ops.embedding import (
     AffinityBalance,
-    BackgroundPairs,
+    background_cosine,
     offset_affinity,
+    pairs_of_background,
     pooled_directions,
     weighted_targets,
 )
@@ -198,7 +199,7 @@ class GraphRelationLoss(DistillationLoss):
             squares = (offset_affinity(mine, self.offsets) - offset_affinity(other, self.offsets)).square()
             values["affinity"] = values["affinity"] + self._mean_over_pairs(squares, numbers, level)
             if self.background_weight and level is None:
-                axis = (unit_vectors(mine)[:, 0] - unit_vectors(other)[:, 0]).square().mean()
+                axis = (background_cosine(mine) - background_cosine(other)).square().mean()
                 values["affinity"] = values["affinity"] + self.background_weight * axis
         needs_graph = {"node", "edge"} if level is not None else {"node", "edge", "inter_edge"}
         if not needs_graph & values.keys():
@@ -219,7 +220,7 @@ class GraphRelationLoss(DistillationLoss):
         """Sum over offsets of means over voxels of (B, O, *S)."""
         if self.balance == "none" or level is not None:
             return squares.sum() / (len(squares) * squares[0, 0].numel())
-        background: BackgroundPairs = "same" if squares.dim() == 4 else "different"
+        background = pairs_of_background(squares.dim() - 2)
         return (weighted_targets(numbers, self.offsets, background, self.balance)[0] * squares).sum()
 
     def _node_distance(self, difference: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_maps
+from medkd.ops.graph import unit_vectors
 from medkd.ops.precision import at_least_float32
 
 __all__ = [
-    "AffinityBalance", "BackgroundPairs", "label_affinity", "offset_affinity", "offset_mask", "pooled_directions",
-    "target_balance_weight", "weighted_targets", "widen_borders",
+    "AffinityBalance", "BackgroundPairs", "background_cosine", "label_affinity", "offset_affinity", "offset_mask",
+    "pairs_of_background", "pooled_directions", "target_balance_weight", "weighted_targets", "widen_borders",
 ]
 
 AffinityBalance = Literal["sample", "channel", "none"]
@@ -169,6 +170,18 @@ def _spread(blocks: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor
     return _at(spread, tuple(slice(length) for length in size))
 
 
+def background_cosine(embeddings: Tensor) -> Tensor:
+    """Cosine of each voxel's embedding with the first axis of their space, where that is the background's direction.
+
+    Args:
+        embeddings: shape (B, C, *S), floating; computed in at least float32.
+
+    Returns:
+        Shape (B, 1, *S), range [-1, 1].
+    """
+    return unit_vectors(at_least_float32(embeddings))[:, :1]
+
+
 def offset_mask(size: Sequence[int], offsets: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tensor:
     """Tell which pairs (p, p + offset) lie inside.
 
@@ -223,6 +236,11 @@ def label_affinity(
         is_same = mine == _at(label, there)[:, 0]
         _at(target, here)[:, channel] = (is_same if background == "same" else is_same & (mine != 0)).float()
     return target
+
+
+def pairs_of_background(axes: int) -> BackgroundPairs:
+    """What the code of arXiv 2401.06370 takes two voxels of background for, in images of 2 or 3 axes."""
+    return "same" if axes == 2 else "different"
 
 
 def target_balance_weight(target: Tensor, mask: Tensor | None = None, per_channel: bool = False) -> Tensor:
