@@ -20,7 +20,9 @@ from typing import Any
 from monai.bundle.config_parser import ConfigParser
 from monai.bundle.utils import merge_kv
 
-__all__ = ["code_hash", "data_hash", "distils", "effective_config", "file_hash", "needed_part", "run_key"]
+__all__ = [
+    "code_hash", "content_hash", "data_hash", "distils", "effective_config", "file_hash", "needed_part", "run_key",
+]
 
 # places differ between machines, and say nothing about the result; weights come in by their hash
 PLACES = frozenset({
@@ -127,7 +129,7 @@ def data_hash(datalist: Path, lists: Sequence[str]) -> str:
         [name, sorted((key, value, *_size(root, value)) for key, value in case.items())]
         for name in lists for case in content.get(name, [])
     ]
-    return _hash(cases)
+    return content_hash(cases)
 
 
 def _size(root: Path, value: Any) -> list[int]:
@@ -149,8 +151,9 @@ def run_key(part: Mapping[str, Any], source: Path, *more: Any) -> str:
         source: folder with `package/medkd` and `scripts`.
         more: what else decides: hash of the data, hashes of weights.
     """
-    return _hash([part, code_hash(part, source), more])[:12]
+    return content_hash([part, code_hash(part, source), more])[:12]
 
 
-def _hash(content: Any) -> str:
+def content_hash(content: Any) -> str:
+    """Hash of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -86,8 +86,9 @@ def _calibrated(row: Mapping[str, Any]) -> str:
 
 def _tried(row: Mapping[str, Any]) -> str:
     """Everything that was trained with the first seed, by its validation score, best first."""
-    arms = {name: row[name] for name in row if _is_arm(row[name]) and name not in ("teacher", "distilled")}
-    scores = {TITLES.get(name, name): arm["validation"]["runs"][0] for name, arm in arms.items() if name != "logits_kd"}
+    others = ("teacher", "distilled", "logits_kd")
+    arms = {name: row[name] for name in row if _is_arm(row[name]) and name not in others}
+    scores = {TITLES.get(name, name): arm["validation"]["runs"][0] for name, arm in arms.items()}
     plain = row.get("logits_kd", {})
     for name, one in plain.get("candidates", {"": plain} if plain else {}).items():
         scores[f"{TITLES['logits_kd']} ({name})" if name else TITLES["logits_kd"]] = one["validation"]["runs"][0]

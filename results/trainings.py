@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import CommandError, Commands
-from keys import data_hash, distils, effective_config, file_hash, needed_part, run_key
+from keys import content_hash, data_hash, distils, effective_config, file_hash, needed_part, run_key
 from recipe import TEACHER
 from steps import read_state, show_words
 
@@ -239,7 +239,9 @@ def train(
             _train(run, place, folder, weights, lock, say)
         state, model = read_state(folder / "run.json"), read_state(folder / "model.json")
         metric, value = next(iter(model["validation"].items()))
-        chosen, value = _calibrate(run, place, folder, metric, lock) or ({}, value)
+        chosen: dict[str, Any] = {}
+        if place.calibrate:
+            chosen, value = _calibrate(run, place, folder, metric, lock)
         weight_hash = file_hash(folder / "model.pt")
         return Trained(run, folder, key, metric, value, model["epoch"], state["seconds"] / 60, weight_hash, new, chosen)
 
@@ -283,26 +285,23 @@ def _check_model(folder: Path, log: bytes) -> None:
         )
 
 
-def _calibrate(
-    run: Run, place: Place, folder: Path, metric: str, lock: int
-) -> tuple[dict[str, Any], float] | None:
-    """Give the option that is best on validation, as the row wants it, and the score; the first of equal ones."""
-    for key, values in place.calibrate.items():
-        wanted = hashlib.sha256(json.dumps([key, values]).encode()).hexdigest()[:12]
-        request, found = (folder / f"calibration_{wanted}{end}.json" for end in ("_request", ""))
-        if not found.exists():
-            options = {**run.settings, "datalist": str(place.datalist), "ckpt_dir": place.path(folder)}
-            content = {
-                "configs": run.configs(), "options": options, "weights": place.path(folder / "model.pt"),
-                "metric": metric, "values": {key: values},
-            }
-            _write(request, content)
-            words = [sys.executable, str(HERE / "calibrate.py"), *(place.path(file) for file in (request, found))]
-            place.commands.run(words, place.source, folder / "calibration.log", place.environment(), lock=lock)
-        scores = json.loads(found.read_text())[key]
-        best = (max if place.higher_is_better else min)(scores)
-        return {key: values[scores.index(best)]}, best
-    return None
+def _calibrate(run: Run, place: Place, folder: Path, metric: str, lock: int) -> tuple[dict[str, Any], float]:
+    """Give the value of the row's option that is best on validation, and its score; the first of equal ones."""
+    ((key, values),) = place.calibrate.items()
+    wanted = content_hash([key, values])[:12]
+    request, found = (folder / f"calibration_{wanted}{end}.json" for end in ("_request", ""))
+    if not found.exists():
+        options = {**run.settings, "datalist": str(place.datalist), "ckpt_dir": place.path(folder)}
+        content = {
+            "configs": run.configs(), "options": options, "weights": place.path(folder / "model.pt"),
+            "metric": metric, "values": {key: values},
+        }
+        _write(request, content)
+        words = [sys.executable, str(HERE / "calibrate.py"), *(place.path(file) for file in (request, found))]
+        place.commands.run(words, place.source, folder / "calibration.log", place.environment(), lock=lock)
+    scores = json.loads(found.read_text())[key]
+    best = (max if place.higher_is_better else min)(scores)
+    return {key: values[scores.index(best)]}, best
 
 
 def evaluate(trained: Trained, place: Place) -> Path:
