@@ -16,6 +16,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
 from medkd.checks import suggest
+from medkd.handlers.cpu_autocast import cpu_autocast
 from medkd.handlers.teacher import Teacher
 from medkd.handlers.teacher_check import TeacherCheck
 from medkd.losses.base import DistillationLoss, TapPair
@@ -150,7 +151,7 @@ class DistillationHandler:
         )
         self._network.eval()
         self._taps[1].open()
-        with torch.no_grad():
+        with torch.no_grad(), cpu_autocast(engine):
             pred = self._network(image)
         teacher = self._taps[1].close()
         teacher["pred"] = plain_tensor(pred)
