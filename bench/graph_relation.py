@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import torch
 from measure import Row, compare_memory, compare_times, peak_memory, plain_row, threads
+from monai.engines.trainer import SupervisedTrainer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from medkd.handlers.cpu_autocast import CpuAutocast, CpuDtype
+from medkd.handlers.distillation import DistillationHandler
 from medkd.losses.affinity import AffinityLoss
 from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.relation_bank import RelationBank
@@ -371,6 +375,33 @@ def student(quick: bool, key: str) -> list[Row]:
     return rows
 
 
+def precision(quick: bool) -> list[Row]:
+    """Time training steps of the EM bundle's default networks on a CPU, in bfloat16 against float32."""
+    network = _network("graph_relation_em_neurons", "MalaUNet")
+    size = (6, 30, 32) if quick else (20, 81, 81)
+    mine = network(channels=(4, 6, 8, 10), decoder_channels=(8, 8, 8), padding="same")
+    other = network(channels=(2, 3, 4, 5) if quick else (8, 24, 72, 216), padding="same")
+    batch = {"image": torch.randn(1, 1, *size), "label": _voronoi(size, 30, 0)[None]}
+
+    def steps(student: nn.Module, handler: DistillationHandler | None, dtype: CpuDtype) -> Callable[[], None]:
+        trainer = SupervisedTrainer(
+            device=torch.device("cpu"), max_epochs=1, train_data_loader=[batch] * 3, network=student,
+            optimizer=torch.optim.AdamW(student.parameters()), loss_function=AffinityLoss(OFFSETS[3], widen=True),
+            train_handlers=[CpuAutocast(dtype), *filter(None, [handler])],
+        )
+        return trainer.run
+
+    rows = []
+    for name, student, handler in (
+        ("teacher", other, None),
+        ("distilled", mine, DistillationHandler(copy.deepcopy(other), GraphRelationLoss(OFFSETS[3], widen=True))),
+    ):
+        sides = [(f"{name}, {dtype}", steps(student, handler, dtype)) for dtype in get_args(CpuDtype)]
+        with threads(1):
+            rows += compare_times(f"precision_{name}", sides[1], sides[0], 2 if quick else 3)
+    return rows
+
+
 def _gigamacs(network: nn.Module, image: Tensor) -> float:
     """Multiply-accumulates of a forward pass, counted on shapes alone."""
     shadow = copy.deepcopy(network).to("meta")
@@ -398,6 +429,7 @@ MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {
         for measure in (affinities, graph_within, graph_across, affinity_across, memory)
     },
     "whole": whole,
+    "precision": precision,
     **{f"step_{key}": partial(step, key=key) for key in PAIRS},
     **{f"student_{key}": partial(student, key=key) for key in PAIRS},
 }
