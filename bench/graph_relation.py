@@ -383,20 +383,20 @@ def precision(quick: bool) -> list[Row]:
     other = network(channels=(2, 3, 4, 5) if quick else (8, 24, 72, 216), padding="same")
     batch = {"image": torch.randn(1, 1, *size), "label": _voronoi(size, 30, 0)[None]}
 
-    def steps(student: nn.Module, handler: DistillationHandler | None, dtype: CpuDtype) -> Callable[[], None]:
+    def steps(trained: nn.Module, handler: DistillationHandler | None, dtype: CpuDtype) -> Callable[[], None]:
         trainer = SupervisedTrainer(
-            device=torch.device("cpu"), max_epochs=1, train_data_loader=[batch] * 3, network=student,
-            optimizer=torch.optim.AdamW(student.parameters()), loss_function=AffinityLoss(OFFSETS[3], widen=True),
+            device=torch.device("cpu"), max_epochs=1, train_data_loader=[batch] * 3, network=trained,
+            optimizer=torch.optim.AdamW(trained.parameters()), loss_function=AffinityLoss(OFFSETS[3], widen=True),
             train_handlers=[CpuAutocast(dtype), *filter(None, [handler])],
         )
         return trainer.run
 
     rows = []
-    for name, student, handler in (
+    for name, trained, handler in (
         ("teacher", other, None),
         ("distilled", mine, DistillationHandler(copy.deepcopy(other), GraphRelationLoss(OFFSETS[3], widen=True))),
     ):
-        sides = [(f"{name}, {dtype}", steps(student, handler, dtype)) for dtype in get_args(CpuDtype)]
+        sides = [(f"{name}, {dtype}", steps(trained, handler, dtype)) for dtype in get_args(CpuDtype)]
         with threads(1):
             rows += compare_times(f"precision_{name}", sides[1], sides[0], 2 if quick else 3)
     return rows

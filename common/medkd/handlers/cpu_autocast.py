@@ -38,6 +38,7 @@ class CpuAutocast:
             raise ValueError(f"`dtype` must be one of {get_args(CpuDtype)}, got {dtype!r}.")
         self.dtype = dtype
         self._hooks: list[Any] = []
+        self._context = _context(False)
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer; no effect on other devices than the CPU."""
@@ -49,20 +50,18 @@ class CpuAutocast:
         is_on = self.dtype == "bfloat16" and torch.device(engine.state.device).type == "cpu"
         engine.state.cpu_autocast = is_on
         if is_on:
-            open_contexts: list[AbstractContextManager[None]] = []
-
-            def enter(module: nn.Module, _inputs: Any) -> None:
-                open_contexts.append(_context(module.training))
-                open_contexts[-1].__enter__()
-
-            def leave(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-                open_contexts.pop().__exit__(None, None, None)
-                return output.float() if isinstance(output, Tensor) else output
-
             self._hooks = [
-                engine.network.register_forward_pre_hook(enter),
-                engine.network.register_forward_hook(leave, always_call=True),
+                engine.network.register_forward_pre_hook(self._enter),
+                engine.network.register_forward_hook(self._leave, always_call=True),
             ]
+
+    def _enter(self, network: nn.Module, _inputs: Any) -> None:
+        self._context = _context(network.training)                 # validation stays in float32
+        self._context.__enter__()
+
+    def _leave(self, _network: nn.Module, _inputs: Any, output: Any) -> Any:
+        self._context.__exit__(None, None, None)
+        return output.float() if isinstance(output, Tensor) else output
 
     def _finish(self, engine: Any) -> None:
         while self._hooks:

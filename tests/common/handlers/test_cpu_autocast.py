@@ -55,7 +55,7 @@ def test_validation_computes_in_float32() -> None:
     assert set(inside) == {torch.float32}
 
 
-def test_teacher_and_learned_heads_take_part() -> None:
+def test_the_teacher_takes_part_and_terms_with_learned_heads_stay_in_float32() -> None:
     teacher, inside = toys.teacher(), list[torch.dtype]()
     types_in(teacher, inside)
     terms: list[Tensor] = []
