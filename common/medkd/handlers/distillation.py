@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from medkd.checks import suggest
 from medkd.handlers.cpu_autocast import cpu_autocast
-from medkd.handlers.teacher import Teacher
+from medkd.handlers.teacher import Teacher, teacher_image
 from medkd.handlers.teacher_check import TeacherCheck
-from medkd.losses.base import DistillationLoss, TapPair
+from medkd.losses.base import DistillationLoss, TapPair, distils
 from medkd.taps import FeatureTaps, plain_tensor
 
 __all__ = ["DistillationEvents", "DistillationHandler"]
@@ -53,7 +54,7 @@ class DistillationHandler:
         teacher: the teacher by reference, or a ready network.
         loss: one loss, or a list of losses with distinct terms.
         weights: term -> weight; terms not named weigh 0. None takes the losses' `preset_weights`.
-        teacher_input: key of the batch that the teacher sees, shape (B, C, *S).
+        teacher_input: key of the batch that the teacher sees, in training and in its check, shape (B, C, *S).
         validator: an evaluator without handlers for the teacher's check; None only warns.
         teacher_check: `{"metric": name, "mode": "refuse" | "warn" | "off"}`; None is off.
 
@@ -80,7 +81,7 @@ class DistillationHandler:
         self.losses = [loss] if isinstance(loss, DistillationLoss) else list(loss)
         self.weights = _resolve_weights(self.losses, weights)
         self.teacher_input = teacher_input
-        self.check = _make_check(validator, teacher_check)
+        self.check = _make_check(validator, teacher_check, teacher_input)
         self._callables: list[nn.Module] = []
         self._network: nn.Module | None = None
         self._taps: tuple[FeatureTaps, FeatureTaps] | None = None
@@ -103,7 +104,7 @@ class DistillationHandler:
         state.distill_factors = dict.fromkeys(self.weights, 1.0)
         state.distillation = {"mode": "supervised", "teacher": None, "teacher_sha256": None}
         self._sums = {}
-        if not any(self.weights.values()):
+        if not distils(self.weights):
             logger.info("All distillation weights are 0: plain supervised training.")
             return
         if self.teacher.is_missing and self.teacher.may_be_missing:
@@ -142,11 +143,7 @@ class DistillationHandler:
             return
         student = self._taps[0].close()
         student["pred"] = plain_tensor(engine.state.output["pred"])
-        batch = engine.state.batch
-        if not isinstance(batch, Mapping) or self.teacher_input not in batch:
-            keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-            raise KeyError(f"`teacher_input` must be a key of the batch, got {self.teacher_input!r}; there are {keys}.")
-        image = plain_tensor(batch[self.teacher_input]).to(
+        image = plain_tensor(teacher_image(engine.state.batch, self.teacher_input)).to(
             device=engine.state.device, dtype=self.teacher.dtype, non_blocking=engine.non_blocking
         )
         self._network.eval()
@@ -216,13 +213,16 @@ def _resolve_weights(losses: Sequence[DistillationLoss], weights: Mapping[str, f
     return {term: float(weights.get(term, 0.0)) for term in terms}
 
 
-def _make_check(validator: SupervisedEvaluator | None, options: Mapping[str, str] | None) -> TeacherCheck | None:
+def _make_check(
+    validator: SupervisedEvaluator | None, options: Mapping[str, str] | None, teacher_input: str
+) -> TeacherCheck | None:
     if options is None:
         return None
     unknown = set(options) - {"metric", "mode"}
     if unknown or "metric" not in options:
         raise ValueError(f"`teacher_check` must have the keys 'metric' and 'mode', got {sorted(options)}.")
-    return TeacherCheck(validator, options["metric"], options.get("mode", "refuse"))   # type: ignore[arg-type]
+    mode: Any = options.get("mode", "refuse")
+    return TeacherCheck(validator, options["metric"], mode, teacher_input)
 
 
 def _distributed(loss: DistillationLoss, device: torch.device) -> nn.Module:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from medkd.handlers.randomness import preserved_random_state
+from medkd.losses.base import distils
 from medkd.weights import load_tensors
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "teacher_image"]
 
 _NESTED_KEYS = ("state_dict", "model", "network")
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Teacher:
         path: its weights, a bare state dict (or one under `state_dict`, `model` or `network`); None keeps the
             weights that `network` has.
         sha256: expected hash of the file, hexadecimal; checked when given.
+        weights: the run's `distill_weights`; where none is above 0 nobody needs the teacher, and it may be missing.
 
     Attributes:
         file_sha256: hash of the loaded file, None before `load` and without a file.
@@ -41,10 +43,12 @@ class Teacher:
         network: nn.Module | Callable[[], nn.Module],
         path: str | os.PathLike[str] | None = None,
         sha256: str | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self._network = network
         self.path = None if path is None else Path(path)
         self.sha256 = sha256
+        self.is_needed = distils(weights)
         self.file_sha256: str | None = None
         self.dtype = torch.float32
         self.may_be_missing = False
@@ -55,11 +59,15 @@ class Teacher:
         return self.path is not None and not self.path.is_file()
 
     def require(self) -> None:
-        """Stop at once, before any data is read, when the weights are not there.
+        """Stop at once, before any data is read, when the run needs the weights and they are not there.
 
         Raises:
             FileNotFoundError: the file is missing; the message gives the command that trains the teacher.
         """
+        if self.is_needed:
+            self._refuse_missing()
+
+    def _refuse_missing(self) -> None:
         if self.is_missing:
             raise FileNotFoundError(
                 f"`teacher_path` must be the teacher's weights, got {str(self.path)!r}, which does not exist; train it "
@@ -67,9 +75,9 @@ class Teacher:
             )
 
     def allow_missing(self) -> None:
-        """Let a run go on without distillation when the weights are not there, and say so."""
+        """Let a run go on without distillation when the weights are not there, and say so where it would need them."""
         self.may_be_missing = True
-        if self.is_missing:
+        if self.is_needed and self.is_missing:
             logger.warning(
                 "No teacher at %s: this run fine-tunes the student with labels only, it does NOT distil.", self.path
             )
@@ -81,7 +89,7 @@ class Teacher:
             FileNotFoundError: the file is missing.
             ValueError: other hash, not only tensors, or weights of another architecture.
         """
-        self.require()
+        self._refuse_missing()
         with preserved_random_state():
             network = self._network if isinstance(self._network, nn.Module) else self._network()
         if self.path is not None:
@@ -103,6 +111,22 @@ class Teacher:
                 f"`teacher_sha256` must be the hash of {path}, which is {self.file_sha256}, got {self.sha256}; "
                 "this is another file than the one that was meant."
             )
+
+
+def teacher_image(batch: Any, key: str) -> Any:
+    """What the teacher sees of a batch.
+
+    Args:
+        batch: of a data loader.
+        key: `teacher_input` of the config.
+
+    Raises:
+        KeyError: the batch has no such key; there is no fall-back to what the student sees.
+    """
+    if not isinstance(batch, Mapping) or key not in batch:
+        keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise KeyError(f"`teacher_input` must be a key of the batch, got {key!r}; there are {keys}.")
+    return batch[key]
 
 
 def _load_strictly(network: nn.Module, content: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from medkd.checks import suggest
 from medkd.handlers.randomness import preserved_random_state
+from medkd.handlers.teacher import teacher_image
 
 __all__ = ["CheckMode", "TeacherCheck"]
 
@@ -31,17 +32,25 @@ class TeacherCheck:
             None (no validation data) only warns.
         metric: name of the metric in the validator.
         mode: `refuse` raises when the teacher is not better, `warn` logs it, `off` does not check.
+        teacher_input: key of the batch that the teacher sees; it takes the place of the validator's `image`.
 
     Raises:
         ValueError: unknown mode.
     """
 
-    def __init__(self, validator: SupervisedEvaluator | None, metric: str, mode: CheckMode = "refuse") -> None:
+    def __init__(
+        self,
+        validator: SupervisedEvaluator | None,
+        metric: str,
+        mode: CheckMode = "refuse",
+        teacher_input: str = "image",
+    ) -> None:
         if mode not in get_args(CheckMode):
             raise ValueError(f"`teacher_check#mode` must be one of {get_args(CheckMode)}, got {mode!r}.")
         self.validator = validator
         self.metric = metric
         self.mode = mode
+        self.teacher_input = teacher_input
 
     def __call__(self, teacher: nn.Module) -> float | None:
         """Log the teacher's metric, and judge it.
@@ -51,6 +60,7 @@ class TeacherCheck:
 
         Raises:
             ValueError: the metric does not exist, or the teacher is refused.
+            KeyError: the validation data have no `teacher_input`.
         """
         if self.mode == "off":
             return None
@@ -59,9 +69,10 @@ class TeacherCheck:
             return None
         with preserved_random_state():
             logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
-            with _counted_channels(teacher) as channels:
-                value = self._validate(teacher)
-            constant, best = self._best_constant(channels[0])
+            with _seen_by_teacher(self.validator, self.teacher_input):
+                with _counted_channels(teacher) as channels:
+                    value = self._validate(teacher)
+                constant, best = self._best_constant(channels[0])
         logger.info(
             "Teacher %s on the validation data: %.4f (best constant prediction: %s everywhere, %.4f)",
             self.metric, value, constant, best,
@@ -126,6 +137,21 @@ class _Constant(Inferer):
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
         blank = inputs[:, :1] * 0.0
         return torch.cat([blank + value for value in self.values], dim=1)
+
+
+@contextmanager
+def _seen_by_teacher(validator: Any, key: str) -> Iterator[None]:
+    """Let an evaluator give its network another key of the batch as the image."""
+    prepare_batch = validator.prepare_batch
+
+    def prepare(batch: Any, *args: Any, **options: Any) -> Any:
+        return prepare_batch({**batch, "image": teacher_image(batch, key)}, *args, **options)
+
+    validator.prepare_batch = prepare
+    try:
+        yield
+    finally:
+        validator.prepare_batch = prepare_batch
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medkd.checks import suggest
 from medkd.ops.precision import at_least_float32
 
-__all__ = ["DistillationLoss", "TapPair", "pointwise_convolution", "tap_pairs", "trainable_parameters"]
+__all__ = ["DistillationLoss", "TapPair", "distils", "pointwise_convolution", "tap_pairs", "trainable_parameters"]
 
 TapPair = tuple[str, str]
 
@@ -88,6 +88,19 @@ class DistillationLoss(nn.Module, ABC):
 
 def _widened(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path: at_least_float32(value) if value.is_floating_point() else value for path, value in values.items()}
+
+
+def distils(weights: Mapping[str, float] | None) -> bool:
+    """Tell whether a run with these weights distils; the one place where that is decided.
+
+    Args:
+        weights: term -> weight, as `distill_weights` of a config; None takes the losses' `preset_weights`.
+
+    Example:
+        >>> distils(None), distils({"logits": 0.5, "features": 0.0}), distils({"logits": 0.0}), distils({})
+        (True, True, False, False)
+    """
+    return weights is None or any(weights.values())
 
 
 def tap_pairs(taps: Sequence[str | Sequence[str]], argument: str) -> tuple[TapPair, ...]:

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_a_missing_file_stops_at_once_with_the_command_that_trains_the_teacher(t
         reference.require()
     with pytest.raises(FileNotFoundError, match=message):
         reference.load()
+
+
+@pytest.mark.parametrize(
+    ("weights", "needed"), [(None, True), ({"logits": 0.1}, True), ({"logits": 0.0}, False), ({}, False)]
+)
+def test_only_a_run_that_distils_needs_the_teacher(
+    tmp_path: Path, weights: dict[str, float] | None, needed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = Teacher(toys.teacher, tmp_path / "model.pt", weights=weights)
+    missing.allow_missing()
+    assert ("it does NOT distil" in caplog.text) == needed
+    with pytest.raises(FileNotFoundError) if needed else nullcontext():
+        missing.require()
+    with pytest.raises(FileNotFoundError, match="does not exist; train it with"):
+        missing.load()                                             # whoever wants its weights all the same
 
 
 def test_a_file_that_is_there_is_neither_missed_nor_warned_of(

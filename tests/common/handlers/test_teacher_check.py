@@ -161,3 +161,24 @@ def test_global_generators_are_untouched() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()   # type: ignore[index]
     check(toys.Bright())
     assert toys.same(before, (torch.get_rng_state(), np.random.get_state()[1].tolist()))   # type: ignore[index]
+
+
+def test_the_teacher_is_validated_on_what_it_sees_in_training() -> None:
+    class Brighter(toys.Bright):                                   # right for `teacher_image`, which is brighter by 1
+        def __init__(self) -> None:
+            super().__init__(threshold=1.5)
+
+    check = TeacherCheck(toys.make_evaluator(toys.student()), METRIC, "refuse", teacher_input="teacher_image")
+    before = check.validator.prepare_batch   # type: ignore[union-attr]
+    value = check(Brighter())
+    assert value is not None
+    assert value > 0.95
+    assert check.validator.prepare_batch is before   # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="must be better than that of class 1 everywhere"):
+        a_check()(Brighter())
+
+
+def test_a_check_without_the_key_that_the_teacher_sees_is_an_error() -> None:
+    check = TeacherCheck(toys.make_evaluator(toys.student()), METRIC, "warn", teacher_input="image_hr")
+    with pytest.raises(KeyError, match="`teacher_input` must be a key of the batch, got 'image_hr'; there are"):
+        check(toys.Bright())
