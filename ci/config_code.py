@@ -15,7 +15,8 @@ PACKAGES = STUDENT_PACKAGES | {"ignite", "medkd"}
 LATE_PACKAGES = frozenset({"medkd", "scripts"})
 # of these modules, with all that is below
 LIBRARY = (
-    "functools.partial operator.itemgetter operator.lt itertools math os.path os.environ.get sys.argv sys.path".split()
+    "functools.partial operator.itemgetter operator.gt operator.lt itertools math os.path os.environ.get sys.argv "
+    "sys.path".split()
 )
 BUILTINS = set(
     "bool dict enumerate float int isinstance len list max min range round set sorted str sum tuple zip".split()

@@ -10,8 +10,8 @@ Each message names the file, the key, what is wrong and the way out. The rules:
   * an expression has at most 100 characters and no lambda, walrus, or private attribute;
   * inference*.json name MONAI, torch and `scripts` only;
   * no %file.json::key, %network, @_meta_ or absolute path;
-  * an override (every file but train, inference* and metadata) has flat keys a#b#c that exist in train.json, replaces
-    no section as a whole, and puts no null into a list.
+  * an override (every file but train, inference and metadata; inference_* of inference.json, all others of train.json)
+    has flat keys a#b#c that exist in its base, replaces no section as a whole, and puts no null into a list.
 This finds slips in our own files; it is no sandbox for those of others.
 """
 
@@ -85,13 +85,13 @@ def check_value(path: str, value: Any, aliases: dict[str, str], packages: frozen
     return [problem for problem in problems if problem]
 
 
-def check_override(config: dict[str, Any], base: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Problems of an override of train.json: (key, message)."""
+def check_override(config: dict[str, Any], base: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    """Problems of an override of the config `name`: (key, message)."""
     for key, value in config.items():
         path = re.split("#|::", key.removeprefix("+"))
         known, old = _look_up(base, path)
         if not known and key.removeprefix("+") not in RUN_IDS:
-            yield key, "must be a key of train.json, as MONAI takes a slip in silence; add it there first."
+            yield key, f"must be a key of {name}, as MONAI takes a slip in silence; add it there first."
         elif key.startswith("+") and not isinstance(old, list):
             yield key, "must name a list to append to; write the key without +."
         elif len(path) == 1 and _is_section(old):
@@ -125,21 +125,21 @@ def _null_in_list(value: Any) -> bool:
 def lint_bundle(folder: Path) -> list[str]:
     """Check the configs of one bundle; returns a line per problem."""
     lines: list[str] = []
-    train = folder / "configs" / "train.json"
-    base = read_json(train) if train.is_file() else {}
     for file in sorted(folder.glob("configs/*.json")):
         if file.name.startswith("metadata"):
             continue
         config = read_json(file)
-        complete = file == train or file.name.startswith("inference")
-        packages = STUDENT_PACKAGES if file.name.startswith("inference") else PACKAGES
-        aliases = imported_names(config if complete else [base, config], packages)
+        is_inference = file.name.startswith("inference")
+        base_file = file.with_name("inference.json" if is_inference else "train.json")
+        base = read_json(base_file) if base_file.is_file() else {}
+        packages = STUDENT_PACKAGES if is_inference else PACKAGES
+        aliases = imported_names([base, config], packages)
         found = [
             (path, problem)
             for path, value in walk(config)
             for problem in check_value(path, value, aliases, packages)
         ]
-        found += [] if complete else check_override(config, base)
+        found += [] if file == base_file else check_override(config, base, base_file.name)
         lines += [f"{file}: {path}: {problem}" for path, problem in found]
     return lines
 

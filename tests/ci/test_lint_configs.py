@@ -200,23 +200,18 @@ def test_a_copy_of_the_network_definition_passes(bundle: Path) -> None:
     assert lint_configs.lint_bundle(bundle) == []
 
 
-@pytest.mark.parametrize("name", ["inference", "inference_em"])
-def test_inference_names_neither_medkd_nor_ignite(bundle: Path, name: str) -> None:
-    refuses(
-        bundle,
-        name,
-        INFERENCE | {"inferer": {"_target_": "medkd.inference.Inferer"}},
-        "inferer#_target_",
-        "medkd",
-    )
-    refuses(
-        bundle,
-        name,
-        INFERENCE | {"amp": "$ignite.utils.x()"},
-        "amp",
-        "must name one of monai, scripts, torch",
-    )
-    refuses(bundle, name, INFERENCE | {"imports": ["$from medkd.data import x"]}, "imports#0", "medkd")
+@pytest.mark.parametrize(("name", "base"), [("inference", INFERENCE), ("inference_em", {})])
+def test_inference_names_neither_medkd_nor_ignite(bundle: Path, name: str, base: dict[str, Any]) -> None:
+    inferer, amp = {"_target_": "medkd.inference.Inferer"}, "$ignite.utils.x()"
+    refuses(bundle, name, base | {"inferer": inferer}, "inferer#_target_", "medkd")
+    refuses(bundle, name, base | {"amp": amp}, "amp", "must name one of monai, scripts, torch")
+    refuses(bundle, name, base | {"imports": ["$from medkd.data import x"]}, "imports#0", "medkd")
+
+
+def test_a_preset_of_inference_is_an_override_of_inference_json(bundle: Path) -> None:
+    write(bundle, "inference_em", {"inferer#overlap": 0.5, "amp": "$torch.cuda.is_available()"})
+    assert lint_configs.lint_bundle(bundle) == []
+    refuses(bundle, "inference_em", {"distill_weights": {}}, "distill_weights", "must be a key of inference.json")
 
 
 @pytest.mark.parametrize(

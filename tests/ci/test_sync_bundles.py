@@ -11,31 +11,36 @@ import format_json
 import sync_bundles
 
 SKELETON: dict[str, Any] = {
-    "<own keys>": ["distill_heads", "train#sampler"],
     "device": "cpu",
     "network_def": "<own>",
+    "sampler": {"<own>": None},
     "train": {
         "handlers": [
             {"_target_": "ValidationHandler", "interval": "@val_interval"},
-            "<own>",
-            {"_target_": "StatsHandler"},
+            "<more>",
+            {"_target_": "StatsHandler", "tag": "train"},
+            {"_target_": "CheckpointHandler", "objects": {"network": "@network", "<more>": "<own>"}},
         ],
         "trainer": {"_target_": "SupervisedTrainer", "amp": False},
     },
-    "run": ["$@train#trainer.run()"],
+    "run": ["$@data_check", "$@train#trainer.run()"],
 }
 BUNDLE: dict[str, Any] = {
     "device": "cpu",
     "network_def": {"_target_": "UNet"},
+    "sampler": None,
     "train": {
         "handlers": [
             {"_target_": "ValidationHandler", "interval": "@val_interval"},
-            {"_target_": "StatsHandler"},
+            {"_target_": "StatsHandler", "tag": "train"},
+            {"_target_": "CheckpointHandler", "objects": {"network": "@network"}},
         ],
         "trainer": {"_target_": "SupervisedTrainer", "amp": False},
     },
-    "run": ["$@train#trainer.run()"],
+    "run": ["$@data_check", "$@train#trainer.run()"],
 }
+OWN_HANDLER = {"_target_": "scripts.adversary.Adversary", "optimizer": "@adversary_optimizer"}
+TRAINER = '{"_target_": "SupervisedTrainer", "amp": false}'
 
 
 class House:
@@ -54,10 +59,11 @@ class House:
         *parents, last = path.split("#")
         for part in parents:
             node = node[int(part) if part.isdigit() else part]
+        place = int(last) if isinstance(node, list) else last
         if remove:
-            del node[last]
+            del node[place]
         else:
-            node[last] = value
+            node[place] = value
         self.config.write_text(format_json.dumps(content))
 
     def run(self, mode: str) -> tuple[int, str]:
@@ -82,18 +88,22 @@ def test_a_bundle_that_differs_in_own_values_only_passes(house: House) -> None:
         ("device", "cuda", 'device: must be "cpu", got "cuda"'),
         ("train#trainer#amp", True, "train#trainer#amp: must be false, got true"),
         ("train#trainer#amp", 0, "train#trainer#amp: must be false, got 0"),
-        (
-            "train#trainer",
-            "@x",
-            'train#trainer: must be {"_target_": "SupervisedTrainer", "amp": false}, got "@x"',
-        ),
-        ("train#trainer#extra", 1, "train#trainer#extra: must be absent, got 1"),
-        ("run", [], 'run: must be ["$@train#trainer.run()"], got []'),
+        ("train#trainer", "@x", f'train#trainer: must be {TRAINER}, got "@x"'),
+        ("run", [], 'run: must have "$@data_check" first, got none'),
+        ("run", ["$@data_check"], 'run: must have "$@train#trainer.run()" behind "$@data_check", got none'),
+        ("run#1", "$@train.run()", 'run#1: must be "$@train#trainer.run()", got "$@train.run()"'),
+        ("run", BUNDLE["run"][::-1], 'run#0: "$@train#trainer.run()" must stand behind "$@data_check"'),
         ("train#handlers#0#interval", 1, 'train#handlers#0#interval: must be "@val_interval", got 1'),
+        ("train#handlers#0#_target_", "X", 'train#handlers#0#_target_: must be "ValidationHandler", got "X"'),
         ("train#handlers#1#_target_", "X", 'train#handlers#1#_target_: must be "StatsHandler", got "X"'),
+        ("train#handlers#2#objects", {}, 'train#handlers#2#objects#network: must be "@network", got nothing'),
+        ("train#handlers", BUNDLE["train"]["handlers"][:2],
+         "train#handlers: must have CheckpointHandler behind StatsHandler, got none"),
+        ("train#handlers", [BUNDLE["train"]["handlers"][place] for place in (1, 0, 2)],
+         "train#handlers#0: StatsHandler must stand behind ValidationHandler"),
     ],
 )
-def test_check_names_a_difference_by_its_path_and_write_repairs_it(
+def test_check_names_a_difference_by_its_path_and_write_repairs_it_alone(
     house: House, path: str, value: Any, line: str
 ) -> None:
     house.change(path, value)
@@ -116,35 +126,102 @@ def test_a_missing_own_key_is_an_error_that_write_cannot_repair(house: House) ->
     house.change("network_def", remove=True)
     status, out = house.run("--write")
     assert status == 1
-    assert 'network_def: must be "<own>", got nothing' in out
+    assert "network_def: must have a value of the bundle's own, got nothing" in out
     assert "network_def" not in json.loads(house.config.read_text())
 
 
-def test_own_keys_may_be_there_or_not_at_any_depth(house: House) -> None:
-    house.change("distill_heads", {"any": 1})
-    house.change("train#sampler", None)
+def test_an_own_key_with_a_usual_value_gets_that_and_may_have_any_other(house: House) -> None:
+    house.change("sampler", {"_target_": "DistributedSampler"})
     assert house.run("--check")[0] == 0
-    house.change("train#samples", None)
-    assert "train#samples: must be absent, got null" in house.run("--check")[1]
+    house.change("sampler", remove=True)
+    assert "sampler: must have a value of the bundle's own, such as null, got nothing" in house.run("--check")[1]
+    assert house.run("--write")[0] == 0
+    assert json.loads(house.config.read_text()) == BUNDLE
 
 
-def test_plumbing_that_is_an_own_key_too_may_be_absent_but_not_differ(house: House) -> None:
-    house.skeleton.write_text(format_json.dumps(SKELETON | {"<own keys>": ["device"]}))
-    house.change("device", remove=True)
+@pytest.mark.parametrize(
+    ("path", "reference"),
+    [
+        ("heads", "@heads"), ("heads", "%heads"), ("heads", "$@heads + 1"), ("heads", "@heads#0"),
+        ("train#unlabeled", "@train#unlabeled"), ("train#unlabeled", "$len(@train::unlabeled::data)"),
+    ],
+)
+def test_a_key_that_something_refers_to_is_the_bundles_own_at_any_depth(
+    house: House, path: str, reference: str
+) -> None:
+    house.change(path, {"any": 1})
+    line = "the skeleton has no such key, and nothing refers to it"
+    before = house.config.read_text()
+    assert line in house.run("--check")[1]
+    assert line in house.run("--write")[1]
+    assert house.config.read_text() == before                      # named, and left as it is
+    override = house.config.with_name("em.json")
+    override.write_text(json.dumps({"network_def": {"x": [reference]}}))
     assert house.run("--check")[0] == 0
-    house.change("device", "cuda")
-    assert 'device: must be "cpu", got "cuda"' in house.run("--check")[1]
+    house.change(path.replace("heads", "head").replace("unlabeled", "unlabelled"), {"any": 1})
+    assert line in house.run("--check")[1]
 
 
-def test_an_own_item_of_a_list_stands_for_any_number_of_items(house: House) -> None:
-    first, last = BUNDLE["train"]["handlers"]
-    house.change("train#handlers", [first, {"_target_": "A"}, {"_target_": "B"}, last])
+def test_a_reference_to_what_holds_a_key_does_not_make_it_the_bundles_own(house: House) -> None:
+    house.change("network_def", {"any": "@train"})
+    house.change("train#trainer#max_epoch", 1)
+    assert "train#trainer#max_epoch: the skeleton has no such key" in house.run("--check")[1]
+
+
+def test_a_slip_in_a_key_is_guessed(house: House) -> None:
+    house.change("devise", "cpu")
+    assert "devise: did you mean device?" in house.run("--check")[1]
+
+
+def test_expressions_that_are_run_by_their_name_are_the_bundles_own(house: House) -> None:
+    house.change("paraphrase", ["$@train#trainer.run()"])
     assert house.run("--check")[0] == 0
-    house.change("train#handlers", [first])
-    status, out = house.run("--write")
-    assert status == 1
-    assert "train#handlers: must be [" in out
-    assert json.loads(house.config.read_text())["train"]["handlers"] == [first]
+    house.change("paraphrase", ["@train"])
+    assert "paraphrase: the skeleton has no such key" in house.run("--check")[1]
+
+
+def test_own_items_and_own_keys_stand_in_their_places(house: House) -> None:
+    first, stats, checkpoint = BUNDLE["train"]["handlers"]
+    house.change("adversary_optimizer", {"_target_": "torch.optim.Adam"})
+    objects = {**checkpoint["objects"], "adversary_optimizer": "@adversary_optimizer"}
+    handlers = [first, OWN_HANDLER, {"_target_": "B"}, stats, {**checkpoint, "objects": objects}]
+    house.change("train#handlers", handlers)
+    before = house.config.read_text()
+    assert house.run("--check")[0] == 0
+    assert house.run("--write")[0] == 0
+    assert house.config.read_text() == before
+
+
+def test_an_item_of_its_own_outside_its_place_is_named_and_stays(house: House) -> None:
+    house.change("train#handlers", [{"_target_": "A"}, *BUNDLE["train"]["handlers"]])
+    line = "train#handlers#0: A has no place here and stays; own ones go behind ValidationHandler: move it or take it"
+    before = house.config.read_text()
+    for mode in ("--check", "--write"):
+        status, out = house.run(mode)
+        assert status == 1
+        assert line in out
+    assert house.config.read_text() == before
+    house.change("run", ["$x", *BUNDLE["run"]])
+    assert 'run#0: "$x" has no place here and stays; all items are pinned: take it out' in house.run("--check")[1]
+
+
+def test_a_pinned_item_beside_own_ones_is_put_back_and_they_stay(house: House) -> None:
+    first, stats, checkpoint = BUNDLE["train"]["handlers"]
+    house.change("train#handlers", [first, {"_target_": "A"}, {"_target_": "B"}, checkpoint])
+    assert "train#handlers: must have StatsHandler behind ValidationHandler, got none" in house.run("--check")[1]
+    assert house.run("--write")[0] == 0
+    found = json.loads(house.config.read_text())["train"]["handlers"]
+    assert found == [first, {"_target_": "A"}, {"_target_": "B"}, stats, checkpoint]
+
+
+def test_an_override_may_change_what_train_json_has_of_its_own(house: House) -> None:
+    skeleton = house.skeleton.with_name("evaluate.json")
+    skeleton.write_text(format_json.dumps({"train#trainer#amp": True}))
+    override = house.config.with_name("evaluate.json")
+    override.write_text(format_json.dumps({"train#trainer#amp": True, "network_def#channels": [1], "heads": 2}))
+    assert house.run("--check")[0] == 0
+    override.write_text(format_json.dumps({"train#trainer#amp": True, "device": "cuda"}))
+    assert "device: the skeleton has no such key" in house.run("--check")[1]
 
 
 def test_an_own_value_survives_the_repair_of_its_neighbors(house: House) -> None:
