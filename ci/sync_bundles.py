@@ -6,8 +6,8 @@
     python ci/sync_bundles.py --write    put the skeleton's values in, keep the bundle's own ones
 
 Each file of ci/skeleton has its namesake in bundles/*/configs; other files of a bundle are its own. Files other than
-JSON are equal byte for byte, and so is a file of bundles/*/scripts with a namesake in ci/skeleton/scripts, as bundles
-never import each other and inference needs nothing but `scripts`. In a JSON file of the skeleton
+JSON are equal byte for byte, and so is a file of bundles/*/scripts with a namesake in common/medkd/inference: it is a
+copy, as bundles infer without medkd, and a bundle has copies of what it imports too. In a JSON file of the skeleton
   * the value "<own>" marks a key that must be there and whose value, of any depth, belongs to the bundle;
   * the item "<own>" of a list stands for any number of items, at most once per list;
   * the top-level key "<own keys>" lists paths a#b#c that a bundle may have or not; what the skeleton itself gives for
@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from format_json import dumps, in_order_of, read_json
+from vendor import PACKAGE, needed_files
 
 OWN = "<own>"
 OWN_KEYS = "<own keys>"
 ABSENT = object()
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = "bundles/*/scripts/*.py"
+SCRIPTS = "bundles/*/scripts"
 
 
 class Difference(NamedTuple):
@@ -132,6 +133,22 @@ def sync_file(skeleton: Path, target: Path, write: bool) -> list[str]:
     return [f"{target}: {d.path}: {d.message}" for d in differences if not (write and d.repairable)]
 
 
+def shared_scripts(folder: Path, package: Path) -> list[tuple[Path, Path]]:
+    """Sources that a bundle's scripts must be copies of, each with the place of its copy.
+
+    Args:
+        folder: bundles/<name>/scripts.
+        package: common/medkd; its `inference` holds the sources.
+
+    Returns:
+        What has a namesake in `folder`, and what that imports of `inference`, there or not.
+    """
+    source = package / "inference"
+    names = [(file, f"{PACKAGE}.{source.name}.{file.stem}") for file in folder.glob("[!_]*.py")]
+    known = [(file, name) for file, name in names if (source / file.name).is_file()]
+    return [(file, folder / file.name) for file in needed_files(known, package) if file.name != "__init__.py"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check or repair; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -146,11 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = sorted(options.root.glob("bundles/*/configs"))
     try:
         lines = [line for d in folders for s in skeletons for line in sync_file(s, d / s.name, options.write)]
-        shared = {file: options.root / "ci/skeleton/scripts" / file.name for file in options.root.glob(SCRIPTS)}
-        lines += [
-            line for file, source in sorted(shared.items()) if source.is_file()
-            for line in sync_file(source, file, options.write)
-        ]
+        package = options.root / "common" / PACKAGE
+        copies = [pair for d in sorted(options.root.glob(SCRIPTS)) for pair in shared_scripts(d, package)]
+        lines += [line for source, copy in copies for line in sync_file(source, copy, options.write)]
     except ValueError as error:
         lines = [str(error)]
     print(*lines, sep="\n", end="\n" if lines else "")
