@@ -220,6 +220,13 @@ def test_what_a_shared_script_imports_must_be_in_the_bundle_too(house: House) ->
     assert house.run("--check")[0] == 0
 
 
+def test_shared_scripts_of_this_repository_are_equal(repository: Path) -> None:
+    folders = sorted(repository.glob("bundles/*/scripts"))
+    copies = [pair for one in folders for pair in sync_bundles.shared_scripts(one, repository / "common/medkd")]
+    assert copies
+    assert [copy for source, copy in copies if copy.read_bytes() != source.read_bytes()] == []
+
+
 def test_what_write_leaves_has_the_canonical_layout(house: House) -> None:
     house.change("device", "cuda")
     house.run("--write")
