@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from format_json import read_json
-from vendor import PACKAGE, needed_files
+from vendor import PACKAGE, named_by, needed_files
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "MANIFEST.sha256"
@@ -62,7 +62,7 @@ def contents(bundle: Path, package: Path, teacher: bool) -> dict[str, bytes]:
         paths += sorted(path.relative_to(bundle).as_posix() for path in bundle.glob("models/teacher/*/**/model.pt"))
     files = {path: (bundle / path).read_bytes() for path in paths}
     files.setdefault("scripts/__init__.py", SCRIPTS_INIT)
-    for source in needed_files(bundle, package):
+    for source in needed_files(named_by(bundle), package):
         files[f"scripts/_vendor/{PACKAGE}/{source.relative_to(package).as_posix()}"] = source.read_bytes()
     return files | {MANIFEST: manifest(files)}
 

@@ -15,8 +15,8 @@ All else is equal. A key that the skeleton does not have is the bundle's own if 
 `%key`) or it is a list of expressions, which `monai.bundle run` starts by its name. In the skeleton of an override
 (flat keys a#b#c) it is own if it lies within what train.json has of its own.
 
-A file of bundles/*/scripts with a namesake in ci/skeleton/scripts equals it byte for byte, as bundles never import each
-other and inference needs nothing but `scripts`.
+A file of bundles/*/scripts with a namesake in common/medkd/inference equals it byte for byte, and what that imports
+relatively is there too, as bundles never import each other and inference needs nothing but `scripts`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from format_json import dumps, in_order_of, read_json
+from vendor import PACKAGE, needed_files
 
 OWN = "<own>"
 MORE = "<more>"
@@ -39,7 +40,7 @@ ABSENT: Any = object()
 REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:(?:#|::)\w+)*)")
 ALIKE = 0.8        # how much of two items of a list is the same where one is taken for the other, with a slip in it
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = "bundles/*/scripts/*.py"
+SCRIPTS = "bundles/*/scripts"
 
 
 class Difference(NamedTuple):
@@ -287,6 +288,22 @@ def sync_bytes(source: Path, target: Path, write: bool) -> list[str]:
     return [] if write else [f"{target}: must equal {source}"]
 
 
+def shared_scripts(folder: Path, package: Path) -> list[tuple[Path, Path]]:
+    """Sources that a bundle's scripts must be copies of, each with the place of its copy.
+
+    Args:
+        folder: bundles/<name>/scripts.
+        package: common/medkd; its `inference` holds the sources.
+
+    Returns:
+        What has a namesake in `folder`, and what that imports of `inference`, there or not.
+    """
+    source = package / "inference"
+    names = [(file, f"{PACKAGE}.{source.name}.{file.stem}") for file in folder.glob("[!_]*.py")]
+    known = [(file, name) for file, name in names if (source / file.name).is_file()]
+    return [(file, folder / file.name) for file in needed_files(known, package) if file.name != "__init__.py"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check or repair; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -305,11 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for source in skeletons:
                 sync = sync_json if source.suffix == ".json" else sync_bytes
                 lines += sync(source, folder / source.name, options.write)
-        shared = {file: options.root / "ci/skeleton/scripts" / file.name for file in options.root.glob(SCRIPTS)}
-        lines += [
-            line for file, source in sorted(shared.items()) if source.is_file()
-            for line in sync_bytes(source, file, options.write)
-        ]
+        package = options.root / "common" / PACKAGE
+        copies = [pair for d in sorted(options.root.glob(SCRIPTS)) for pair in shared_scripts(d, package)]
+        lines += [line for source, copy in copies for line in sync_bytes(source, copy, options.write)]
     except ValueError as error:
         lines = [str(error)]
     print(*lines, sep="\n", end="\n" if lines else "")

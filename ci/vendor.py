@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from lint_configs import walk
 PACKAGE = "medkd"
 
 
-def needed_files(bundle: Path, package: Path) -> list[Path]:
-    """Follow what a bundle names, through functions and `if TYPE_CHECKING` too.
+def needed_files(names: Iterable[tuple[Path, str]], package: Path) -> list[Path]:
+    """Follow names and the imports behind them, through functions and `if TYPE_CHECKING` too.
 
     Args:
-        bundle: folder of the bundle.
+        names: dotted names below `medkd`, each with the file that holds it.
         package: folder of the shared package, common/medkd.
 
     Returns:
@@ -29,23 +30,29 @@ def needed_files(bundle: Path, package: Path) -> list[Path]:
         ValueError: something is named that the package has not.
     """
     found: set[Path] = set()
-    waiting = list(_named_by(bundle))
+    waiting = list(names)
     while waiting:
         source, name = waiting.pop()
         for file in _files_of(name, package, source):
             if file not in found:
                 found.add(file)
-                waiting += [(file, imported) for imported in imports(file.read_text(encoding="utf-8"), file)]
+                waiting += [(file, imported) for imported in _imported_by(file, package)]
     return sorted(found)
 
 
-def _named_by(bundle: Path) -> Iterator[tuple[Path, str]]:
+def named_by(bundle: Path) -> Iterator[tuple[Path, str]]:
+    """Dotted names below `medkd` in a bundle's configs and scripts, each with its file."""
     for file in sorted(bundle.glob("configs/*.json")):
         if not file.name.startswith("metadata"):
             yield from ((file, name) for name in config_names(read_json(file), file))
     for file in sorted(bundle.glob("scripts/**/*.py")):
         if "_vendor" not in file.parts:
-            yield from ((file, name) for name in imports(file.read_text(encoding="utf-8"), file))
+            yield from ((file, name) for name in _imported_by(file, bundle / "scripts"))
+
+
+def _imported_by(file: Path, package: Path) -> Iterator[str]:
+    folders = file.parent.relative_to(package.parent).parts
+    return imports(file.read_text(encoding="utf-8"), file, ".".join(folders))
 
 
 def config_names(config: Any, source: Path) -> Iterator[str]:
@@ -57,16 +64,21 @@ def config_names(config: Any, source: Path) -> Iterator[str]:
             yield from re.findall(rf"(?<![\w./]){PACKAGE}(?:\.[A-Za-z_]\w*)+", value)
 
 
-def imports(code: str, source: Path) -> Iterator[str]:
-    """Dotted names below `medkd` that Python code imports, anywhere in it; `from a import b` is `a.b`."""
+def imports(code: str, source: Path, package: str = "") -> Iterator[str]:
+    """Dotted names below `medkd` that Python code imports, anywhere in it.
+
+    `from a import b` is `a.b`; in the package `a`, so is `from . import b`.
+    """
     for node in ast.walk(ast.parse(code)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            raise ValueError(f"{source}: must import by full names, got a relative import; write the whole name.")
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            try:
+                start = resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError as error:
+                raise ValueError(f"{source}: must import what is in its package, got {ast.unparse(node)!r}.") from error
+            names = [f"{start}.{alias.name}" for alias in node.names]
         yield from (name for name in names if name.split(".")[0] == PACKAGE)
 
 

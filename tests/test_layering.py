@@ -7,10 +7,12 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
+COPIED = "inference"  # its files are scripts of bundles, too, where there may be no medkd
 # layer of medkd -> layers it may import, besides itself; every other module of medkd may import all
 LAYERS: dict[str, set[str]] = {
     "checks": set(),
@@ -19,32 +21,39 @@ LAYERS: dict[str, set[str]] = {
     "weights": {"checks"},
     "losses": {"checks", "ops", "weights"},
     "handlers": {"checks", "ops", "taps", "weights", "losses"},
+    COPIED: set(),
 }
 SHARED_BY_LOSSES = {"base", "boundary_head", "relation_bank"}
 OURS = {"bundles", "scripts", "tests", "ci", "demo", "bench"}  # what the shared package knows nothing of
 STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB
-SCRIPT_PACKAGES = NETWORK_PACKAGES | {"medkd", "ignite", "nibabel", "numpy", "PIL", "scipy", "skimage", "tqdm"}
-SCRIPT_PACKAGES |= {"mwatershed", "waterz", "cc3d"}  # the wheels of extra `em`
+INFERENCE_PACKAGES = NETWORK_PACKAGES | {"numpy", "scipy", "skimage", "tqdm"}
+INFERENCE_PACKAGES |= {"mwatershed", "waterz", "cc3d"}  # the wheels of extra `em`
+SCRIPT_PACKAGES = INFERENCE_PACKAGES | {"medkd", "ignite", "nibabel", "PIL"}
 SCRIPT_PACKAGES |= {"h5py", "tifffile"}  # what public data sets come in
 
 
 def imports(source: str) -> Iterator[str]:
-    """Dotted names that a file imports, anywhere in it; `from a import b` counts as `a.b`."""
+    """Dotted names that a file imports, anywhere in it; `from a import b` is `a.b`, `from . import b` is `.b`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = "." * node.level + (node.module or "")
-            yield from (f"{start}.{alias.name}" for alias in node.names)
+            start = "." * node.level + (f"{node.module}." if node.module else "")
+            yield from (start + alias.name for alias in node.names)
 
 
 def package_problem(module: str, name: str) -> str | None:
     """Say why `module` of medkd (`losses.graph_relation`) must not import `name`, if so."""
-    root, *parts = name.split(".")
-    if root == "" or root in OURS:
-        return "relative" if root == "" else "the shared package knows no bundle"
     own = module.split(".")
+    is_copied = own[0] == COPIED
+    if (name.startswith(".") or name.split(".")[0] == "medkd") and name.startswith(".") != is_copied:
+        return f"{COPIED} imports itself relatively, nothing else does"
+    root, *parts = resolve_name(name, f"medkd.{COPIED}").split(".")
+    if root in OURS:
+        return "the shared package knows no bundle"
+    if is_copied and root not in INFERENCE_PACKAGES | {"medkd"}:
+        return f"{COPIED} may import {sorted(INFERENCE_PACKAGES - STDLIB - OURS)}"
     if root != "medkd" or not parts or own[0] not in LAYERS or parts == ["__version__"]:
         return None
     if parts[0] not in LAYERS[own[0]] | {own[0]}:
@@ -60,7 +69,7 @@ def script_problem(file_name: str, name: str) -> str | None:
     allowed = NETWORK_PACKAGES if file_name == "networks.py" else SCRIPT_PACKAGES
     return (
         None
-        if name.split(".")[0] in allowed
+        if resolve_name(name, "scripts").split(".")[0] in allowed
         else f"scripts/{file_name} may import {sorted(allowed - STDLIB)}"
     )
 
@@ -77,7 +86,9 @@ def closure(scripts: Path, names: Iterable[str]) -> set[Path]:
         ]:
             if file not in files:
                 files.add(file)
-                waiting += [name for name in imports(file.read_text()) if name.split(".")[0] == "scripts"]
+                package = ".".join(("scripts", *file.parent.relative_to(scripts).parts))
+                names = (resolve_name(name, package) for name in imports(file.read_text()))
+                waiting += [name for name in names if name.split(".")[0] == "scripts"]
     return files
 
 
@@ -145,6 +156,9 @@ def test_ci_imports_the_standard_library_and_itself_only(repository: Path) -> No
         ("data.datalist", "bundles.x"),
         ("cli", "scripts.networks.Student"),
         ("losses.graph_flow", ".base.DistillationLoss"),
+        ("inference.windows", "..ops.affinity"),
+        ("inference.windows", "nibabel"),
+        ("inference.windows", "scripts.affinities"),
     ],
 )
 def test_an_import_against_the_layers_is_found(module: str, name: str) -> None:
@@ -161,6 +175,9 @@ def test_an_import_against_the_layers_is_found(module: str, name: str) -> None:
         ("cli", "medkd.losses.graph_flow.GraphFlowLoss"),
         ("ops.affinity", "torch.Tensor"),
         ("export", "medkd.__version__"),
+        ("export", "medkd.inference.windows.AffinityInferer"),
+        ("inference.windows", ".affinities.embedding_affinity"),
+        ("inference.instances", "skimage.measure.label"),
     ],
 )
 def test_an_import_along_the_layers_is_fine(module: str, name: str) -> None:
@@ -168,17 +185,19 @@ def test_an_import_along_the_layers_is_fine(module: str, name: str) -> None:
 
 
 def test_imports_inside_functions_are_seen() -> None:
-    source = "import a.b\ndef f():\n    from c import d, e\n    from . import g\n"
-    assert sorted(imports(source)) == ["..g", "a.b", "c.d", "c.e"]
+    source = "import a.b\ndef f():\n    from c import d, e\n    from . import g\n    from ..h import i\n"
+    assert sorted(imports(source)) == ["..h.i", ".g", "a.b", "c.d", "c.e"]
 
 
 @pytest.mark.parametrize(("file", "name"), [("networks.py", "medkd.ops"), ("inferers.py", "bundles.other")])
 def test_a_foreign_import_of_scripts_is_found(file: str, name: str) -> None:
     assert script_problem(file, name)
     assert script_problem("inferers.py", "medkd.ops") is None
+    assert script_problem(file, ".affinities.output_head") is None
 
 
 def test_the_closure_of_scripts_follows_imports(tmp_path: Path) -> None:
-    for name, text in {"__init__": "", "a": "from scripts import b", "b": "import medkd", "c": ""}.items():
+    texts = {"a": "from scripts import b", "b": "from .c import x", "c": "from . import d", "d": "import medkd"}
+    for name, text in {"__init__": "", **texts, "e": ""}.items():
         (tmp_path / f"{name}.py").write_text(text)
-    assert {file.stem for file in closure(tmp_path, ["scripts.a.Student"])} == {"__init__", "a", "b"}
+    assert {file.stem for file in closure(tmp_path, ["scripts.a.Student"])} == {"__init__", "a", "b", "c", "d"}

@@ -108,7 +108,7 @@ def imported_at_once(code: str) -> Iterator[str]:
     for node in ast.parse(code).body:
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:   # else it stays in its package
             yield node.module.split(".")[0]
 
 

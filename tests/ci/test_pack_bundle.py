@@ -72,7 +72,7 @@ def vendored(root: Path) -> set[str]:
     package = root / "common/medkd"
     return {
         file.relative_to(package).with_suffix("").as_posix()
-        for file in vendor.needed_files(root / "bundles/toy", package)
+        for file in vendor.needed_files(vendor.named_by(root / "bundles/toy"), package)
     }
 
 
@@ -158,12 +158,22 @@ def test_imports_lead_on_from_scripts_through_functions_and_packages(root: Path)
     assert vendored(root) == {"__init__", "data/__init__", "data/lists"} | losses | ops
 
 
+def test_relative_imports_lead_on_within_medkd_and_not_from_scripts(root: Path) -> None:
+    write(root / "common/medkd/ops/__init__.py", "from . import affinity")
+    write(root / "common/medkd/ops/affinity.py", "from .edges import edges\nfrom ..checks import check")
+    write(root / "bundles/toy/scripts/inferers.py", "from . import losses\nimport medkd.ops")
+    write(root / "bundles/toy/scripts/losses.py")
+    ops = {"ops/__init__", "ops/affinity", "ops/edges", "checks"}
+    assert vendored(root) == {"__init__", "data/__init__", "data/lists"} | ops
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
         ("configs/other.json", '{"a": "$medkd.losses.graf.X"}', "names medkd.losses.graf.X, but .* no 'graf'"),
         ("configs/other.json", '{"a": "$medkd.data.lists.save"}', "lists.py holds no 'save'; correct the name"),
-        ("scripts/a.py", "from . import b", "a.py: must import by full names, got a relative import"),
+        ("scripts/a.py", "from .. import b", "a.py: must import what is in its package, got 'from .. import b'"),
+        ("configs/other.json", '{"a": "$from . import b"}', "what is in its package, got 'from . import b'"),
     ],
 )
 def test_a_name_that_medkd_does_not_have_is_an_error(root: Path, file: str, text: str, message: str) -> None:

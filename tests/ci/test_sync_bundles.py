@@ -254,19 +254,54 @@ def test_files_that_are_not_json_are_equal_byte_for_byte(house: House) -> None:
 
 
 def test_scripts_that_bundles_share_are_equal_and_all_others_their_own(house: House) -> None:
-    shared, copy, own = (
-        house.root / place for place in
-        ("ci/skeleton/scripts/windows.py", "bundles/toy/scripts/windows.py", "bundles/toy/scripts/networks.py")
+    shared, copy, own, needed, package = (
+        house.root / place for place in (
+            "common/medkd/inference/windows.py", "bundles/toy/scripts/windows.py", "bundles/toy/scripts/networks.py",
+            "common/medkd/inference/affinities.py", "common/medkd/__init__.py",
+        )
     )
-    for file in (shared, copy, own):
+    for file in (shared, copy, own, needed, package, shared.with_name("__init__.py"), own.with_name("__init__.py")):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{file.parts[-3]}\n")
+        file.write_text(f"# {file.parts[-3]}\n")
     status, text = house.run("--check")
-    assert (status, "must equal" in text, "networks.py" in text) == (1, True, False)
+    assert (status, text.count("must equal"), f"{copy}: must equal" in text) == (1, 1, True)
     assert house.run("--write")[0] == 0
     assert copy.read_bytes() == shared.read_bytes()
+    assert {file.name for file in copy.parent.iterdir()} == {"__init__.py", "networks.py", "windows.py"}
+    assert own.read_text() == own.with_name("__init__.py").read_text() == "# toy\n"
     shared.unlink()
     assert house.run("--check")[0] == 0
+
+
+def test_what_a_shared_script_imports_must_be_in_the_bundle_too(house: House) -> None:
+    sources = {
+        "__init__": "", "inference/__init__": "", "inference/other": "",
+        "inference/windows": "def run():\n    from .affinities import affinity\n",
+        "inference/affinities": "from . import offsets\n\naffinity = 1\n", "inference/offsets": "",
+    }
+    for name, text in sources.items():
+        file = house.root / f"common/medkd/{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    scripts = house.root / "bundles/toy/scripts"
+    scripts.mkdir()
+    (scripts / "windows.py").write_text(sources["inference/windows"])
+    status, text = house.run("--check")
+    assert status == 1
+    assert [name for name in ("affinities", "offsets", "other", "windows") if f"{scripts / name}.py: must" in text] == [
+        "affinities", "offsets"
+    ]
+    assert house.run("--write")[0] == 0
+    assert (scripts / "affinities.py").read_text() == sources["inference/affinities"]
+    assert sorted(file.stem for file in scripts.iterdir()) == ["affinities", "offsets", "windows"]
+    assert house.run("--check")[0] == 0
+
+
+def test_shared_scripts_of_this_repository_are_equal(repository: Path) -> None:
+    folders = sorted(repository.glob("bundles/*/scripts"))
+    copies = [pair for one in folders for pair in sync_bundles.shared_scripts(one, repository / "common/medkd")]
+    assert copies
+    assert [copy for source, copy in copies if copy.read_bytes() != source.read_bytes()] == []
 
 
 def test_what_write_leaves_has_the_canonical_layout(house: House) -> None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only this bundle needs: transforms of the 2-D and the EM preset."""
+"""Code of this bundle: transforms of the 2-D and the EM preset, a head for the teacher; copies of medkd.inference."""

@@ -12,7 +12,7 @@ from monai.transforms import MapTransform, SaveImage, SaveImaged
 from monai.utils import convert_to_dst_type
 from torch import Tensor
 
-__all__ = ["GrayFromColord", "MembraneFromInstancesd", "SaveLikeImaged", "membranes"]
+__all__ = ["MembraneFromInstancesd", "SaveLikeImaged", "membranes"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 _EXACT = 2**24   # float32 holds whole numbers up to here
@@ -107,30 +107,6 @@ class MembraneFromInstancesd(MapTransform):
         for key in self.key_iterator(result):
             mask = membranes(torch.as_tensor(result[key]), self.axes, self.grow)
             result[key] = convert_to_dst_type(mask, result[key])[0]
-        return result
-
-
-class GrayFromColord(MapTransform):
-    """Turn pictures in color, with or without transparency, to gray: the mean of red, green and blue.
-
-    Args:
-        keys: keys of pictures of shape (C, *S): gray, gray and alpha, red green blue, or these and alpha.
-        allow_missing_keys: do nothing where a key is absent.
-
-    Raises:
-        ValueError: more than four channels.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Give a copy of `data` with pictures of shape (1, *S)."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            channels = result[key].shape[0]
-            if channels > 4:
-                raise ValueError(f"`{key}` must be a picture of 1 to 4 channels, got {channels}; save it as gray.")
-            if channels > 1:
-                colors = 1 if channels == 2 else 3                 # what follows is alpha
-                result[key] = result[key][:colors].mean(0, keepdim=True)
         return result
 
 

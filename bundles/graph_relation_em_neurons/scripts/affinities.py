@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Affinities as the output of a network of embeddings; the same file in every bundle that needs it."""
+"""Affinities as the output of a network of embeddings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instances: their numbers in labels, out of affinities, into files; the same file in every bundle that needs it."""
+"""Instances: their numbers in labels, out of affinities, into files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
             found = _merged(neighbors, found, threshold)
     if mask is not None:
         found = np.where(mask, found, 0)
-    found = connected_components(found, connectivity=1, background=0)
+    found = connected_components(found, connectivity=1, background=0)   # type: ignore[no-untyped-call]
     if absorb > 1:
         found = _absorbed(affinities, nearest, found, absorb, mask)
     if min_size > 1:
@@ -154,7 +154,7 @@ def _watershed(border: Array, seed_distance: int) -> Array:
     distance = ndimage.gaussian_filter(ndimage.distance_transform_edt(border < 0.5), 1.0)   # smooth: fewer seeds
     highest = ndimage.maximum_filter(distance, 2 * seed_distance + 1)
     seeds = ndimage.label((highest == distance) & (distance > 0), np.ones([3] * border.ndim))[0]
-    found: Array = watershed(border, seeds) if seeds.any() else np.ones(border.shape, np.int64)
+    found: Array = watershed(border, seeds) if seeds.any() else np.ones(border.shape, np.int64)   # type: ignore[no-untyped-call]
     return found
 
 
@@ -176,7 +176,7 @@ def _absorbed(
     reach = np.zeros([3] * found.ndim, bool)
     for axis in nearest:
         reach[tuple(slice(None) if axis == other else 1 for other in range(found.ndim))] = True
-    grown: Array = watershed(border, _drop_small(found, absorb), connectivity=reach, mask=mask)
+    grown: Array = watershed(border, _drop_small(found, absorb), connectivity=reach, mask=mask)   # type: ignore[no-untyped-call]
     return grown
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding window for affinities, also of networks whose result is smaller than their input; the same file in every
-bundle that needs it."""
+"""Sliding window for affinities, also of networks whose result is smaller than their input."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.affinities import embedding_affinity
+from .affinities import embedding_affinity
 
 __all__ = ["AffinityInferer"]
 
@@ -144,7 +143,7 @@ class AffinityInferer(Inferer):
             for place in chunk:
                 weights[_box(place, self.window)] += weight
         result = total.div_(weights.clamp_(min=torch.finfo(torch.float32).tiny))
-        result = result[(..., *(slice(length) for length in size))]
+        result = result[_box([0] * len(size), size)]
         self._drop_leaving_pairs(result)                           # into what the image was extended by
         return convert_to_dst_type(result, inputs, dtype=result.dtype)[0]   # with the metadata of the image
 
@@ -182,7 +181,7 @@ class AffinityInferer(Inferer):
 
     def _weight(self, device: torch.device) -> Tensor:
         """Weights of a window, (1, channels, *window): 0 where the partner of a pair is not in it."""
-        blending = compute_importance_map(self.window, mode=self.mode, device=device, dtype=torch.float32)
+        blending = compute_importance_map(tuple(self.window), mode=self.mode, device=device, dtype=torch.float32)
         weight = blending.expand(1, self.channels, *self.window).clone()
         self._drop_leaving_pairs(weight)
         return weight

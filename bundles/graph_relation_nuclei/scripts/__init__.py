@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only this bundle needs: the 2-D networks of teacher and students, and their affinities."""
+"""Code of this bundle: the 2-D networks of teacher and students; copies of medkd.inference."""

@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
 
 from scripts import transforms
-from scripts.transforms import GrayFromColord, MembraneFromInstancesd, SaveLikeImaged, membranes
+from scripts.transforms import MembraneFromInstancesd, SaveLikeImaged, membranes
 
 OPTIONS = {"output_postfix": "seg", "separate_folder": False, "resample": False, "print_log": False}
 
@@ -142,20 +142,6 @@ def test_transform_may_miss_its_key_only_if_told() -> None:
     assert MembraneFromInstancesd("label", allow_missing_keys=True)({"image": 1}) == {"image": 1}
     with pytest.raises(KeyError, match="label"):
         MembraneFromInstancesd("label")({"image": 1})
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_color_and_alpha_turn_to_gray(channels: int) -> None:
-    gray = torch.tensor([[[10.0, 200.0]]])
-    alpha = torch.full_like(gray, 255.0)
-    picture = torch.cat([gray] * (1 if channels < 3 else 3) + ([alpha] if channels in (2, 4) else []))
-    assert picture.shape[0] == channels
-    assert torch.equal(GrayFromColord("image")({"image": picture})["image"], gray)
-
-
-def test_more_than_four_channels_are_no_picture() -> None:
-    with pytest.raises(ValueError, match="`image` must be a picture of 1 to 4 channels, got 5"):
-        GrayFromColord("image")({"image": torch.zeros(5, 2, 2)})
 
 
 @pytest.mark.parametrize(("name", "saved"), [("a.JPG", "a_seg.png"), ("b.png", "b_seg.png")])

@@ -145,6 +145,12 @@ def test_threads_of_a_cache_do_not_mix_cases(tmp_path: Path) -> None:
         np.testing.assert_allclose(back.affine, file.affine, atol=1e-4)
 
 
+def test_labels_are_loaded_as_integers_that_hold_any_id(bundle: Path) -> None:
+    steps = json.loads((bundle / "configs/train.json").read_text())["train"]["deterministic_transforms"]
+    loads = [step for step in steps if step["_target_"] == "LoadImaged" and "label" in step["keys"]]
+    assert [step.get("dtype") for step in loads] == ["$torch.int64"]
+
+
 DAMAGES = [RandMissingSectionsd, RandShiftedSectionsd]
 
 

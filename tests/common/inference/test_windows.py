@@ -1,30 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blended windows of affinities; run by `test_contract.py` in a process of its own, as the name `scripts` is shared."""
+"""Blended windows of affinities."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 
-sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
-
-from scripts.affinities import embedding_affinity
-from scripts.networks import MalaUNet
-from scripts.windows import AffinityInferer
+from medkd.inference.affinities import embedding_affinity
+from medkd.inference.windows import AffinityInferer
 
 PLANE = [[-1, 0], [0, -1], [-3, 0], [0, -5], [2, 0], [0, 4], [-2, 3]]
 SPACE = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-3, 0, 0], [0, 2, 0], [1, -4, 2]]
-TINY: dict[str, Any] = {"channels": (1, 2, 2, 2), "embedding_channels": 4}
 NEAR = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, -9, 0], [0, 0, -9]]
 Network = Callable[..., torch.Tensor]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbered(*size: int, batch: int = 1) -> torch.Tensor:
@@ -150,6 +144,30 @@ def test_network_sees_whole_windows_in_batches_and_its_further_arguments() -> No
     assert not result[~inside].any()
 
 
+class TwoLevels(torch.nn.Module):
+    """Gives embeddings by two convolutions, the second one behind a pooling by 3 in the plane.
+
+    With padding 0 the result lacks `margin` voxels on each side; sizes in the plane are multiples of 3, and 4 more.
+    """
+
+    margin, alignment = (4, 8, 8), (1, 3, 3)
+
+    def __init__(self, padding: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.fine = torch.nn.Conv3d(1, 2, 5, padding=padding)
+            self.coarse = torch.nn.Conv3d(2, 3, 5, padding=padding)
+        self.cut = 0 if padding else 2                             # coarse voxels on each side
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        fine = self.fine(image)
+        coarse = self.coarse(F.max_pool3d(fine, (1, 3, 3)))
+        depth, plane = self.cut, 3 * self.cut
+        inner = F.pad(fine, [-plane, -plane, -plane, -plane, -depth, -depth])
+        return torch.cat([inner, F.interpolate(coarse, scale_factor=(1.0, 3.0, 3.0))], 1)
+
+
 def extended(image: torch.Tensor, margin: Sequence[int], more: Sequence[int]) -> torch.Tensor:
     """The image as the docstring says that it is extended, by NumPy."""
     array = image[0, 0].numpy()
@@ -163,27 +181,25 @@ def extended(image: torch.Tensor, margin: Sequence[int], more: Sequence[int]) ->
 @pytest.mark.parametrize(
     ("depth", "size", "more", "windows"),
     [
-        (33, (5, 50, 29), (0, 6, 0), 2),        # all axes shorter than the margin: repeated, not reflected
-        (37, (16, 29, 20), (0, 0, 9), 2),       # sections are reflected
-        (31, (3, 110, 2), (0, 0, 27), 4),       # rows are reflected
-        (31, (1, 20, 20), (2, 9, 9), 1),
+        (13, (4, 7, 6), (1, 2, 0), 2),          # all axes shorter than the margin: repeated, not reflected
+        (13, (9, 6, 5), (0, 0, 1), 2),          # sections are reflected
+        (10, (2, 17, 2), (0, 1, 4), 5),         # rows are reflected
+        (10, (1, 4, 5), (1, 2, 1), 1),
     ],
 )
+@torch.no_grad()
 def test_windows_of_valid_convolutions_equal_the_whole_image_at_once(
     depth: int, size: tuple[int, int, int], more: tuple[int, int, int], windows: int
 ) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = MalaUNet(**TINY).eval()
+    network = TwoLevels()
     seen = []
     offsets = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [0, -2, 0], [0, 1, -2]]
     inferer = AffinityInferer(
-        (depth, 241, 241), offsets, from_embedding=True, overlap=0.0, margin=network.margin, alignment=network.alignment
+        (depth, 22, 22), offsets, from_embedding=True, overlap=0.0, margin=network.margin, alignment=network.alignment
     )
     image = noise(1, 1, *size)
-    with torch.inference_mode():
-        result = inferer(image, lambda window: (seen.append(1), network(window))[1])
-        whole = network(extended(image, network.margin, more))
+    result = inferer(image, lambda window: (seen.append(1), network(window))[1])
+    whole = network(extended(image, network.margin, more))
     expected = embedding_affinity(whole[..., : size[0], : size[1], : size[2]], offsets)
     assert len(seen) == windows
     assert result.isfinite().all()
@@ -191,36 +207,30 @@ def test_windows_of_valid_convolutions_equal_the_whole_image_at_once(
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
 def test_windows_of_padded_convolutions_equal_the_whole_image_away_from_their_borders() -> None:
-    """What is further from a window's border than the margin of "valid" does not know of that border."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = MalaUNet(**TINY, padding="same").eval()
-    image = noise(1, 1, 3, 27, 243)
+    """What the network does not see from a window's border does not know of it: 9 voxels in the plane."""
+    network = TwoLevels(padding=2)
+    image = noise(1, 1, 3, 9, 54)
     offsets = [[-1, 0, 0], [0, 0, -1], [0, 0, -9]]
-    inferer = AffinityInferer((3, 27, 162), offsets, from_embedding=True, alignment=network.alignment)
-    with torch.inference_mode():
-        result = inferer(image, network)
-        whole = embedding_affinity(network(image), offsets)
-    far = 106                                                      # the windows start at 0 and 81
-    for columns in (slice(0, 162 - far), slice(81 + far, 243)):
+    inferer = AffinityInferer((3, 9, 36), offsets, from_embedding=True, alignment=network.alignment)
+    result = inferer(image, network)
+    whole = embedding_affinity(network(image), offsets)
+    for columns in (slice(0, 18), slice(36, 54)):                  # the windows start at 0 and 18
         torch.testing.assert_close(result[..., columns], whole[..., columns], atol=1e-4, rtol=0)
     assert not torch.allclose(result, whole, atol=1e-2)            # in between they know it
 
 
+@torch.no_grad()
 def test_black_section_and_black_image_give_finite_affinities() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = MalaUNet(**TINY, padding="same").eval()
-    inferer = AffinityInferer((6, 27, 54), NEAR, from_embedding=True)
-    image = noise(1, 1, 9, 30, 60)
+    inferer = AffinityInferer((6, 12, 18), NEAR, from_embedding=True)
+    image = noise(1, 1, 9, 15, 30)
     image[:, :, 4] = image.min()
-    with torch.inference_mode():
-        for one in (image, torch.zeros_like(image)):
-            result = inferer(one, network)
-            assert result.isfinite().all()
-            assert result.min() >= 0
-            assert result.max() <= 1
+    for one in (image, torch.zeros_like(image)):
+        result = inferer(one, TwoLevels(padding=2))
+        assert result.isfinite().all()
+        assert result.min() >= 0
+        assert result.max() <= 1
 
 
 def test_embedding_without_length_has_affinity_zero() -> None:

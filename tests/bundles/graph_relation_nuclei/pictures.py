@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundle's own transform, alone and in its configs; run by `test_contract.py` in a process of its own.
-
-Windows, instances and affinities are tested with `graph_relation_em_neurons`, as the files are the same.
-"""
+"""Pictures in the bundle's configs; run by `test_contract.py` in a process of its own, as `scripts` is shared."""
 
 from __future__ import annotations
 
@@ -17,57 +14,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
 
 from scripts import instances as decoding
-from scripts.transforms import ThreeChannelsd
 
 Array = NDArray[Any]
 Run = Callable[..., None]
 OFFSETS = [[-1, 0], [0, -1]]
 quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.mark.parametrize("name", ["affinities.py", "instances.py", "windows.py"])
-def test_shared_code_is_the_same_in_both_bundles(name: str) -> None:
-    here = Path(os.environ["MEDKD_BUNDLE"])
-    other = here.parent / "graph_relation_em_neurons"
-    assert (here / "scripts" / name).read_bytes() == (other / "scripts" / name).read_bytes()
-
-
-@pytest.mark.parametrize(("channels", "kept"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (4, [0, 1, 2])])
-@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray, MetaTensor])
-def test_gray_is_repeated_and_transparency_is_dropped(kind: Callable[..., Any], channels: int, kept: list[int]) -> None:
-    voxels = torch.arange(channels * 6, dtype=torch.uint8).reshape(channels, 2, 3)
-    picture = kind(voxels)
-    data = {"image": picture, "label": 1}
-    result = ThreeChannelsd("image")(data)
-    assert np.array_equal(np.asarray(result["image"]), voxels[kept].numpy())
-    assert type(result["image"]) is type(picture)
-    assert result["image"].dtype == picture.dtype
-    assert data["image"] is picture
-    assert picture.shape == (channels, 2, 3)
-
-
-def test_metadata_stay() -> None:
-    picture = MetaTensor(torch.zeros(1, 2, 3), affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
-    assert torch.equal(ThreeChannelsd("image")({"image": picture})["image"].affine, picture.affine)
-
-
-def test_more_than_four_channels_are_no_picture() -> None:
-    with pytest.raises(ValueError, match="`image` must be a picture of 1 to 4 channels, got 5; save it as gray"):
-        ThreeChannelsd("image")({"image": torch.zeros(5, 2, 2)})
-
-
-def test_transform_may_miss_its_key_only_if_told() -> None:
-    assert ThreeChannelsd("image", allow_missing_keys=True)({"label": 1}) == {"label": 1}
-    with pytest.raises(KeyError, match="image"):
-        ThreeChannelsd("image")({"label": 1})
 
 
 def nuclei() -> Array:
