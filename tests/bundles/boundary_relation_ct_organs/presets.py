@@ -163,21 +163,21 @@ def test_evaluation_prepares_images_as_inference_does(
             nib.save(nib.Nifti1Image(volume, affine), tmp_path / f"{name}.nii.gz")
         case = {"image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")}
     seen = []
-    for names, keys in (
-        (("train", preset, "evaluate"), ("validate#preprocessing", "validate#dataset#transform")),
-        ((f"inference_{preset}",), ("preprocessing",)),
+    for names, key in (
+        (("train", preset, "evaluate"), "validate#preprocessing"),
+        (("inference", f"inference_{preset}"), "preprocessing"),
     ):
         parser = monai.bundle.ConfigParser()
         parser.read_config([str(bundle / "configs" / f"{name}.json") for name in names])
         parser["bundle_root"] = str(bundle)
-        seen.append(parser.get_parsed_content(keys[-1])(dict(case))["image"])
+        seen.append(parser.get_parsed_content(key)(dict(case))["image"])
     torch.testing.assert_close(seen[0], seen[1])
     assert seen[0].shape[1:] == (image.shape if preset == "em" else image.T.shape)
 
 
 def test_inference_gives_the_geometry_of_the_volume(run: Run, neurons: Path, tmp_path: Path) -> None:
     options = see_brightness(tmp_path, spatial_dims=3)
-    run("evaluating", "inference_em", into=tmp_path, dataset_dir=str(neurons), **options)
+    run("evaluating", "inference", "inference_em", into=tmp_path, dataset_dir=str(neurons), **options)
     for case in json.loads((neurons / "datalist.json").read_text())["test"]:
         image = nib.load(neurons / case["image"])
         pred = nib.load(tmp_path / "eval" / case["image"].replace(".nii.gz", "_seg.nii.gz"))
@@ -213,7 +213,7 @@ def test_prediction_of_a_picture_lies_on_it_pixel_by_pixel(
     image, label = picture(7)
     write(tmp_path / "case.png", image)
     (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "case.png"}]}))
-    run("evaluating", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
+    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
     pred = Image.open(tmp_path / "eval/case_seg.png")
     assert pred.mode == "L"
     assert np.array_equal(np.asarray(pred), label)
@@ -230,7 +230,7 @@ def test_prediction_of_a_slice_lies_on_it_however_it_is_turned(run: Run, tmp_pat
     cases = [{"image": name} for name in ("flat.nii.gz", "thick.nii.gz", "slice.dcm")]
     (tmp_path / "datalist.json").write_text(json.dumps({"test": cases}))
     options = {"spacing": spacing, **see_brightness(tmp_path, 2)}
-    run("evaluating", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **options)
+    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **options)
     for name in ("flat", "thick"):
         pred = nib.load(tmp_path / f"eval/{name}_seg.nii.gz")
         assert pred.shape == label.shape
@@ -243,7 +243,7 @@ def test_prediction_of_a_slice_lies_on_it_however_it_is_turned(run: Run, tmp_pat
 def test_black_picture_gives_an_empty_label(run: Run, tmp_path: Path) -> None:
     write_gray(tmp_path / "black.png", np.zeros((40, 52), np.uint8))
     (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "black.png"}]}))
-    run("evaluating", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
+    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
     assert not np.asarray(Image.open(tmp_path / "eval/black_seg.png")).any()
 
 

@@ -27,6 +27,7 @@ from scripts.transforms import RandMissingSectionsd, RandShiftedSectionsd, Secti
 
 Array = NDArray[Any]
 Run = Callable[..., None]
+AS_THEY_ARE = {"intensity#subtrahend": 0.0, "intensity#divisor": 1.0}   # options that leave intensities alone
 quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +148,7 @@ def test_threads_of_a_cache_do_not_mix_cases(tmp_path: Path) -> None:
 
 def test_labels_are_loaded_as_integers_that_hold_any_id(bundle: Path) -> None:
     steps = json.loads((bundle / "configs/train.json").read_text())["train"]["deterministic_transforms"]
-    loads = [step for step in steps if step["_target_"] == "LoadImaged" and "label" in step["keys"]]
+    loads = [s for s in steps if isinstance(s, dict) and s["_target_"] == "LoadImaged" and "label" in s["keys"]]
     assert [step.get("dtype") for step in loads] == ["$torch.int64"]
 
 
@@ -314,18 +315,8 @@ def see_brightness(path: Path, output: str) -> dict[str, Any]:
     return {"network_def": target, "spacing": [40.0, 10.0, 10.0]}
 
 
-def as_they_are(transforms: str, bundle: Path, config: str) -> dict[str, float]:
-    """Options that leave intensities as they are."""
-    steps = json.loads((bundle / f"configs/{config}.json").read_text())
-    for part in transforms.split("#"):
-        steps = steps[part]
-    place = [step["_target_"] for step in steps].index("NormalizeIntensityd")
-    return {f"{transforms}#{place}#subtrahend": 0.0, f"{transforms}#{place}#divisor": 1.0}
-
-
 def infer(run_bundle: Run, bundle: Path, neurons: Path, into: Path) -> list[nib.Nifti1Image]:
-    options = see_brightness(into / "seen.pt", "affinity")
-    options |= as_they_are("preprocessing#transforms", bundle, "inference")
+    options = see_brightness(into / "seen.pt", "affinity") | AS_THEY_ARE
     run_bundle(
         "evaluating", "inference", dataset_dir=str(neurons), output_dir=str(into / "eval"),
         ckpt_path=str(into / "seen.pt"), **options,
@@ -384,7 +375,7 @@ def test_inference_without_the_package_saves_affinities_and_tells_what_to_instal
 def test_evaluation_compares_with_the_label_as_it_lies_in_its_file(
     run_bundle: Run, bundle: Path, neurons: Path, tmp_path: Path
 ) -> None:
-    options = see_brightness(tmp_path / "model.pt", "embedding") | as_they_are("evaluation_transforms", bundle, "train")
+    options = see_brightness(tmp_path / "model.pt", "embedding") | AS_THEY_ARE
     run_bundle(
         "evaluating", "train", "smoke", "evaluate", dataset_dir=str(neurons), ckpt_dir=str(tmp_path),
         output_dir=str(tmp_path / "eval"), out_channels=2, **options,
