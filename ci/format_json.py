@@ -67,8 +67,9 @@ def _line(key: str | None, value: Any, indent: int) -> str:
 
 def in_order_of(value: Any, skeleton: Any) -> Any:
     """Sort the keys of `value` like those of `skeleton`, at every depth; other keys follow their neighbor."""
-    if isinstance(value, list) and isinstance(skeleton, list) and len(value) == len(skeleton):
-        return [in_order_of(mine, other) for mine, other in zip(value, skeleton, strict=True)]
+    if isinstance(value, list) and isinstance(skeleton, list):     # an item is known by its class, wherever it stands
+        known = {_target(item): item for item in skeleton}
+        return [in_order_of(item, known.get(_target(item))) for item in value]
     if not (isinstance(value, dict) and isinstance(skeleton, dict)):
         return value
     groups: dict[str | None, list[str]] = {None: []}  # key of the skeleton -> it and the keys that follow it
@@ -78,6 +79,10 @@ def in_order_of(value: Any, skeleton: Any) -> Any:
         groups.setdefault(anchor, []).append(key)
     keys = [key for group in (None, *skeleton) for key in groups.get(group, [])]
     return {key: in_order_of(value[key], skeleton.get(key)) for key in keys}
+
+
+def _target(item: Any) -> Any:
+    return item.get("_target_") if isinstance(item, dict) else None
 
 
 def canonical(path: Path, root: Path = ROOT) -> str:

@@ -46,6 +46,14 @@ def test_keys_take_the_order_of_the_skeleton_and_new_keys_follow_their_neighbor(
     assert list(format_json.in_order_of(ordered, {"a": {"c": 0, "d": 0}, "b": 0})) == list(ordered)
 
 
+def test_items_of_a_list_take_the_order_of_their_class_wherever_they_stand() -> None:
+    skeleton = [{"_target_": "A", "x": 0, "y": 0}, "<more>", {"_target_": "B", "z": 0}]
+    value = [{"y": 1, "_target_": "A"}, {"b": 1, "a": 2, "_target_": "Own"}, {"z": 1, "_target_": "B"}, {"y": 1}]
+    assert json.dumps(format_json.in_order_of(value, skeleton)) == (
+        '[{"_target_": "A", "y": 1}, {"b": 1, "a": 2, "_target_": "Own"}, {"_target_": "B", "z": 1}, {"y": 1}]'
+    )
+
+
 def test_check_names_the_file_and_the_repair_and_changes_nothing(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

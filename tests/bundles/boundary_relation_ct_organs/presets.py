@@ -213,7 +213,8 @@ def test_prediction_of_a_picture_lies_on_it_pixel_by_pixel(
     image, label = picture(7)
     write(tmp_path / "case.png", image)
     (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "case.png"}]}))
-    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
+    options = see_brightness(tmp_path, 2)
+    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **options)
     pred = Image.open(tmp_path / "eval/case_seg.png")
     assert pred.mode == "L"
     assert np.array_equal(np.asarray(pred), label)
@@ -243,7 +244,8 @@ def test_prediction_of_a_slice_lies_on_it_however_it_is_turned(run: Run, tmp_pat
 def test_black_picture_gives_an_empty_label(run: Run, tmp_path: Path) -> None:
     write_gray(tmp_path / "black.png", np.zeros((40, 52), np.uint8))
     (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "black.png"}]}))
-    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 2))
+    options = see_brightness(tmp_path, 2)
+    run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **options)
     assert not np.asarray(Image.open(tmp_path / "eval/black_seg.png")).any()
 
 
