@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Array", "Canvas", "Solid", "carve", "ellipsoid", "join", "smooth_field", "tube"]
+__all__ = ["Array", "Canvas", "Points", "Solid", "carve", "crop", "ellipsoid", "join", "smooth_field", "tube"]
 
 Array = NDArray[np.float32]
+Points = NDArray[np.float64]           # (N, axes), or one of them
 Distance = Callable[[Array], Array]   # points (3, *S) in mm -> signed distance (*S) in mm, negative inside
 
 _REACH = 22.0                         # mm that warp, wobble and soft edges may move a surface
@@ -35,8 +37,7 @@ def ellipsoid(center: ArrayLike, radii: ArrayLike) -> Solid:
     def distance(points: Array) -> Array:
         scaled = (points - c) / r
         near = np.sqrt((scaled**2).sum(0)) + 1e-6
-        value: Array = near * (near - 1) / np.sqrt(((scaled / r) ** 2).sum(0) + tiny)
-        return value
+        return np.asarray(near * (near - 1) / np.sqrt(((scaled / r) ** 2).sum(0) + tiny))
 
     return Solid(middle - size, middle + size, distance)
 
@@ -65,8 +66,7 @@ def join(a: Solid, b: Solid, blend: float = 12.0) -> Solid:
 
     def distance(points: Array) -> Array:
         one, two = a.distance(points), b.distance(points)
-        value: Array = np.minimum(one, two) - np.maximum(blend - np.abs(one - two), 0) ** 2 / (4 * blend)
-        return value
+        return np.asarray(np.minimum(one, two) - np.maximum(blend - np.abs(one - two), 0) ** 2 / (4 * blend))
 
     return Solid(np.minimum(a.low, b.low), np.maximum(a.high, b.high), distance)
 
@@ -76,9 +76,14 @@ def carve(a: Solid, b: Solid) -> Solid:
     return Solid(a.low, a.high, lambda points: np.maximum(a.distance(points), -b.distance(points)))
 
 
-def smooth_field(
-    rng: np.random.Generator, shape: Sequence[int], steps: Sequence[float], wavelength: float
-) -> Array:
+def crop(low: ArrayLike, high: ArrayLike, shape: Sequence[int]) -> tuple[slice, ...]:
+    """Voxels of a grid of `shape` from `low` to `high`, in voxels, both rounded outwards."""
+    first = np.clip(np.floor(low), 0, shape).astype(int)
+    last = np.clip(np.ceil(high) + 1, 0, shape).astype(int)
+    return tuple(map(slice, first.tolist(), last.tolist()))
+
+
+def smooth_field(rng: Generator, shape: Sequence[int], steps: Sequence[float], wavelength: float) -> Array:
     """Draw a smooth random field of zero mean and unit deviation; `steps` and `wavelength` in mm."""
     knots = [math.ceil(n * step / wavelength) + 4 for n, step in zip(shape, steps, strict=True)]
     field = rng.standard_normal(knots).astype(np.float32)
@@ -105,9 +110,7 @@ class Canvas:
         wobble: smooth field of unit deviation that `paint` bends surfaces by.
     """
 
-    def __init__(
-        self, rng: np.random.Generator, shape: Sequence[int], to_patient: NDArray[np.float64]
-    ) -> None:
+    def __init__(self, rng: Generator, shape: Sequence[int], to_patient: NDArray[np.float64]) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.to_patient = to_patient
         self.steps = np.linalg.norm(to_patient[:3, :3], axis=0)   # mm per voxel
@@ -121,7 +124,7 @@ class Canvas:
         self.label = np.zeros(self.shape, np.uint8)
         self.wall: Array = self.hu
 
-    def field(self, rng: np.random.Generator, wavelength: float) -> Array:
+    def field(self, rng: Generator, wavelength: float) -> Array:
         """Draw a smooth random field over the whole grid; `wavelength` in mm."""
         return smooth_field(rng, self.shape, self.steps.tolist(), wavelength)
 
@@ -146,6 +149,4 @@ class Canvas:
         from_patient = np.linalg.inv(self.to_patient[:3, :3])
         middle = from_patient @ ((solid.low + solid.high) / 2 - self.to_patient[:3, 3])
         reach = np.abs(from_patient) @ ((solid.high - solid.low) / 2 + _REACH)
-        low = np.clip(np.floor(middle - reach), 0, self.shape).astype(int)
-        high = np.clip(np.ceil(middle + reach) + 1, 0, self.shape).astype(int)
-        return tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        return crop(middle - reach, middle + reach, self.shape)

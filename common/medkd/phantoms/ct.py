@@ -8,16 +8,18 @@ pancreas. Only position tells them apart. The pancreas has low contrast, the adr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from medkd.phantoms.canvas import Array, Canvas, Distance, Solid, carve, ellipsoid, join, tube
-from medkd.phantoms.sets import are_counts, are_lengths, check_seed, save_nifti, write_set
+from medkd.phantoms.sets import are_counts, are_lengths, check_seed, write_set
 
 __all__ = ["CT_LABELS", "CTPhantom", "ct_phantom", "write_ct_phantoms"]
 
@@ -86,15 +88,13 @@ def ct_phantom(
 
 def _check_grid(seed: int | Sequence[int], shape: Sequence[int], spacing: Sequence[float]) -> None:
     if not are_counts(shape, 3, 16):
-        raise ValueError(
-            f"`shape` must be three voxel counts of 16 or more, such as 96,80,64, got {shape!r}."
-        )
+        raise ValueError(f"`shape` must be three voxel counts of 16 or more, such as 96,80,64, got {shape!r}.")
     if not are_lengths(spacing, 3):
         raise ValueError(f"`spacing` must be three positive lengths in mm, such as 3,3,4, got {spacing!r}.")
     check_seed(seed)
 
 
-def _rotation(rng: np.random.Generator, degrees: float) -> NDArray[np.float64]:
+def _rotation(rng: Generator, degrees: float) -> NDArray[np.float64]:
     """Draw a rotation of up to `degrees` about each axis."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(rng.uniform(-degrees, degrees, 3))):
@@ -107,7 +107,7 @@ def _rotation(rng: np.random.Generator, degrees: float) -> NDArray[np.float64]:
 
 
 def _random_grid(
-    rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float]
+    rng: Generator, shape: Sequence[int], spacing: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw the affine to world mm, and the one to the patient's own mm, with the middle of the body at 0."""
     in_plane, along = rng.uniform(0.92, 1.08, 2)
@@ -122,7 +122,7 @@ def _random_grid(
     return affine, to_patient
 
 
-def _tissue_hu(rng: np.random.Generator) -> dict[str, float]:
+def _tissue_hu(rng: Generator) -> dict[str, float]:
     """Draw the case's HU; look-alikes share theirs, and the pancreas stands 14 to 18 above the mesentery."""
     hu = {name: float(rng.normal(mean, sd)) for name, mean, sd in (
         ("fat", -98, 5), ("muscle", 55, 4), ("mesentery", 42, 5), ("liver", 104, 9), ("spleen", 118, 8),
@@ -132,7 +132,7 @@ def _tissue_hu(rng: np.random.Generator) -> dict[str, float]:
     return hu
 
 
-def _draw_body(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_body(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Skin to cavity: couch, fat rim, muscle wall with ribs, a cavity of fat and bowel, lung bases."""
     x, y, z = canvas.points
     half_width, half_depth = rng.uniform(116, 128), rng.uniform(82, 94)
@@ -156,7 +156,7 @@ def _draw_body(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -
     canvas.paint(heart, hu["vessel"] - 15)
 
 
-def _draw_spine(canvas: Canvas, rng: np.random.Generator) -> None:
+def _draw_spine(canvas: Canvas, rng: Generator) -> None:
     """Vertebrae with disks, canal and spinous processes, muscles beside them."""
     bend, tilt, period = rng.uniform(0, 6), rng.normal(0, 4), rng.uniform(31, 36)
 
@@ -166,19 +166,16 @@ def _draw_spine(canvas: Canvas, rng: np.random.Generator) -> None:
 
     def column(points: Array) -> Array:
         x, y, _ = straight(points)
-        value: Array = np.hypot(x / 1.2, y) - 15 + 1.5 * np.cos(2 * np.pi * points[2] / period)
-        return value
+        return np.asarray(np.hypot(x / 1.2, y) - 15 + 1.5 * np.cos(2 * np.pi * points[2] / period))
 
     def disks(points: Array) -> Array:
-        value: Array = np.maximum(column(points), np.abs((points[2] + bend) % period - 3) - 3)
-        return value
+        return np.asarray(np.maximum(column(points), np.abs((points[2] + bend) % period - 3) - 3))
 
     def part(x0: float, y0: float, width: float, depth: float, gap: float = -99.0) -> Distance:
         def distance(points: Array) -> Array:
             x, y, z = straight(points)
             ring = (np.hypot((np.abs(x) - x0) / width, (y - y0) / depth) - 1) * min(width, depth)
-            value: Array = np.maximum(ring, gap - np.abs((z + bend) % period - period / 2))
-            return value
+            return np.asarray(np.maximum(ring, gap - np.abs((z + bend) % period - period / 2)))
         return distance
 
     low, high = np.array([-70.0, -100.0, -160.0]), np.array([70.0, -20.0, 160.0])
@@ -193,7 +190,7 @@ def _draw_spine(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.paint(Solid(low, high, part(0, -20, 8, 6.5)), 28.0)                     # canal
 
 
-def _draw_bowel(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_bowel(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Stomach, colon and loops of bowel: one with the spleen's HU, one with the pancreas's, some with gas."""
     for number in range(7):
         start = rng.uniform((-70, -5, -115), (70, 50, -35))
@@ -214,7 +211,7 @@ def _draw_bowel(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) 
     canvas.paint(ellipsoid(center + (2, 17, 8), (16, 7, 20)), -800.0, wobble=2, inside=canvas.wall)
 
 
-def _draw_liver(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_liver(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Liver of two lobes with veins and hidden lesions (still liver), and the gall bladder (not)."""
     center = (54, 4, 34) + rng.normal(0, 4, 3)
     size = rng.uniform(0.9, 1.12, 3)
@@ -245,7 +242,7 @@ def _remove_liver_islands(canvas: Canvas, hu: dict[str, float]) -> None:
         canvas.hu[island] = hu["fat"]
 
 
-def _draw_spleen(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_spleen(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Spleen: a crescent that lies against the wall, hollow towards the stomach."""
     center = (-78, -26, 46) + rng.normal(0, 3, 3)
     spleen = ellipsoid(center, (27, 38, 40) * rng.uniform(0.85, 1.15, 3))
@@ -253,7 +250,7 @@ def _draw_spleen(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float])
     canvas.paint(spleen, hu["spleen"], 2, wobble=2.5, inside=canvas.wall + 1)
 
 
-def _draw_pancreas(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_pancreas(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Pancreas: a lobed bow from the duodenum (of the same HU, not labeled) to the spleen, in mesentery."""
     line = np.array([(36, 2, -30), (22, 12, -16), (2, 22, -2), (-24, 16, 10), (-46, 0, 20), (-62, -10, 26)])
     line = line + rng.normal(0, 3, (1, 3)) + rng.normal(0, 3, line.shape)
@@ -266,7 +263,7 @@ def _draw_pancreas(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float
     canvas.paint(tube(vein, [4.5, 4, 3.5, 3]), hu["vessel"] - 5)
 
 
-def _draw_vessels(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_vessels(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Aorta, labeled down to where it divides; vena cava and iliac arteries of the same HU, not labeled."""
     height = np.linspace(150, -90 + rng.normal(0, 6), 12)
     sway = np.cumsum(rng.normal(0, 1.3, (12, 2)), axis=0)
@@ -284,7 +281,7 @@ def _draw_vessels(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]
     canvas.paint(tube(aorta, np.linspace(wide, wide * 0.72, 12).tolist()), hu["vessel"], 4, wobble=0.6)
 
 
-def _draw_kidneys(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]) -> None:
+def _draw_kidneys(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Both kidneys in their fat, with sinus, and both adrenals; only the left ones are labeled."""
     for side, drop in ((-1, 0), (1, 12)):
         mirror = np.array([side, 1.0, 1.0])
@@ -305,51 +302,23 @@ def _draw_kidneys(canvas: Canvas, rng: np.random.Generator, hu: dict[str, float]
         canvas.paint(limbs, hu["adrenal"], 6 if side < 0 else 0, wobble=0.4)
 
 
-def _scan(hu: Array, rng: np.random.Generator) -> NDArray[np.int16]:
+def _scan(hu: Array, rng: Generator) -> NDArray[np.int16]:
     """Blur by the scanner and add correlated noise of 20 to 25 HU."""
     sharp = ndimage.gaussian_filter(hu, 0.45)
     noise = ndimage.gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), 0.55)
     noise *= rng.uniform(20, 25) / noise.std()
-    image: NDArray[np.int16] = np.clip(np.rint(sharp + noise), -1024, 3071).astype(np.int16)
-    return image
+    return np.asarray(np.clip(np.rint(sharp + noise), -1024, 3071), np.int16)
 
 
 def write_ct_phantoms(
     output_dir: str | Path,
-    training: int = 12,
-    validation: int = 3,
-    test: int = 4,
-    unlabeled: int = 0,
-    seed: int = 0,
-    shape: Sequence[int] = (96, 80, 64),
-    spacing: Sequence[float] = (3.0, 3.0, 4.0),
+    training: int = 12, validation: int = 3, test: int = 4, unlabeled: int = 0, seed: int = 0,
+    shape: Sequence[int] = (96, 80, 64), spacing: Sequence[float] = (3.0, 3.0, 4.0),
 ) -> Path:
-    """Write procedural CT cases as NIfTI with a `datalist.json`.
+    """Write procedural CT cases as NIfTI with a `datalist.json`, and return its path.
 
-    A case depends on `seed`, its list and its place in it: more training cases leave the test cases as they
-    are.
-
-    Args:
-        output_dir: folder to fill with `images/`, `labels/` and `datalist.json`.
-        training: number of training cases.
-        validation: number of validation cases.
-        test: number of test cases.
-        unlabeled: number of further cases that are written without their label.
-        seed: non-negative integer.
-        shape: voxels per axis.
-        spacing: mm per voxel and axis.
-
-    Returns:
-        Path of `datalist.json`.
-
-    Raises:
-        ValueError: a count is negative, there is no case at all, or a case cannot be drawn.
+    See `ct_phantom` for shape and spacing, and `medkd.phantoms.sets.write_set` for all else and for what is raised.
     """
     _check_grid(seed, shape, spacing)
-
-    def save(seeds: tuple[int, int, int], files: Mapping[str, Path]) -> None:
-        case = ct_phantom(seeds, shape, spacing)
-        save_nifti(files, {"image": case.image, "label": case.label}, case.affine, "mm")
-
-    counts = {"training": training, "validation": validation, "test": test, "unlabeled": unlabeled}
-    return write_set(output_dir, counts, seed, save, ".nii.gz", CT_LABELS, "CT phantoms")
+    draw = partial(ct_phantom, shape=shape, spacing=spacing)
+    return write_set(output_dir, (training, validation, test, unlabeled), seed, draw, "CT", CT_LABELS, "mm")

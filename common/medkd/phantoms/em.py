@@ -8,19 +8,22 @@ weak spot; only the course of a membrane and the texture on its sides tell which
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.segmentation import find_boundaries
 
 from medkd.phantoms.canvas import Array, smooth_field
 from medkd.phantoms.instances import Ids, number_instances
 from medkd.phantoms.neuropil import GLIA, Neurite, Tissue, grow_neurites, partition
 from medkd.phantoms.organelles import paint_tissue
-from medkd.phantoms.sets import are_counts, are_lengths, check_seed, is_whole, save_nifti, write_set
+from medkd.phantoms.sets import are_counts, are_lengths, check_seed, is_whole, write_set
 
 __all__ = ["EMPhantom", "em_phantom", "write_em_phantoms"]
 
@@ -64,9 +67,6 @@ def em_phantom(
         missing: chance of a section to be lost, 0 to 0.5: black in the image, its label kept. It changes nothing else.
         gap: 0, or 1 for a line of label 0 between neighbors, one voxel wide, within sections and, where voxels are
             cubic, along all axes. It changes the label only; what it cuts off gets a number of its own, or 0 if small.
-
-    Returns:
-        Image, label and affine.
 
     Raises:
         ValueError: an argument is not as above.
@@ -117,35 +117,22 @@ def _check_block(
 
 
 def _cut_sections(
-    rng: np.random.Generator, neurites: Sequence[Neurite], shape: Sequence[int], spacing: Sequence[float]
+    rng: Generator, neurites: Sequence[Neurite], shape: Sequence[int], spacing: Sequence[float]
 ) -> Tissue:
     """Divide a block of sections that are shifted against each other by up to a voxel."""
     offsets = rng.choice([0, 1, 2], (shape[0], 2), p=[0.15, 0.7, 0.15]).tolist()
     wide = partition(rng, neurites, (shape[0], shape[1] + 2, shape[2] + 2), spacing)
 
     def shifted(field: NDArray[Any]) -> NDArray[Any]:
-        rows = [
-            field[..., number, y : y + shape[1], x : x + shape[2]] for number, (y, x) in enumerate(offsets)
-        ]
+        rows = [field[..., z, y : y + shape[1], x : x + shape[2]] for z, (y, x) in enumerate(offsets)]
         return np.stack(rows, axis=-3)
 
     return Tissue(*(shifted(field) for field in wide))
 
 
-def _faces(label: NDArray[Any], axis: int) -> tuple[NDArray[np.bool_], tuple[slice, ...], tuple[slice, ...]]:
-    """Tell which voxels differ from the next one along an axis, and the slices of both."""
-    here, there = ([slice(None)] * 3 for _ in range(2))
-    here[axis], there[axis] = slice(None, -1), slice(1, None)
-    return label[tuple(here)] != label[tuple(there)], tuple(here), tuple(there)
-
-
 def _close_membranes(tissue: Tissue, label: Ids, moved: NDArray[np.bool_]) -> None:
     """Take away the membranes of fragments that were given to a neighbor: the image shows what the label says."""
-    border = np.zeros(label.shape, bool)
-    for axis in range(3):
-        differ, here, there = _faces(label, axis)
-        border[here] |= differ
-        border[there] |= differ
+    border = find_boundaries(label, connectivity=1)   # type: ignore[no-untyped-call]
     inside = ndimage.binary_dilation(moved, iterations=2) & ~border
     tissue.depth[inside] = np.maximum(tissue.depth[inside], 30.0)
 
@@ -155,12 +142,11 @@ def _gaps(label: Ids, spacing: Sequence[float]) -> NDArray[np.bool_]:
     gaps = np.zeros(label.shape, bool)
     for axis, nm in enumerate(spacing):
         if nm < 2 * min(spacing):
-            differ, here, _ = _faces(label, axis)
-            gaps[here] |= differ
+            gaps |= np.diff(label, axis=axis, append=label.take([-1], axis)) != 0
     return gaps
 
 
-def _record(rng: np.random.Generator, gray: Array, spacing: Sequence[float], sections: bool) -> NDArray[np.uint8]:
+def _record(rng: Generator, gray: Array, spacing: Sequence[float], sections: bool) -> NDArray[np.uint8]:
     """Blur, add shading, contrast of the block and of its sections, and noise. 0 is left to lost sections."""
     blur = rng.uniform(0.45, 0.75)
     gray = ndimage.gaussian_filter(gray, (0 if sections else blur, blur, blur))
@@ -173,51 +159,21 @@ def _record(rng: np.random.Generator, gray: Array, spacing: Sequence[float], sec
         level[:, 0, 0] += rng.normal(0, 6, len(gray))
     grain = ndimage.gaussian_filter(rng.standard_normal(gray.shape, dtype=np.float32), (0, 0.4, 0.4))
     gray = (gray - 135) * contrast + level + noise / grain.std() * grain
-    image: NDArray[np.uint8] = np.clip(np.rint(gray), 1, 255).astype(np.uint8)
-    return image
+    return np.asarray(np.clip(np.rint(gray), 1, 255), np.uint8)
 
 
 def write_em_phantoms(   # noqa: PLR0913 - options of a set of data, each with a default
     output_dir: str | Path,
-    training: int = 4,
-    validation: int = 1,
-    test: int = 2,
-    unlabeled: int = 0,
-    seed: int = 0,
-    shape: Sequence[int] = (48, 128, 128),
-    spacing: Sequence[float] = (30.0, 6.0, 6.0),
-    missing: float = 0.0,
-    gap: int = 0,
+    training: int = 4, validation: int = 1, test: int = 2, unlabeled: int = 0, seed: int = 0,
+    shape: Sequence[int] = (48, 128, 128), spacing: Sequence[float] = (30.0, 6.0, 6.0),
+    missing: float = 0.0, gap: int = 0,
 ) -> Path:
-    """Write procedural blocks of neuropil as NIfTI with a `datalist.json`.
+    """Write procedural blocks of neuropil as NIfTI with a `datalist.json`, and return its path.
 
-    A case depends on `seed`, its list and its place in it: more training cases leave the test cases as they are.
-    NIfTI knows no nanometers: headers hold the plain numbers without a unit, as real sets do. `labels` of the
-    datalist stays empty, as the values are instance numbers.
+    NIfTI knows no nanometers: headers hold the plain numbers without a unit, as real sets do.
 
-    Args:
-        output_dir: folder to fill with `images/`, `labels/` and `datalist.json`.
-        training: number of training cases.
-        validation: number of validation cases.
-        test: number of test cases.
-        unlabeled: number of further cases that are written without their label.
-        seed: non-negative integer.
-        shape: voxels per axis, sections first.
-        spacing: nm per voxel and axis, sections first.
-        missing: chance of a section to be black, 0 to 0.5.
-        gap: 1 for a line of 0 between instances, 0 for none.
-
-    Returns:
-        Path of `datalist.json`.
-
-    Raises:
-        ValueError: a count is negative, there is no case at all, or a case cannot be drawn.
+    See `em_phantom` for what is drawn, and `medkd.phantoms.sets.write_set` for all else and for what is raised.
     """
     _check_block(seed, shape, spacing, missing, gap)
-
-    def save(seeds: tuple[int, int, int], files: Mapping[str, Path]) -> None:
-        case = em_phantom(seeds, shape, spacing, missing, gap)
-        save_nifti(files, {"image": case.image, "label": case.label}, case.affine)
-
-    counts = {"training": training, "validation": validation, "test": test, "unlabeled": unlabeled}
-    return write_set(output_dir, counts, seed, save, ".nii.gz", {}, "EM phantoms")
+    draw = partial(em_phantom, shape=shape, spacing=spacing, missing=missing, gap=gap)
+    return write_set(output_dir, (training, validation, test, unlabeled), seed, draw, "EM")

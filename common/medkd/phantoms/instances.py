@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import label as connected
+from skimage.segmentation import relabel_sequential
 
 __all__ = ["number_instances"]
 
@@ -38,10 +39,8 @@ def number_instances(label: NDArray[Any], least: int) -> tuple[Ids, NDArray[np.b
     moved = small[pieces]
     pieces[moved] = 0
     _hand_over(pieces, np.argwhere(moved))
-    held = np.bincount(pieces.ravel()) > 0
-    held[0] = False
-    numbers = np.cumsum(held) * held
-    return numbers.astype(np.uint16 if numbers.max() < 2**16 else np.uint32)[pieces], moved
+    numbers = relabel_sequential(pieces)[0]   # type: ignore[no-untyped-call]
+    return numbers.astype(np.uint16 if numbers.max() < 2**16 else np.uint32), moved
 
 
 def _hand_over(pieces: NDArray[Any], places: NDArray[np.intp]) -> None:

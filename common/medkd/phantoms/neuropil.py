@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
-from medkd.phantoms.canvas import Array, smooth_field, tube
+from medkd.phantoms.canvas import Array, Points, smooth_field, tube
 
 __all__ = ["GLIA", "MOST_BEND", "Neurite", "Tissue", "grow_neurites", "partition"]
 
@@ -28,12 +29,14 @@ MOST_BEND = 48.0         # nm that space is bent by at most
 _STRETCH = 4             # steps of a skeleton whose distances are computed at once
 _COARSE = 15.0           # nm between the points where distances are computed
 
+Box = tuple[Points, Points]   # its lowest and its highest corner
+
 
 class Neurite(NamedTuple):
     """A process: polylines in the bent space of `Tissue.points`, in nm, (n, 3) each, and a radius per point, in nm."""
 
-    lines: tuple[NDArray[np.float64], ...]
-    radii: tuple[NDArray[np.float64], ...]
+    lines: tuple[Points, ...]
+    radii: tuple[Points, ...]
 
 
 class Tissue(NamedTuple):
@@ -52,7 +55,7 @@ class Tissue(NamedTuple):
     points: Array
 
 
-def grow_neurites(rng: np.random.Generator, extent: Sequence[float]) -> list[Neurite]:
+def grow_neurites(rng: Generator, extent: Sequence[float]) -> list[Neurite]:
     """Draw processes through a block and its surroundings, as many as it takes to fill it; `extent` in nm."""
     low, high = np.full(3, -_PAD), np.asarray(extent, np.float64) + _PAD
     wanted = _LENGTH * float(np.prod(high - low))
@@ -60,7 +63,9 @@ def grow_neurites(rng: np.random.Generator, extent: Sequence[float]) -> list[Neu
     neurites: list[Neurite] = []
     nodes, grown = np.empty((0, 3)), 0.0
     while grown < wanted:
-        start = _emptiest(rng.uniform(low, high, (8, 3)), nodes)
+        places = rng.uniform(low, high, (8, 3))
+        gaps = np.linalg.norm(places[:, None] - nodes, axis=2).min(1, initial=np.inf)   # (8,)
+        start = places[gaps.argmax()]
         heading = rng.standard_normal(3) + (bundle if rng.random() < 0.4 else 0.0)
         neurite = _grow_tree(rng, start, heading, (low, high))
         neurites.append(neurite)
@@ -69,20 +74,7 @@ def grow_neurites(rng: np.random.Generator, extent: Sequence[float]) -> list[Neu
     return neurites
 
 
-def _emptiest(candidates: NDArray[np.float64], nodes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Choose the candidate that is farthest from all nodes."""
-    if not len(nodes):
-        return np.asarray(candidates[0])
-    gaps = np.linalg.norm(candidates[:, None] - nodes, axis=2).min(1)   # (8,)
-    return np.asarray(candidates[gaps.argmax()])
-
-
-def _grow_tree(
-    rng: np.random.Generator,
-    start: NDArray[np.float64],
-    heading: NDArray[np.float64],
-    box: tuple[NDArray[np.float64], NDArray[np.float64]],
-) -> Neurite:
+def _grow_tree(rng: Generator, start: Points, heading: Points, box: Box) -> Neurite:
     """Grow one process from `start` both ways until it leaves the box or, seldom, ends; then its branches."""
     radius = float(np.clip(rng.lognormal(np.log(50.0), 0.65), 20.0, 260.0))
     ways = [_grow_line(rng, start, sign * heading, box, 1000 if rng.random() < 0.85 else 4) for sign in (1.0, -1.0)]
@@ -96,13 +88,7 @@ def _grow_tree(
     return Neurite(tuple(lines), tuple(radii))
 
 
-def _grow_line(
-    rng: np.random.Generator,
-    start: NDArray[np.float64],
-    heading: NDArray[np.float64],
-    box: tuple[NDArray[np.float64], NDArray[np.float64]],
-    most: int,
-) -> NDArray[np.float64]:
+def _grow_line(rng: Generator, start: Points, heading: Points, box: Box, most: int) -> Points:
     """Walk from `start` with slow turns; at most `most` steps, at least one."""
     line, ahead = [start], heading / np.linalg.norm(heading)
     for _ in range(most):
@@ -114,7 +100,7 @@ def _grow_line(
     return np.array(line)
 
 
-def _caliber(rng: np.random.Generator, radius: float, count: int) -> NDArray[np.float64]:
+def _caliber(rng: Generator, radius: float, count: int) -> Points:
     """Vary a radius along a line: slow changes, and a swelling here and there."""
     size = radius * np.exp(0.22 * rng.standard_normal(count))
     swollen = rng.random(count) < 0.1
@@ -125,7 +111,7 @@ def _caliber(rng: np.random.Generator, radius: float, count: int) -> NDArray[np.
 class _Axis(NamedTuple):
     """Coarse places along one axis, in nm, and the weights that carry values there to all voxels, (n, coarse)."""
 
-    places: NDArray[np.float64]
+    places: Points
     weights: Array
 
 
@@ -134,13 +120,12 @@ def _coarse_axis(count: int, step: float) -> _Axis:
     if step >= _COARSE or count < 3:
         return _Axis(fine, np.eye(count, dtype=np.float32))
     places = np.linspace(0.0, fine[-1], math.ceil(fine[-1] / _COARSE) + 1, dtype=np.float64)
-    gap = places[1] - places[0]
-    weights = np.maximum(1 - np.abs(fine[:, None] - places) / gap, 0)
+    weights = np.maximum(1 - np.abs(fine[:, None] - places) / places[1], 0)   # the first place is 0
     return _Axis(places, weights.astype(np.float32))
 
 
 def partition(
-    rng: np.random.Generator, neurites: Sequence[Neurite], shape: Sequence[int], spacing: Sequence[float]
+    rng: Generator, neurites: Sequence[Neurite], shape: Sequence[int], spacing: Sequence[float]
 ) -> Tissue:
     """Divide a block of `shape` voxels of `spacing` nm among neurites and glia.
 
@@ -153,8 +138,7 @@ def partition(
     warp = np.stack([smooth_field(rng, coarse, coarse_steps, 230.0) for _ in range(3)])
     points = grid + np.clip(24.0 * warp, -MOST_BEND, MOST_BEND)
     rough = [9.0 * smooth_field(rng, coarse, coarse_steps, 60.0) for _ in range(2)]
-    best = np.full(shape, _FAR, np.float32)
-    best[:] = _upsample(-38.0 + 14.0 * smooth_field(rng, coarse, coarse_steps, 120.0), axes)
+    best = _upsample(-38.0 + 14.0 * smooth_field(rng, coarse, coarse_steps, 120.0), axes)
     second = np.full(shape, _FAR, np.float32)
     owner = np.full(shape, GLIA, np.int32)
     for number, neurite in enumerate(neurites):
@@ -168,7 +152,7 @@ def partition(
 
 
 def _scores(
-    neurite: Neurite, points: Array, places: Sequence[NDArray[np.float64]]
+    neurite: Neurite, points: Array, places: Sequence[Points]
 ) -> Iterator[tuple[tuple[slice, ...], Array]]:
     """Depth in nm under the surface of a neurite, in a crop of the coarse places around each stretch of it."""
     for line, radii in zip(neurite.lines, neurite.radii, strict=True):
@@ -212,13 +196,10 @@ def _depth(lead: Array, spacing: Sequence[float]) -> tuple[Array, Array]:
 
     The lead is folded at the membrane, so the steeper of both sides is its slope.
     """
-    slopes = np.zeros((3, *lead.shape), np.float32)
+    slopes = np.empty((3, *lead.shape), np.float32)
     for axis, step in enumerate(spacing):
-        rise = np.abs(np.diff(lead, axis=axis)) / np.float32(step)
-        ahead, behind = [[slice(None)] * 3 for _ in range(2)]
-        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-        for part in (tuple(ahead), tuple(behind)):
-            np.maximum(slopes[axis][part], rise, out=slopes[axis][part])
+        ahead = np.abs(np.diff(lead, axis=axis, append=lead.take([-1], axis))) / np.float32(step)
+        slopes[axis] = np.maximum(ahead, np.roll(ahead, 1, axis))   # the last is 0, as there is no neighbor
     slopes **= 2
     total = slopes.sum(0)
     normal = slopes / np.maximum(total, 1e-6)

@@ -8,16 +8,16 @@ of five, and in the size of nuclei by three.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 
-from medkd.phantoms.canvas import Array, smooth_field
+from medkd.phantoms.canvas import Array, Points, crop, smooth_field
 from medkd.phantoms.instances import number_instances
 from medkd.phantoms.sets import are_counts, check_seed, write_set
 
@@ -70,7 +70,7 @@ _STAINED = (
 class _Nucleus(NamedTuple):
     """A nucleus on the pixels: the crop around it, how deep each pixel lies in it, in pixels, and its mean radius."""
 
-    crop: tuple[slice, slice]
+    crop: tuple[slice, ...]
     depth: Array
     radius: float
 
@@ -78,12 +78,12 @@ class _Nucleus(NamedTuple):
 class _Outline(NamedTuple):
     """An ellipse with waves: half axes in pixels, angle of the first, height and phase of 2, 3 and 4 waves."""
 
-    center: NDArray[np.float64]
-    axes: NDArray[np.float64]
+    center: Points
+    axes: Points
     angle: float
-    waves: NDArray[np.float64]
+    waves: Points
 
-    def reach(self, angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    def reach(self, angle: Points) -> Points:
         """Distance from the center to the outline in directions of the picture, in pixels."""
         turned = angle - self.angle
         waves = [height * np.cos(k * turned + phase) for k, (height, phase) in enumerate(self.waves, 2)]
@@ -93,14 +93,12 @@ class _Outline(NamedTuple):
     def on(self, shape: Sequence[int]) -> _Nucleus | None:
         """Put the outline on the pixels; None where it lies outside of the picture."""
         reach = self.axes.max() * 1.2 + 8
-        low = np.clip(np.floor(self.center - reach), 0, shape).astype(int)
-        high = np.clip(np.ceil(self.center + reach) + 1, 0, shape).astype(int)
-        if (high <= low).any():
+        where = crop(self.center - reach, self.center + reach, shape)
+        if any(part.start >= part.stop for part in where):
             return None
-        crop = (slice(low[0], high[0]), slice(low[1], high[1]))
-        y, x = np.mgrid[crop] - self.center[:, None, None]
+        y, x = np.mgrid[where] - self.center[:, None, None]
         depth = (1 - np.hypot(y, x) / self.reach(np.arctan2(y, x))) * self.axes.min()
-        return _Nucleus(crop, depth.astype(np.float32), float(np.sqrt(self.axes.prod())))
+        return _Nucleus(where, depth.astype(np.float32), float(np.sqrt(self.axes.prod())))
 
 
 def nuclei_phantom(
@@ -113,9 +111,6 @@ def nuclei_phantom(
         shape: pixels per axis, 64 to 4096 each. 256 x 256 hold 15 to 90 nuclei of 5 to 20 pixels in radius.
         stained: nuclei in purple on white or pink tissue, in RGB; else bright on black, in gray, the brightest pixel
             anywhere from 45 to 255.
-
-    Returns:
-        Image and label.
 
     Raises:
         ValueError: `shape` or `seed` cannot be drawn.
@@ -171,9 +166,7 @@ class _Field:
         return True
 
 
-def _place(
-    rng: np.random.Generator, kind: _Kind, shape: Sequence[int]
-) -> tuple[list[_Nucleus], NDArray[np.int32]]:
+def _place(rng: Generator, kind: _Kind, shape: Sequence[int]) -> tuple[list[_Nucleus], NDArray[np.int32]]:
     """Place nuclei, alone or pressed against one that is there; each pixel belongs to the one it is deepest in."""
     wanted = max(3, round(int(rng.integers(kind.number[0], kind.number[1] + 1)) * shape[0] * shape[1] / _AREA))
     crowd, typical = rng.uniform(0.25, 0.75), rng.uniform(*kind.radius)
@@ -195,21 +188,21 @@ def _place(
     return nuclei, field.owner
 
 
-def _draw_outline(rng: np.random.Generator, kind: _Kind, typical: float, angle: float) -> _Outline:
+def _draw_outline(rng: Generator, kind: _Kind, typical: float, angle: float) -> _Outline:
     size = float(np.clip(typical * np.exp(rng.normal(0, 0.16)), 4.5, 26))
     stretch = np.sqrt(rng.uniform(*kind.length))
     waves = np.column_stack([rng.normal(0, (0.05, 0.04, 0.025)), rng.uniform(0, 2 * np.pi, 3)])
     return _Outline(np.zeros(2), np.array([size * stretch, size / stretch]), angle, waves)
 
 
-def _press(rng: np.random.Generator, outline: _Outline, other: _Outline) -> _Outline:
+def _press(rng: Generator, outline: _Outline, other: _Outline) -> _Outline:
     """Move an outline so that it overlaps another one a little."""
     angle = np.array(rng.uniform(-np.pi, np.pi))
     gap = (other.reach(angle) + outline.reach(angle + np.pi)) * rng.uniform(0.86, 0.97)
     return outline._replace(center=other.center + gap * np.array([np.sin(angle), np.cos(angle)]))
 
 
-def _spots(rng: np.random.Generator, nucleus: _Nucleus, most: int, width: float) -> Array:
+def _spots(rng: Generator, nucleus: _Nucleus, most: int, width: float) -> Array:
     """Up to `most` soft spots in a nucleus, of value 1 and about `width` pixels."""
     field = np.zeros(nucleus.depth.shape, np.float32)
     inside = np.argwhere(nucleus.depth > 0.3 * nucleus.depth.max())
@@ -219,7 +212,7 @@ def _spots(rng: np.random.Generator, nucleus: _Nucleus, most: int, width: float)
     return np.minimum(field, 1)
 
 
-def _shine(rng: np.random.Generator, nuclei: Sequence[_Nucleus], shape: Sequence[int]) -> Array:
+def _shine(rng: Generator, nuclei: Sequence[_Nucleus], shape: Sequence[int]) -> Array:
     """Light of the nuclei, about 1 where one is bright; where two overlap, the other shines through."""
     light: Array = np.zeros(shape, np.float32)
     texture, grain = smooth_field(rng, shape, (1.0, 1.0), 4.0), rng.uniform(0.05, 0.2)
@@ -239,7 +232,7 @@ def _shine(rng: np.random.Generator, nuclei: Sequence[_Nucleus], shape: Sequence
     return light
 
 
-def _expose(rng: np.random.Generator, light: Array) -> NDArray[np.uint8]:
+def _expose(rng: Generator, light: Array) -> NDArray[np.uint8]:
     """Add what is no nucleus, glow, uneven light and noise, in gray values up to a peak of the picture's own."""
     for width, strength, number in _LITTER:
         for _ in range(rng.poisson(number * light.size / _AREA * rng.uniform(0, 1.5))):
@@ -255,19 +248,16 @@ def _expose(rng: np.random.Generator, light: Array) -> NDArray[np.uint8]:
     light *= (peak - floor) / light.max()
     noise = np.sqrt(rng.uniform(0.001, 0.007) * peak * np.maximum(light, 0) + rng.uniform(0.2, 0.8) ** 2)
     light += floor + noise * rng.standard_normal(light.shape, dtype=np.float32)
-    image: NDArray[np.uint8] = np.clip(np.rint(light), 0, 255).astype(np.uint8)
-    return image
+    return np.asarray(np.clip(np.rint(light), 0, 255), np.uint8)
 
 
-def _add_spot(light: Array, center: NDArray[np.float64], width: float, strength: float) -> None:
-    low = np.clip(np.floor(center - 3.5 * width), 0, light.shape).astype(int)
-    high = np.clip(np.ceil(center + 3.5 * width) + 1, 0, light.shape).astype(int)
-    crop = (slice(low[0], high[0]), slice(low[1], high[1]))
-    y, x = np.mgrid[crop] - center[:, None, None]
-    light[crop] += strength * np.exp(-(y**2 + x**2) / (2 * width**2))
+def _add_spot(light: Array, center: Points, width: float, strength: float) -> None:
+    where = crop(center - 3.5 * width, center + 3.5 * width, light.shape)
+    y, x = np.mgrid[where] - center[:, None, None]
+    light[where] += strength * np.exp(-(y**2 + x**2) / (2 * width**2))
 
 
-def _stain(rng: np.random.Generator, nuclei: Sequence[_Nucleus], shape: Sequence[int]) -> NDArray[np.uint8]:
+def _stain(rng: Generator, nuclei: Sequence[_Nucleus], shape: Sequence[int]) -> NDArray[np.uint8]:
     """Light through two stains: pink tissue with red cells, and nuclei of a darker rim in blue."""
     pink, blue = _draw_tissue(rng, shape)
     for _ in range(rng.poisson(5 * pink.size / _AREA)):
@@ -290,11 +280,10 @@ def _stain(rng: np.random.Generator, nuclei: Sequence[_Nucleus], shape: Sequence
     density = ndimage.gaussian_filter(density, (*[rng.uniform(0.4, 0.8)] * 2, 0))
     lamp = rng.uniform((215, 215, 220), (250, 248, 250)).astype(np.float32)
     noise = rng.uniform(1.5, 4) * rng.standard_normal(density.shape, dtype=np.float32)
-    image: NDArray[np.uint8] = np.clip(np.rint(lamp * np.exp(-1.35 * density) + noise), 0, 255).astype(np.uint8)
-    return image
+    return np.asarray(np.clip(np.rint(lamp * np.exp(-1.35 * density) + noise), 0, 255), np.uint8)
 
 
-def _draw_tissue(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array, Array]:
+def _draw_tissue(rng: Generator, shape: Sequence[int]) -> tuple[Array, Array]:
     """Density of pink and blue without nuclei: fibers one way, or a nearly empty slide."""
     fine, coarse = (smooth_field(rng, shape, (1.0, 1.0), wavelength) for wavelength in (14.0, 60.0))
     y, x = np.indices(shape, dtype=np.float32)
@@ -310,44 +299,21 @@ def _draw_tissue(rng: np.random.Generator, shape: Sequence[int]) -> tuple[Array,
 
 def write_nuclei_phantoms(
     output_dir: str | Path,
-    training: int = 24,
-    validation: int = 6,
-    test: int = 8,
-    unlabeled: int = 0,
-    seed: int = 0,
-    shape: Sequence[int] = (256, 256),
-    stained: float = 0.25,
+    training: int = 24, validation: int = 6, test: int = 8, unlabeled: int = 0, seed: int = 0,
+    shape: Sequence[int] = (256, 256), stained: float = 0.25,
 ) -> Path:
-    """Write procedural pictures of nuclei as PNG with a `datalist.json`.
+    """Write procedural pictures of nuclei as PNG with a `datalist.json`, and return its path.
 
-    A case depends on `seed`, its list and its place in it: more training cases leave the test cases as they are.
-    `labels` of the datalist stays empty, as the values are instance numbers.
+    See `nuclei_phantom` for the shape, and `medkd.phantoms.sets.write_set` for all else and for what is raised.
 
     Args:
-        output_dir: folder to fill with `images/`, `labels/` and `datalist.json`.
-        training: number of training cases.
-        validation: number of validation cases.
-        test: number of test cases.
-        unlabeled: number of further cases that are written without their label.
-        seed: non-negative integer.
-        shape: pixels per axis.
         stained: share of each list that is stained, in RGB, 0 to 1, evenly over it: 0.25 takes every fourth case.
-
-    Returns:
-        Path of `datalist.json`.
-
-    Raises:
-        ValueError: a count is negative, there is no case at all, or a case cannot be drawn.
     """
     _check_picture(seed, shape)
     if isinstance(stained, bool) or not isinstance(stained, (int, float)) or not 0 <= stained <= 1:
         raise ValueError(f"`stained` must be the share of stained pictures, 0 to 1, got {stained!r}.")
 
-    def save(seeds: tuple[int, int, int], files: Mapping[str, Path]) -> None:
-        in_color = int((seeds[2] + 1) * stained) > int(seeds[2] * stained)
-        case = nuclei_phantom(seeds, shape, in_color)
-        for key, path in files.items():
-            Image.fromarray(case.image if key == "image" else case.label).save(path)
+    def draw(seeds: tuple[int, int, int]) -> NucleiPhantom:
+        return nuclei_phantom(seeds, shape, int((seeds[2] + 1) * stained) > int(seeds[2] * stained))
 
-    counts = {"training": training, "validation": validation, "test": test, "unlabeled": unlabeled}
-    return write_set(output_dir, counts, seed, save, ".png", {}, "nuclei phantoms")
+    return write_set(output_dir, (training, validation, test, unlabeled), seed, draw, "nuclei")

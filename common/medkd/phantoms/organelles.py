@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from medkd.phantoms.canvas import Array, smooth_field, tube
+from medkd.phantoms.canvas import Array, Points, crop, smooth_field, tube
 from medkd.phantoms.neuropil import GLIA, MOST_BEND, Neurite, Tissue
 
 __all__ = ["paint_tissue"]
@@ -27,14 +28,14 @@ _MANY = 4096             # spots that are stamped at once: 60 MB
 class _Contact(NamedTuple):
     """A synapse: where, in nm, from and to which neurite, and its radius in nm."""
 
-    place: NDArray[np.float64]
+    place: Points
     before: int
     behind: int
     radius: float
 
 
 def paint_tissue(
-    rng: np.random.Generator, tissue: Tissue, neurites: Sequence[Neurite], spacing: Sequence[float]
+    rng: Generator, tissue: Tissue, neurites: Sequence[Neurite], spacing: Sequence[float]
 ) -> Array:
     """Paint the gray values of a block of neuropil, without noise.
 
@@ -64,7 +65,7 @@ class _Scene:
     """Gray values in the making; painted from the inside of the cells out."""
 
     def __init__(
-        self, rng: np.random.Generator, tissue: Tissue, neurites: Sequence[Neurite], spacing: Sequence[float]
+        self, rng: Generator, tissue: Tissue, neurites: Sequence[Neurite], spacing: Sequence[float]
     ) -> None:
         self.rng, self.tissue, self.neurites = rng, tissue, neurites
         self.shape, self.spacing = tissue.owner.shape, np.array(spacing, np.float64)
@@ -116,7 +117,7 @@ class _Scene:
                     if wide > 45 and self.rng.random() < 0.4:
                         self.paint_mitochondrion(number, line[part], min(wide * self.rng.uniform(0.5, 0.8), 140.0))
 
-    def paint_mitochondrion(self, number: int, line: NDArray[np.float64], radius: float) -> None:
+    def paint_mitochondrion(self, number: int, line: Points, radius: float) -> None:
         """One of them: outer membrane, and cristae as stripes, as far as sections let them be seen."""
         solid = tube(line, np.full(len(line), radius))
         where = self.crop(solid.low - MOST_BEND, solid.high + MOST_BEND)
@@ -194,11 +195,9 @@ class _Scene:
 
     def crop(self, low: ArrayLike, high: ArrayLike) -> tuple[slice, ...]:
         """Voxels of a box in nm."""
-        first = np.clip(np.floor(np.asarray(low) / self.spacing), 0, self.shape).astype(int)
-        last = np.clip(np.ceil(np.asarray(high) / self.spacing) + 2, 0, self.shape).astype(int)
-        return tuple(slice(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True))
+        return crop(np.asarray(low) / self.spacing, np.ceil(np.asarray(high) / self.spacing) + 1, self.shape)
 
-    def unbend(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    def unbend(self, points: Points) -> Points:
         """Find where points of the bent space lie in the block, nearly. Shape (N, 3), in nm, as what it returns."""
         at = points
         for _ in range(2):
@@ -206,16 +205,15 @@ class _Scene:
             at = points - (self.tissue.points[(slice(None), *index.T)].T - index * self.spacing)
         return at
 
-    def inside(self, points: NDArray[np.float64], number: int, depth: float) -> NDArray[np.float64]:
+    def inside(self, points: Points, number: int, depth: float) -> Points:
         """Keep the points that lie in a neurite, at least `depth` nm deep. Shape (N, 3), in nm."""
         index = np.rint(points / self.spacing).astype(int)
         held = ((index >= 0) & (index < self.shape)).all(1)
         points, index = points[held], index[held]
         deep = (self.tissue.owner[tuple(index.T)] == number) & (self.tissue.depth[tuple(index.T)] > depth)
-        kept: NDArray[np.float64] = points[deep]
-        return kept
+        return np.asarray(points[deep])
 
-    def stamp(self, spots: NDArray[np.float64], reach: float) -> tuple[tuple[NDArray[np.intp], ...], Array]:
+    def stamp(self, spots: Points, reach: float) -> tuple[tuple[NDArray[np.intp], ...], Array]:
         """Find all voxels within `reach` nm of a spot, each once, and their distance to the nearest one in nm."""
         nearest = np.full(self.shape, np.inf, np.float32)
         spans = [np.arange(-int(reach // nm) - 1, int(reach // nm) + 2) for nm in self.spacing]

@@ -11,13 +11,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
-from medkd.data.datalist import write_datalist
+from medkd.data.datalist import LISTS, write_datalist
 
-__all__ = ["are_counts", "are_lengths", "check_seed", "is_whole", "save_nifti", "write_set"]
-
-Save = Callable[[tuple[int, int, int], Mapping[str, Path]], None]
+__all__ = ["are_counts", "are_lengths", "check_seed", "is_whole", "write_set"]
 
 
 def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
@@ -48,57 +47,50 @@ def check_seed(seed: Any) -> None:
 
 
 def write_set(
-    output_dir: str | Path,
-    counts: Mapping[str, int],
-    seed: int,
-    save: Save,
-    suffix: str,
-    labels: Mapping[str, str],
-    title: str,
+    output_dir: str | Path, counts: Sequence[int], seed: int, draw: Callable[[tuple[int, int, int]], Any],
+    title: str, labels: Mapping[str, str] | None = None, unit: str = "unknown",
 ) -> Path:
-    """Write cases to `images/` and `labels/`, and the `datalist.json` of them.
+    """Write cases to `images/` and `labels/`, and the `datalist.json` of them, whose path it returns.
 
     The seeds of a case are `seed`, the number of its list and its place there: more cases in one list leave those of
     the others as they are.
 
     Args:
         output_dir: folder to fill.
-        counts: number of cases by list; those of `unlabeled` are written without their label.
+        counts: number of training, validation, test and unlabeled cases; the last are written without their label.
         seed: non-negative integer.
-        save: draws the case of three seeds and writes it to the files given by key, `image` and perhaps `label`.
-        suffix: of the files, such as ".png".
-        labels: names of the label values; empty for instance numbers.
+        draw: gives the case of three seeds: `image`, `label` and, where they are NIfTI and not PNG, `affine`.
         title: shown with the progress.
-
-    Returns:
-        Path of `datalist.json`.
+        labels: names of the label values; None for instance numbers, which leaves `labels` empty.
+        unit: of the affines, for the headers: mm, micron or unknown.
 
     Raises:
         ValueError: a count is negative, or there is no case at all.
     """
-    for name, count in counts.items():
+    lists: dict[str, list[dict[str, str]]] = {name: [] for name in (*LISTS, "unlabeled")}
+    for name, count in zip(lists, counts, strict=True):
         if not is_whole(count, 0):
             raise ValueError(f"`{name}` must be a number of cases, 0 or more, got {count!r}.")
-    if not sum(counts.values()):
+    if not sum(counts):
         raise ValueError("`training` must be 1 or more, got 0 in all lists.")
     folder = Path(output_dir)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    lists: dict[str, list[dict[str, str]]] = {name: [] for name in counts}
-    plan = [(name, place) for name, count in counts.items() for place in range(count)]
-    for number, (name, place) in enumerate(tqdm(plan, desc=title, unit="case", delay=2)):
-        file = f"case_{number:03d}{suffix}"
-        item = {"image": f"images/{file}"} | ({"label": f"labels/{file}"} if name != "unlabeled" else {})
-        save((seed, list(counts).index(name), place), {key: folder / path for key, path in item.items()})
-        lists[name].append(item)
-    return write_datalist(folder / "datalist.json", {**lists, "labels": dict(labels)})
+    plan = [(number, place) for number, count in enumerate(counts) for place in range(count)]
+    for index, (number, place) in enumerate(tqdm(plan, desc=f"{title} phantoms", unit="case", delay=2)):
+        case, name = draw((seed, number, place)), list(lists)[number]
+        keys = ("image",) if name == "unlabeled" else ("image", "label")
+        suffix = ".nii.gz" if hasattr(case, "affine") else ".png"
+        lists[name].append({key: f"{key}s/case_{index:03d}{suffix}" for key in keys})
+        for key, path in lists[name][-1].items():
+            _save(getattr(case, key), getattr(case, "affine", None), folder / path, unit)
+    return write_datalist(folder / "datalist.json", {**lists, "labels": dict(labels or {})})
 
 
-def save_nifti(
-    files: Mapping[str, Path], volumes: Mapping[str, NDArray[Any]], affine: NDArray[np.float64], unit: str = "unknown"
-) -> None:
-    """Write the volumes whose keys have a file. `unit` of the affine goes into the header: mm, micron or unknown."""
-    for key, path in files.items():
-        file: Any = nib.Nifti1Image(volumes[key], affine)   # type: ignore[no-untyped-call]
-        file.header.set_xyzt_units(unit)
-        nib.save(file, path)
+def _save(values: NDArray[Any], affine: NDArray[np.float64] | None, path: Path, unit: str) -> None:
+    if affine is None:
+        Image.fromarray(values).save(path)
+        return
+    file: Any = nib.Nifti1Image(values, affine)   # type: ignore[no-untyped-call]
+    file.header.set_xyzt_units(unit)
+    nib.save(file, path)

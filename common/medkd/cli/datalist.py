@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a datalist.json for a folder of images and labels of the same names; the folder stays as it is."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from medkd.cli.lists import tell_written
+from medkd.cli.parser import Parser, literal
+
+__all__ = ["run"]
+
+
+def run(parser: Parser, words: Sequence[str]) -> None:
+    """Run `medkd datalist`."""
+    add = parser.add_argument
+    add("source", help="folder of the data")
+    add("output", help="datalist.json to write, or the folder for it; outside of SOURCE")
+    add("--splits", metavar="FILE", help="JSON file of case names by split, such as "
+        '{"train": ["a.nii.gz"], "val": ["b"], "test": []}; without it splits are drawn at random by patient')
+    add("--training", metavar="SPLIT", help="the training split in that file (default: training, train or tr)")
+    add("--validation", metavar="SPLIT", help="the validation split (default: validation, val or valid)")
+    add("--test", metavar="SPLIT", help="the test split (default: test, testing or ts)")
+    add("--fractions", type=literal, metavar="A,B,C",
+        help="shares of training, validation and test for random splits (default: 0.65,0.15,0.2)")
+    add("--seed", type=literal, default=0, help="integer of 0 or more, for random splits")
+    add("--patient", metavar="REGEX", help="one group of it is the patient, in file names without extension, such as "
+        '"^(p[0-9]+)_"; without it each file is a patient of its own')
+    add("--images", metavar="FOLDER", default="images", help="images in SOURCE")
+    add("--labels", metavar="FOLDER", default="labels", help="labels in SOURCE")
+    add("--unlabeled", metavar="FOLDER",
+        help="images in SOURCE; those in no split and without label become `unlabeled`")
+    add("--label_names", metavar="NAMES",
+        help='of the label values from 0 on, such as "background,liver,spleen", or a JSON file of them')
+    options = parser.parse(words)
+    from medkd.data.datalist import make_datalist
+
+    tell_written(make_datalist(
+        options.source, options.output, _plan(options), options.images, options.labels, options.unlabeled,
+        options.label_names, options.patient,
+    ))
+
+
+def _plan(options: Namespace) -> Any:
+    """Splits of a file, or random ones."""
+    from medkd.data.datalist import RandomSplits, SplitsFile
+
+    named = {name: getattr(options, name) for name in ("training", "validation", "test")}
+    if options.splits is not None:
+        if options.fractions is not None or options.seed != 0:
+            raise ValueError("--fractions and --seed must come without --splits, got both; leave one out.")
+        return SplitsFile(options.splits, **named)
+    lone = [f"--{name}" for name, split in named.items() if split is not None]
+    if lone:
+        raise ValueError(f"{', '.join(lone)} must name a split of a file, got no --splits; add it.")
+    shares = options.fractions
+    if shares is None:
+        return RandomSplits(seed=options.seed)
+    are_shares = isinstance(shares, (tuple, list)) and all(isinstance(s, (int, float)) and 0 <= s <= 1 for s in shares)
+    if not are_shares or len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(
+            f"--fractions must be three shares with the sum 1, for training, validation and test, got {shares!r}; "
+            "such as 0.65,0.15,0.2."
+        )
+    return RandomSplits(shares[1], shares[2], options.seed)

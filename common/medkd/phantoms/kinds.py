@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of data that phantoms exist of, and which of them a bundle takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__all__ = ["KINDS", "Kind", "kind_of"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of data.
+
+    Attributes:
+        name: its word in `medkd phantom`, and its module here, which has a function `write_<name>_phantoms`.
+        modality: what a bundle that takes such data says of its input `image`.
+        about: what its phantoms are, in one sentence, with their size.
+        cases: number of training, validation and test cases, by default.
+        options: further options of its phantoms, with their defaults and what they mean.
+    """
+
+    name: str
+    modality: str
+    about: str
+    cases: tuple[int, int, int]
+    options: Mapping[str, tuple[Any, str]]
+
+    def write(self, output_dir: str | os.PathLike[str], **options: Any) -> Path:
+        """Write phantoms by the kind's writer, which takes the options, and is imported only now."""
+        writer = getattr(import_module(f"medkd.phantoms.{self.name}"), f"write_{self.name}_phantoms")
+        path: Path = writer(output_dir, **options)
+        return path
+
+
+KINDS = {kind.name: kind for kind in (
+    Kind("ct", "CT", "Abdominal CT: six organs, look-alikes, noise, oblique affines; 1 MB per case.", (12, 3, 4), {
+        "shape": ((96, 80, 64), "voxels per axis, 16 or more each"),
+        "spacing": ((3.0, 3.0, 4.0), "mm per voxel and axis; a case differs from it by up to 8 %"),
+    }),
+    Kind("em", "EM", "EM, labels instance numbers: neurites, organelles, weak membranes; 1 MB per case.", (4, 1, 2), {
+        "shape": ((48, 128, 128), "voxels per axis, 16 or more each, sections along the first"),
+        "spacing": ((30.0, 6.0, 6.0), "nm per voxel and axis, 2 to 60, sections first; 10,10,10 for cubic voxels. "
+                    "Headers hold the numbers without a unit, as NIfTI knows no nm"),
+        "missing": (0.0, "chance of a section to be black, 0 to 0.5; its label stays"),
+        "gap": (0, "0 where instances touch; 1 for a line of label 0 between them, one voxel wide"),
+    }),
+    Kind("nuclei", "microscopy", "Pictures of nuclei as PNG, labels instance numbers; 50 kB per case.", (24, 6, 8), {
+        "shape": ((256, 256), "pixels per axis, 64 to 4096 each; nuclei have a radius of 5 to 20 pixels"),
+        "stained": (0.25, "share of each list that is stained tissue in RGB, 0 to 1; the rest is fluorescence in gray"),
+    }),
+)}
+
+
+def kind_of(bundle: str | os.PathLike[str]) -> Kind:
+    """Tell which kind of data a bundle takes, by the modality in its `configs/metadata.json`.
+
+    Args:
+        bundle: folder of the bundle.
+
+    Raises:
+        ValueError: the metadata cannot be read, or name no modality of `KINDS`.
+    """
+    file = Path(bundle, "configs/metadata.json")
+    try:
+        modality: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`bundle` must be a folder with configs/metadata.json, got {bundle}: {error}") from None
+    for key in ("network_data_format", "inputs", "image", "modality"):
+        modality = modality.get(key) if isinstance(modality, dict) else None
+    for kind in KINDS.values():
+        if kind.modality == modality:
+            return kind
+    raise ValueError(
+        f"`network_data_format#inputs#image#modality` of {file} must be one of "
+        f"{', '.join(kind.modality for kind in KINDS.values())}, got {json.dumps(modality)}; it tells which phantoms "
+        "suit the bundle."
+    )

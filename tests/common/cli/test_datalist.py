@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`medkd datalist`: splits of a file or at random, and options that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medkd.cli import main
+
+Capture = pytest.CaptureFixture[str]
+Refused = Callable[[list[str], str], None]
+
+
+def test_datalist_follows_a_splits_file(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    named = {"train": ["case_000", "case_001"], "007": ["case_002.nii.gz"]}
+    (tmp_path / "splits.json").write_text(json.dumps(named))
+    words = ["datalist", str(phantoms), str(tmp_path / "out"), "--splits", str(tmp_path / "splits.json")]
+    assert main([*words, "--validation", "007", "--label_names", "background,liver, spleen"]) == 0
+    assert "2 training, 1 validation, 0 test, 0 unlabeled" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    assert content["data_root"] == str(phantoms)
+    assert content["validation"] == [{"image": "images/case_002.nii.gz", "label": "labels/case_002.nii.gz"}]
+    assert content["labels"] == {"0": "background", "1": "liver", "2": "spleen"}
+
+
+def test_datalist_draws_splits_by_shares(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    words = ["datalist", str(phantoms), str(tmp_path), "--fractions", "0.5,0.25,0.25"]
+    assert main([*words, "--patient", r"_(\d+)$"]) == 0
+    assert "2 training, 1 validation, 1 test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fractions", "0.5,0.5"], "--fractions must be three shares with the sum 1"),
+        (["--fractions", "0.5,0.5,0.5"], "--fractions must be three shares with the sum 1"),
+        (["--test", "x"], "--test must name a split of a file, got no --splits; add it."),
+        (["--splits", "s.json", "--seed", "1"], "--fractions and --seed must come without --splits"),
+        (["--splits", "s.json"], "`splits` must name a file of splits, got 's.json', which is no file"),
+    ],
+)
+def test_datalist_refuses_options_that_do_not_fit(
+    phantoms: Path, tmp_path: Path, refused: Refused, words: list[str], message: str
+) -> None:
+    refused(["datalist", str(phantoms), str(tmp_path / "out"), *words], message)
+    assert not (tmp_path / "out").exists()
