@@ -62,7 +62,7 @@ class FeatureTaps:
         self.recording = False
         self._parameters = dict(self.network.named_parameters())
         modules = dict(self.network.named_modules())
-        self._layers = [path for path in self.paths if path in modules and path not in self._parameters]
+        self._layers = [path for path in self.paths if path in modules]
         for path in self.paths:
             self._refuse_unknown(path, modules)
         self._outputs: dict[str, tuple[Tensor, int]] = {}
@@ -122,7 +122,5 @@ class FeatureTaps:
 
     def remove(self) -> None:
         """Take the hooks off the network."""
-        self.recording = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,23 +47,16 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":                                     # the name is in the folder: sync that, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except RuntimeError as error:                                  # how torch reports a failed write
-        temporary.unlink(missing_ok=True)
         raise OSError(str(error)) from error
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
 
 
 class CheckpointHandler:
@@ -70,8 +64,9 @@ class CheckpointHandler:
 
     Checkpoints lie in `directory/checkpoints/epoch_<n>.pt`, where MONAI Label does not offer them; the newest two are
     kept, and the older one is deleted only after the new one is on the disk. `model.pt` is the student's bare state
-    dict, beside it `model.json` says how it was trained. A failed write is logged and training goes on. Place it last
-    in the list, behind validation, learning-rate schedule and `DistillationHandler`.
+    dict, beside it `model.json` says how it was trained. A failed write is logged and training goes on; `saved` in
+    `model.json` is false then, with the `reason`, until a later student is saved. Place it last in the list, behind
+    validation, learning-rate schedule and `DistillationHandler`.
 
     Args:
         directory: where weights go; `ckpt_dir` of the bundle.
@@ -85,22 +80,16 @@ class CheckpointHandler:
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        objects: Mapping[str, Any],
-        evaluator: Any | None = None,
+        self, directory: str | os.PathLike[str], objects: Mapping[str, Any], evaluator: Any | None = None,
         resume: bool = False,
     ) -> None:
         if "network" not in objects:
             raise ValueError(f"`objects` must have the key 'network', the student, got {sorted(objects)}.")
         self.directory = Path(directory)
+        self._folder = self.directory / "checkpoints"
         self.objects = {name: _loadable(value) for name, value in objects.items()}
         self.evaluator = evaluator
         self.resume = resume
-
-    @property
-    def _folder(self) -> Path:
-        return self.directory / "checkpoints"
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
@@ -140,7 +129,9 @@ class CheckpointHandler:
         )
 
     def _restore(self, engine: Any, content: dict[str, Any], path: Path) -> None:
-        _refuse_other_run(engine, content, path)
+        problem = _misfit(engine, content)
+        if problem:
+            raise ValueError(f"{path} {problem}")
         for name, target in self.objects.items():
             if name not in content["objects"]:
                 raise ValueError(f"{path} must hold {name!r} to resume, got {sorted(content['objects'])}.")
@@ -199,13 +190,13 @@ class CheckpointHandler:
         path = self.directory / "model.pt"
         try:
             save_atomically({key: value.detach().cpu() for key, value in state.items()}, path)
-            description = json.dumps(self._describe(engine), indent=2) + "\n"
-            _write_atomically(path.with_suffix(".json"), lambda file: file.write(description.encode()))
+            _write_json(self._describe(engine), path.with_suffix(".json"))
         except OSError as error:
             logger.error("The student was NOT saved to %s: %s. Training goes on; free some space.", path, error)
+            _mark_unsaved(path.with_suffix(".json"), str(error))
 
     def _describe(self, engine: Any) -> dict[str, Any]:
-        run = dict(getattr(engine.state, "distillation", {"mode": "supervised"}))
+        run = {"saved": True, **getattr(engine.state, "distillation", {"mode": "supervised"})}
         run["weights"] = getattr(engine.state, "distill_weights", {}) if run["mode"] == "distilled" else {}
         run["epoch"], run["max_epochs"] = engine.state.epoch, engine.state.max_epochs
         if self._best_epoch() >= 1:
@@ -221,9 +212,7 @@ class CheckpointHandler:
             "objects": {name: value.state_dict() for name, value in self.objects.items()},
             "memories": list(memories),
             "scaler": scaler.state_dict() if scaler is not None else {},
-            "epoch": engine.state.epoch,
-            "iteration": engine.state.iteration,
-            "epoch_length": engine.state.epoch_length,
+            **{name: getattr(engine.state, name) for name in ("epoch", "iteration", "epoch_length")},
             "best_metric": float(best.best_metric) if best is not None else -1.0,
             "best_metric_epoch": self._best_epoch(),
             "teacher_sha256": getattr(engine.state, "distillation", {}).get("teacher_sha256"),
@@ -237,6 +226,21 @@ class CheckpointHandler:
             old.unlink(missing_ok=True)
 
 
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    _write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _mark_unsaved(path: Path, reason: str) -> None:
+    """Say in the description of the older weights that better ones are lost; a disk too full for that loses it."""
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        _write_json({**before, "saved": False, "reason": reason}, path)
+    except (OSError, ValueError):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def _loadable(value: Any) -> Any:
     """Something with a state dict; wrapped networks lose their wrapper, lists of modules become one module."""
     if isinstance(value, (list, tuple)):
@@ -248,21 +252,20 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("epoch_*.pt"), reverse=True)
 
 
-def _refuse_other_run(engine: Any, content: Mapping[str, Any], path: Path) -> None:
+def _misfit(engine: Any, content: Mapping[str, Any]) -> str | None:
+    """Say why a checkpoint is not of this run, if so."""
     if not isinstance(content.get("objects"), Mapping):
-        raise ValueError(f"{path} must be a checkpoint of a training run, got {sorted(content)[:5]}.")
-    teacher = getattr(engine.state, "distillation", {}).get("teacher_sha256")
-    if content["teacher_sha256"] != teacher:
-        raise ValueError(
-            f"{path} was trained with the teacher {content['teacher_sha256']}, this run has {teacher}; resume with the "
-            "same teacher and weights, or start anew without `--resume`."
+        return f"must be a checkpoint of a training run, got {sorted(content)[:5]}."
+    old, run = content["teacher_sha256"], engine.state
+    teacher = getattr(run, "distillation", {}).get("teacher_sha256")
+    if old != teacher:
+        return (
+            f"was trained with the teacher {old}, this run has {teacher}; resume with the same teacher and "
+            "weights, or start anew without `--resume`."
         )
-    if content["epoch_length"] != engine.state.epoch_length:
-        raise ValueError(
-            f"{path} has {content['epoch_length']} steps per epoch, this run {engine.state.epoch_length}; "
-            "resume with the same data and batch size."
-        )
-    if content["epoch"] > engine.state.max_epochs:
-        raise ValueError(
-            f"{path} has done {content['epoch']} epochs, this run ends at {engine.state.max_epochs}; give more epochs."
-        )
+    steps, epoch, own = content["epoch_length"], content["epoch"], run.epoch_length
+    if steps != own:
+        return f"has {steps} steps per epoch, this run {own}; resume with the same data and batch size."
+    if epoch > run.max_epochs:
+        return f"has done {epoch} epochs, this run ends at {run.max_epochs}; give more epochs."
+    return None

@@ -69,13 +69,9 @@ class DistillationHandler:
     """
 
     def __init__(
-        self,
-        teacher: Teacher | nn.Module,
-        loss: DistillationLoss | Sequence[DistillationLoss],
-        weights: Mapping[str, float] | None = None,
-        teacher_input: str = "image",
-        validator: SupervisedEvaluator | None = None,
-        teacher_check: Mapping[str, str] | None = None,
+        self, teacher: Teacher | nn.Module, loss: DistillationLoss | Sequence[DistillationLoss],
+        weights: Mapping[str, float] | None = None, teacher_input: str = "image",
+        validator: SupervisedEvaluator | None = None, teacher_check: Mapping[str, str] | None = None,
     ) -> None:
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.losses = [loss] if isinstance(loss, DistillationLoss) else list(loss)
@@ -118,12 +114,8 @@ class DistillationHandler:
             FeatureTaps(engine.network, [student for student, _ in pairs], "student"),
             FeatureTaps(self._network, [teacher for _, teacher in pairs], "teacher"),
         )
-        path = self.teacher.path
-        state.distillation = {
-            "mode": "distilled",
-            "teacher": None if path is None else str(path),
-            "teacher_sha256": self.teacher.file_sha256,
-        }
+        path, sha256 = self.teacher.path, self.teacher.file_sha256
+        state.distillation = {"mode": "distilled", "teacher": path and str(path), "teacher_sha256": sha256}
 
     def _activate_losses(self, device: torch.device) -> list[TapPair]:
         """Ready the losses that have a weight, and collect the taps that they read."""
@@ -170,12 +162,9 @@ class DistillationHandler:
         output["loss"] = sum(parts.values(), output["loss"])
         engine.state.student = engine.state.teacher = None
         engine.fire_event(DistillationEvents.TERMS_COMPLETED)
-        self._accumulate({**output, **parts})
-
-    def _accumulate(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
+        for name, value in {**output, **parts}.items():
             if name in ("loss", "supervised_loss") or name.startswith(("kd/", "part/")):
-                self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()   # type: ignore[assignment]
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
 
     def _log_epoch(self, engine: SupervisedTrainer) -> None:
         if not self._sums:
@@ -214,15 +203,14 @@ def _resolve_weights(losses: Sequence[DistillationLoss], weights: Mapping[str, f
 
 
 def _make_check(
-    validator: SupervisedEvaluator | None, options: Mapping[str, str] | None, teacher_input: str
+    validator: SupervisedEvaluator | None, options: Mapping[str, Any] | None, teacher_input: str
 ) -> TeacherCheck | None:
     if options is None:
         return None
     unknown = set(options) - {"metric", "mode"}
     if unknown or "metric" not in options:
         raise ValueError(f"`teacher_check` must have the keys 'metric' and 'mode', got {sorted(options)}.")
-    mode: Any = options.get("mode", "refuse")
-    return TeacherCheck(validator, options["metric"], mode, teacher_input)
+    return TeacherCheck(validator, teacher_input=teacher_input, **options)
 
 
 def _distributed(loss: DistillationLoss, device: torch.device) -> nn.Module:

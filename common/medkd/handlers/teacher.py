@@ -39,11 +39,8 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        network: nn.Module | Callable[[], nn.Module],
-        path: str | os.PathLike[str] | None = None,
-        sha256: str | None = None,
-        weights: Mapping[str, float] | None = None,
+        self, network: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str] | None = None,
+        sha256: str | None = None, weights: Mapping[str, float] | None = None,
     ) -> None:
         self._network = network
         self.path = None if path is None else Path(path)
@@ -96,12 +93,10 @@ class Teacher:
             self._check_hash(self.path)
             _load_strictly(network, load_tensors(self.path), self.path)
         count = sum(p.numel() for p in network.parameters())
-        logger.info("Teacher %s, %s parameters, %s", type(network).__name__, f"{count:,}", self._origin())
+        origin = f"from {self.path}, sha256 {self.file_sha256}" if self.path else "as built (no weights file)"
+        logger.info("Teacher %s, %s parameters, %s", type(network).__name__, f"{count:,}", origin)
         self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         return network.to(device).eval().requires_grad_(False)
-
-    def _origin(self) -> str:
-        return f"from {self.path}, sha256 {self.file_sha256}" if self.path else "as built (no weights file)"
 
     def _check_hash(self, path: Path) -> None:
         with path.open("rb") as file:

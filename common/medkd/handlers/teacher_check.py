@@ -39,10 +39,7 @@ class TeacherCheck:
     """
 
     def __init__(
-        self,
-        validator: SupervisedEvaluator | None,
-        metric: str,
-        mode: CheckMode = "refuse",
+        self, validator: SupervisedEvaluator | None, metric: str, mode: CheckMode = "refuse",
         teacher_input: str = "image",
     ) -> None:
         if mode not in get_args(CheckMode):
@@ -67,12 +64,21 @@ class TeacherCheck:
         if self.validator is None or not len(self.validator.data_loader):   # type: ignore[arg-type]
             logger.warning("The teacher is not checked: there is no validation data.")
             return None
-        with preserved_random_state():
+        prepare_batch = self.validator.prepare_batch
+
+        def prepare(batch: Any, *args: Any, **options: Any) -> Any:
+            image = teacher_image(batch, self.teacher_input)
+            return prepare_batch({**batch, "image": image}, *args, **options)
+
+        with preserved_random_state(), _replaced(self.validator, prepare_batch=prepare):
             logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
-            with _seen_by_teacher(self.validator, self.teacher_input):
-                with _counted_channels(teacher) as channels:
-                    value = self._validate(teacher)
-                constant, best = self._best_constant(channels[0])
+            channels: list[int] = []
+            hook = teacher.register_forward_hook(lambda _net, _inputs, pred: channels.append(pred.shape[1]))
+            try:
+                value = self._validate(teacher)
+            finally:
+                hook.remove()
+            constant, best = self._best_constant(channels[-1])
         logger.info(
             "Teacher %s on the validation data: %.4f (best constant prediction: %s everywhere, %.4f)",
             self.metric, value, constant, best,
@@ -105,15 +111,12 @@ class TeacherCheck:
 
     def _best_constant(self, channels: int) -> tuple[str, float]:
         validator: Any = self.validator
-        inferer, constant, best = validator.inferer, "", math.nan
-        try:
-            for name, candidate in _constants(inferer, channels):
-                validator.inferer = candidate
+        constant, best = "", math.nan
+        for name, candidate in _constants(validator.inferer, channels):
+            with _replaced(validator, inferer=candidate):
                 value = self._validate(validator.network)
-                if math.isnan(best) or validator.metric_cmp_fn(value, best):
-                    constant, best = name, value
-        finally:
-            validator.inferer = inferer
+            if math.isnan(best) or validator.metric_cmp_fn(value, best):
+                constant, best = name, value
         return constant, best
 
 
@@ -140,30 +143,11 @@ class _Constant(Inferer):
 
 
 @contextmanager
-def _seen_by_teacher(validator: Any, key: str) -> Iterator[None]:
-    """Let an evaluator give its network another key of the batch as the image."""
-    prepare_batch = validator.prepare_batch
-
-    def prepare(batch: Any, *args: Any, **options: Any) -> Any:
-        return prepare_batch({**batch, "image": teacher_image(batch, key)}, *args, **options)
-
-    validator.prepare_batch = prepare
+def _replaced(target: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object other attributes for a while."""
+    before = {name: getattr(target, name) for name in attributes}
     try:
+        vars(target).update(attributes)
         yield
     finally:
-        validator.prepare_batch = prepare_batch
-
-
-@contextmanager
-def _counted_channels(network: nn.Module) -> Iterator[list[int]]:
-    """Collect the channel number of the network's outputs."""
-    channels: list[int] = []
-
-    def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        channels[:] = [output.shape[1]]
-
-    hook = network.register_forward_hook(note)
-    try:
-        yield channels
-    finally:
-        hook.remove()
+        vars(target).update(before)

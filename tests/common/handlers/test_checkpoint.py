@@ -67,7 +67,7 @@ def test_beside_the_student_lies_how_it_was_trained(tmp_path: Path) -> None:
     reference = Teacher(toys.teacher, expert)
     run(tmp_path, handlers=[DistillationHandler(reference, SoftLabelLoss(), {"logits": 0.5})])
     assert json.loads((tmp_path / "model.json").read_text()) == {
-        "mode": "distilled", "teacher": str(expert), "teacher_sha256": reference.file_sha256,
+        "saved": True, "mode": "distilled", "teacher": str(expert), "teacher_sha256": reference.file_sha256,
         "weights": {"logits": 0.5}, "epoch": 2, "max_epochs": 2,
     }
 
@@ -97,6 +97,16 @@ def test_a_student_without_teacher_is_told_to_be_supervised(tmp_path: Path, weig
     run(tmp_path, handlers=handlers)
     told = json.loads((tmp_path / "model.json").read_text())
     assert (told["mode"], told["weights"]) == ("supervised", {})
+
+
+def test_a_student_that_was_best_after_the_first_epoch_stays(tmp_path: Path) -> None:
+    whole = toys.Run(tmp_path, epochs=2)
+    whole.evaluator.metric_cmp_fn = lambda _current, best: best == -1   # nothing is better than the first
+    whole.trainer.run()
+    told = json.loads((tmp_path / "model.json").read_text())
+    assert told["epoch"] == 1
+    assert told["validation"] == {"val_mean_dice": float(whole.evaluator.state.best_metric)}
+    assert not toys.same(load_tensors(tmp_path / "model.pt"), whole.network.state_dict())
 
 
 def test_without_validation_the_last_student_is_saved(tmp_path: Path) -> None:
@@ -135,6 +145,18 @@ def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(
     assert names(tmp_path / "checkpoints_before") == ["epoch_00001.pt"]
 
 
+def test_a_rank_that_is_not_the_first_writes_nothing_and_moves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, epochs=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    run(tmp_path, epochs=2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    run(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_objects_without_the_student_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`objects` must have the key 'network', the student, got \['model'\]"):
         CheckpointHandler(tmp_path, {"model": toys.student()})
@@ -158,6 +180,34 @@ def test_resuming_a_finished_run_trains_no_step(tmp_path: Path) -> None:
     second = run(tmp_path, resume=True, handlers=[count])
     assert steps == []
     assert toys.same(first.network.state_dict(), second.network.state_dict())
+
+
+def test_resuming_goes_on_with_the_best_validation_and_the_scale_of_gradients(tmp_path: Path) -> None:
+    def run_with(scale: float, resume: bool) -> toys.Run:
+        scaler = toys.on(Events.STARTED, lambda e: setattr(e, "scaler", torch.amp.GradScaler("cpu", init_scale=scale)))
+        whole = toys.Run(tmp_path, epochs=2, resume=resume, extra=[scaler])
+        whole.trainer.run()
+        return whole
+
+    first, second = run_with(1024.0, resume=False), run_with(1.0, resume=True)
+    assert second.trainer.scaler.get_scale() == 1024   # type: ignore[union-attr]
+    assert second.evaluator.state.best_metric_epoch == first.evaluator.state.best_metric_epoch >= 1
+    assert second.evaluator.state.best_metric == first.evaluator.state.best_metric > 0
+
+
+def test_a_checkpoint_of_more_ranks_is_resumed_with_the_memory_of_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toys.Run(tmp_path, epochs=1, memory=True).trainer.run()
+    assert "ranks" not in caplog.text
+    path = tmp_path / "checkpoints" / "epoch_00001.pt"
+    content = load_tensors(path)
+    other = {"distill_loss": {"2.bank.voxel_moments": torch.full((5, 2, 2), 7.0)}}
+    torch.save(content | {"memories": [other, other]}, path)
+    resumed = toys.Run(tmp_path, epochs=1, memory=True, resume=True)
+    resumed.trainer.run()
+    assert "The checkpoint is of 2 ranks: all take the memories of the first." in caplog.text
+    assert toys.same(resumed.result()["distill_loss"], content["objects"]["distill_loss"])
 
 
 def test_resuming_with_more_epochs_goes_on(tmp_path: Path) -> None:
@@ -244,6 +294,17 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, cap
 # ---- whatever happens ----------------------------------------------------------------------------------------------
 
 
+def test_a_file_is_whole_on_the_disk_before_it_takes_its_name_and_its_folder_is_after(
+    tmp_path: Path, disk: list[tuple[str, int, int]]
+) -> None:
+    run(tmp_path, epochs=1)
+    for name in ("checkpoints/epoch_00001.pt", "model.pt", "model.json"):
+        file, folder = (tmp_path / name).stat(), (tmp_path / name).parent.stat()
+        synced = disk.index(("synced", file.st_ino, file.st_size))
+        assert disk[synced + 1] == ("renamed", file.st_ino, file.st_size)
+        assert disk[synced + 2] == ("folder synced", folder.st_ino, 0)
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     save_atomically({"a": torch.ones(2)}, path)
@@ -264,7 +325,9 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_training_goes_on(tmp_pa
     assert names(full / "checkpoints") == ["epoch_00001.pt"]
     assert load_tensors(full / "checkpoints" / "epoch_00001.pt")["epoch"] == 1
     assert names(full) == ["checkpoints", "model.json", "model.pt", "result.pt"]
-    assert json.loads((full / "model.json").read_text())["epoch"] == 1
+    told = json.loads((full / "model.json").read_text())
+    assert (told["epoch"], told["saved"]) == (1, False)
+    assert "File too large" in told["reason"]
     assert toys.same(torch.load(full / "result.pt"), torch.load(free / "result.pt"))
     text = log.read_text()
     assert text.count("The student was NOT saved to") >= 1
@@ -272,6 +335,27 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_training_goes_on(tmp_pa
         assert f"epoch_0000{epoch}.pt was NOT saved: [Errno 27] File too large. The previous one is whole" in text
     toys.finish(toys.start(toys.train, full, resume=True))
     assert toys.same(torch.load(full / "result.pt"), torch.load(free / "result.pt"))
+
+
+def test_a_student_that_could_not_be_saved_is_told_until_a_later_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, epochs=1)
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("medkd.handlers.checkpoint.save_atomically", fail)
+        run(tmp_path, epochs=2)
+        told = json.loads((tmp_path / "model.json").read_text())
+        assert (told["saved"], told["reason"], told["epoch"]) == (False, "disk full", 1)
+        broken.setattr("medkd.handlers.checkpoint._write_atomically", fail)
+        run(tmp_path, epochs=2)
+        assert names(tmp_path) == ["checkpoints_before", "model.pt"]   # nothing tells of success
+    run(tmp_path, epochs=2)
+    told = json.loads((tmp_path / "model.json").read_text())
+    assert (told["saved"], told["epoch"], "reason" in told) == (True, 2, False)
 
 
 def killed_while_saving(folder: Path, delay: float) -> list[str]:

@@ -97,9 +97,28 @@ def test_nothing_stays_behind_after_training_or_an_error() -> None:
 
     network = toys.student()
     network.get_submodule(INSIDE).register_forward_pre_hook(fail)
+    handler = CpuAutocast("bfloat16")
     with pytest.raises(RuntimeError, match="in the forward pass"):
-        train("bfloat16", network=network)
+        toys.make_trainer(network, [handler], epochs=1).run()
     assert not torch.is_autocast_enabled("cpu")
+    toys.make_trainer(toys.student(), [handler], epochs=1).run()    # takes off what the broken run has left
+    assert not network._forward_hooks
+    assert not network._forward_pre_hooks
+
+
+class Several(toys.ToyNetwork):
+    """Gives its logits among other things, as networks with deep supervision do."""
+
+    def forward(self, image: Tensor) -> Any:
+        return [super().forward(image)]
+
+
+def test_a_network_that_gives_several_tensors_is_left_as_it_is() -> None:
+    def loss(pred: list[Tensor], _label: Tensor) -> Tensor:
+        assert pred[0].dtype == torch.bfloat16
+        return pred[0].float().square().mean()
+
+    train("bfloat16", network=Several(toys.STUDENT_WIDTH), loss_function=loss, decollate=False)
 
 
 def test_other_devices_are_left_alone() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -244,6 +245,48 @@ def test_the_log_is_a_sum_that_is_true_even_when_factors_change(caplog: pytest.L
     assert loss == pytest.approx(supervised + part, abs=2e-4)
 
 
+def test_each_epoch_is_logged_with_the_exact_mean_of_its_own_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """A float32 sum would lose the 1; a run that broke off before must leave nothing."""
+    values = iter([2.0**24, 2.0**24, 1.0, 30.0, 41.0])
+
+    def loss(pred: Tensor, _label: Tensor) -> Tensor:
+        return pred.sum() * 0.0 + next(values)
+
+    def stop(_engine: Any) -> None:
+        raise RuntimeError("power failure")
+
+    handler = a_handler({"logits": 1.0})
+    with pytest.raises(RuntimeError, match="power failure"):
+        run(handler, toys.on(IterationEvents.BACKWARD_COMPLETED, stop), loss_function=loss)
+    with caplog.at_level(logging.INFO, "medkd"):
+        run(handler, loss_function=loss, epochs=2)
+    logged = re.findall(r"Epoch (\d)/2: loss \S+ = supervised (\S+) ", caplog.text)
+    assert logged == [("1", "8388608.5000"), ("2", "35.5000")]
+
+
+def test_the_graph_of_a_step_is_gone_with_the_step() -> None:
+    """Sums over an epoch that keep graphs fill the memory."""
+
+    class Kept(torch.autograd.Function):
+        graphs: list[weakref.ref[Any]] = []
+
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            ctx.mark = Tapped()
+            Kept.graphs.append(weakref.ref(ctx.mark))
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    alive: list[int] = []
+    note = toys.on(Events.ITERATION_COMPLETED, lambda _: alive.append(sum(one() is not None for one in Kept.graphs)))
+    run(a_handler(), note, loss_function=lambda pred, label: Kept.apply(pred.square().mean()), data=toys.cases(8))
+    assert max(alive) <= 2                                         # of the last step and this one
+    assert len(Kept.graphs) == 4
+
+
 # ---- wrong arguments -----------------------------------------------------------------------------------------------
 
 
@@ -267,6 +310,13 @@ def test_a_weight_below_zero_or_not_finite_is_refused(weight: float) -> None:
 def test_unknown_keys_of_the_check_are_refused(options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="`teacher_check` must have the keys 'metric' and 'mode'"):
         a_handler(teacher_check=options)
+
+
+def test_the_check_refuses_unless_told_otherwise() -> None:
+    validator, check = toys.make_evaluator(toys.student()), {"metric": "val_mean_dice"}
+    blind = toys.Bright(threshold=9.0)
+    with pytest.raises(ValueError, match="must be better than that of class 1 everywhere"):
+        run(DistillationHandler(blind, SoftLabelLoss(), validator=validator, teacher_check=check))
 
 
 # ---- the teacher stays as it is ------------------------------------------------------------------------------------
@@ -303,6 +353,17 @@ def test_a_second_run_takes_the_hooks_off_that_one_that_broke_off_has_left() -> 
     assert not any(module._forward_hooks for net in (expert, first, second) for module in net.modules())
 
 
+def test_a_teacher_that_someone_has_thawed_is_no_part_of_the_graph() -> None:
+    expert, thawed = toys.teacher(), list[bool]()
+    thaw = toys.on(Events.ITERATION_STARTED, lambda _: expert.requires_grad_(True))
+    note = toys.on(
+        DistillationEvents.TEACHER_COMPLETED,
+        lambda engine: thawed.extend(value.requires_grad for value in engine.state.teacher.values()),
+    )
+    run(DistillationHandler(expert, toys.hint_loss()), thaw, note)
+    assert thawed == [False] * 4
+
+
 # ---- what the teacher sees -----------------------------------------------------------------------------------------
 
 
@@ -314,6 +375,21 @@ def test_the_teacher_sees_the_key_that_it_is_told() -> None:
     run(DistillationHandler(expert, SoftLabelLoss(), None, "teacher_image"), keep)
     assert len(inputs) == len(note) == 2
     assert all(torch.equal(a, b.as_tensor()) for a, b in zip(inputs, note, strict=True))
+
+
+def test_a_teacher_of_another_precision_is_given_its_own() -> None:
+    expert, inputs = toys.Bright().double(), list[torch.dtype]()
+    expert.register_forward_hook(lambda _module, args, _output: inputs.append(args[0].dtype))
+    run(DistillationHandler(expert, SoftLabelLoss()))
+    assert inputs == [torch.float64] * 2
+
+
+def test_labels_reach_the_loss_without_metadata() -> None:
+    loss = Tapped()
+    loss.eval()                                                    # as a loss is left that was looked at before
+    run(a_handler({"first": 1.0}, loss=loss))
+    assert [type(label) for label in loss.labels] == [Tensor] * 2
+    assert loss.training
 
 
 def test_a_missing_teacher_input_is_an_error_and_names_the_keys() -> None:
@@ -415,6 +491,18 @@ def test_a_teacher_that_may_be_missing_leaves_supervised_training(
     assert "it does NOT distil" in caplog.text
     torch.manual_seed(5)
     assert toys.same(engine.network.state_dict(), run().network.state_dict())
+
+
+def test_a_teacher_that_may_be_missing_distils_as_long_as_it_is_there(tmp_path: Any) -> None:
+    torch.save(toys.teacher().state_dict(), tmp_path / "model.pt")
+    reference = Teacher(toys.teacher, tmp_path / "model.pt")
+    reference.allow_missing()
+    engine = run(DistillationHandler(reference, SoftLabelLoss(), {"logits": 1.0}))
+    assert engine.state.distillation["mode"] == "distilled"
+    assert engine.state.distillation["teacher_sha256"] == reference.file_sha256
+    (tmp_path / "model.pt").unlink()
+    engine = run(DistillationHandler(reference, SoftLabelLoss(), {"logits": 1.0}))
+    assert engine.state.distillation["mode"] == "supervised"
 
 
 def test_a_missing_teacher_stops_the_run_before_the_first_step(tmp_path: Any) -> None:

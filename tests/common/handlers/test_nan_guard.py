@@ -38,12 +38,12 @@ def nan_loss(pred: Tensor, label: Tensor) -> Tensor:
     return pred.mean() * float("nan")
 
 
-def stopped(*handlers: Any, **options: Any) -> str:
+def stopped(*handlers: Any, image_key: str = "image", **options: Any) -> str:
     """The message with which training stops; student and optimizer are as they were."""
     network = toys.student()
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
     backward = toys.on(IterationEvents.BACKWARD_COMPLETED, lambda _: pytest.fail("backward ran"))
-    engine = toys.make_trainer(network, [*handlers, backward, NanGuard()], **options)
+    engine = toys.make_trainer(network, [*handlers, backward, NanGuard(image_key)], **options)
     with pytest.raises(NonFiniteLossError, match="The weights were not changed; the last checkpoint is good") as error:
         engine.run()
     assert toys.same(before, dict(network.named_parameters()))
@@ -62,6 +62,15 @@ def test_the_cases_of_the_batch_are_named() -> None:
     message = stopped(DistillationHandler(toys.Bright(), Breaking(float("nan"))), data=toys.cases(2))
     assert "case_0.nii.gz" in message
     assert "case_1.nii.gz" in message
+
+
+def test_a_case_of_which_the_batch_has_two_crops_is_named_once() -> None:
+    assert stopped(data=toys.cases(1) * 2, loss_function=nan_loss).count("case_0.nii.gz") == 1
+
+
+def test_cases_are_named_by_the_image_that_was_asked_for() -> None:
+    data = [{"image": torch.ones(1, 4, 4), "label": torch.ones(1, 4, 4), "ct": case["image"]} for case in toys.cases(2)]
+    assert "case_1.nii.gz" in stopped(data=data, loss_function=nan_loss, image_key="ct")
 
 
 def test_a_broken_supervised_loss_is_named() -> None:

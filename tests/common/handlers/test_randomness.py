@@ -76,7 +76,17 @@ def test_an_epoch_shorter_than_the_data_does_not_go_on_with_the_pass_of_the_one_
 def test_other_ranks_draw_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     first = images_of(seed=1)
     monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
-    assert not toys.same(first, images_of(seed=1))
+    second = images_of(seed=1)
+    assert not any(toys.same(mine, other) for mine in first for other in second)
+
+
+def test_an_epoch_starts_with_all_global_generators_seeded() -> None:
+    seen: list[list[float]] = []
+    for _ in range(2):
+        draw()                                                     # the second run finds other states
+        note = toys.on(Events.EPOCH_STARTED, lambda _: seen.append(draw()))
+        toys.make_trainer(toys.student(), [EpochSeed(1), note], epochs=1).run()
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -69,9 +69,14 @@ def test_a_resumed_run_goes_on_with_the_same_factors(tmp_path: Path) -> None:
     assert factors_of(WeightSchedule(1.0), extra=extra) == whole[4:]
 
 
-def test_a_fraction_outside_its_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`fraction` must be between 0 and 1 of all steps, got 1.5"):
-        WeightSchedule(1.5)
+def test_the_ramp_takes_a_twentieth_of_the_steps_unless_told_otherwise() -> None:
+    assert [WeightSchedule().factor(step, steps=100) for step in (1, 5, 6)] == pytest.approx([0.2, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5])
+def test_a_fraction_outside_its_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=f"`fraction` must be between 0 and 1 of all steps, got {fraction}"):
+        WeightSchedule(fraction)
 
 
 def test_an_unknown_term_is_refused_at_start_with_the_nearest_one() -> None:

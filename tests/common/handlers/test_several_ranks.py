@@ -37,11 +37,44 @@ def test_a_run_of_two_ranks_is_resumed_to_the_same_end_each_with_its_memory(tmp_
     shared = tmp_path / "weights", tmp_path / "weights"
     whole = train(tmp_path / "whole", (tmp_path / "other", tmp_path / "other"), epochs=4, memory=True)
     train(tmp_path / "broken", shared, epochs=4, last=2, memory=True)
+    content = torch.load(shared[0] / "checkpoints" / "epoch_00002.pt")
+    assert [set(of_rank) for of_rank in content["memories"]] == [{"distill_loss"}] * 2   # the student is one
     resumed = train(tmp_path / "broken", shared, epochs=4, resume=True, memory=True)
     memories = [of_rank["distill_loss"]["2.bank.voxel_moments"] for of_rank, _ in whole]
-    assert not torch.equal(*memories)
+    assert (memories[0] != memories[1]).flatten(1).any(1).all()    # no rank has an image of the other
     heads = [of_rank["distill_loss"]["2.projections.0.weight"] for of_rank, _ in whole]
     assert torch.equal(*heads)
     for (before, cases), (after, later_cases) in zip(whole, resumed, strict=True):
         assert toys.same(before, after)
         assert later_cases == cases[len(later_cases) :]
+
+
+TWO_HEADS = """
+import torch
+import toys
+from medkd.handlers.distillation import DistillationHandler
+from medkd.losses.base import DistillationLoss
+
+class TwoHeads(DistillationLoss):
+    terms = ("one", "two")
+
+    def __init__(self):
+        super().__init__()
+        self.heads = torch.nn.ModuleDict({term: torch.nn.Conv2d(2, 2, 1) for term in self.terms})
+
+    def compute_terms(self, student, teacher, label):
+        return {term: self.heads[term](student["pred"]).square().mean() for term in self.active_terms}
+
+torch.distributed.init_process_group("gloo", f"file://{folder}/meeting_point", rank=0, world_size=1)
+loss, network = TwoHeads(), toys.student()
+before = toys.state_of(loss)
+handler = DistillationHandler(toys.Bright(), loss, {"one": 1.0})
+toys.make_trainer(network, [handler], parameters=[*network.parameters(), *loss.parameters()]).run()
+changed = [name for name, value in loss.state_dict().items() if not torch.equal(value, before[name])]
+assert changed == ["heads.one.weight", "heads.one.bias"], changed
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_head_that_no_term_uses_does_not_stop_a_rank(tmp_path: Path) -> None:
+    toys.finish(toys.start(exec, TWO_HEADS, {"folder": str(tmp_path)}))

@@ -50,6 +50,15 @@ def test_a_network_without_path_keeps_its_weights(caplog: pytest.LogCaptureFixtu
     assert "as built (no weights file)" in caplog.text
 
 
+def test_the_teacher_is_put_on_its_device_and_its_precision_is_that_of_its_first_floating_parameter() -> None:
+    network = nn.Linear(2, 2).half()
+    network.register_parameter("weight", nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False))
+    reference = Teacher(network)
+    loaded = reference.load("meta")
+    assert reference.dtype == torch.float16
+    assert {p.device.type for p in loaded.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", "network"])
 def test_a_nested_state_dict_is_found(tmp_path: Path, weights: dict[str, Any], key: str) -> None:
     path = saved({key: weights, "epoch": 3}, tmp_path / "model.pt")
@@ -155,6 +164,13 @@ def test_a_value_that_is_no_tensor_is_refused(tmp_path: Path, weights: dict[str,
         Teacher(toys.teacher, path).load()
 
 
+def test_three_differences_are_all_told(tmp_path: Path, weights: dict[str, Any]) -> None:
+    kept = {name: value for name, value in weights.items() if name not in ("encoder.conv.bias", "head.weight")}
+    path = saved(kept | {"head.bias": torch.ones(3)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"misses 'head.weight'; 'head.bias' is \(3,\) instead of \(2,\)\. Is"):
+        Teacher(toys.teacher, path).load()
+
+
 def test_many_differences_are_counted(tmp_path: Path) -> None:
     path = saved(toys.ToyNetwork(6).state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="'encoder.norm.weight' is .*; and 4 more"):
@@ -199,6 +215,14 @@ def test_a_torn_file_is_refused(tmp_path: Path, weights: dict[str, Any], share: 
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ValueError, match="model.pt` must be a whole weights file, got one that cannot be read"):
         load_tensors(path)
+
+
+def test_weights_that_a_gpu_wrote_are_read_without_one(
+    tmp_path: Path, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _storage: "cuda:0")
+    path = saved(weights, tmp_path / "model.pt")
+    assert {value.device.type for value in load_tensors(path).values()} == {"cpu"}
 
 
 def test_a_torn_safetensors_file_is_refused(tmp_path: Path, weights: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data.dataloader import DataLoader
+from monai.inferers.inferer import SimpleInferer
 from monai.transforms.post.dictionary import AsDiscreted
 from torch import Tensor, nn
 
@@ -55,6 +57,42 @@ def test_a_teacher_that_is_a_constant_is_refused(index: int) -> None:
     message = f"val_mean_dice must be better than that of class 1 everywhere, {ALL_FOREGROUND:.4f}, got {own:.4f}"
     with pytest.raises(ValueError, match=message):
         a_check()(Constant(index))
+    with pytest.raises(ValueError, match=message):
+        TeacherCheck(toys.make_evaluator(toys.student()), METRIC)(Constant(index))   # refusing is the default
+
+
+def test_a_check_leaves_the_validators_inferer_so_that_the_next_one_gives_the_same() -> None:
+    check = a_check()
+    inferer = check.validator.inferer   # type: ignore[union-attr]
+    assert check(toys.Bright()) == check(toys.Bright())
+    assert check.validator.inferer is inferer   # type: ignore[union-attr]
+
+
+def test_a_metric_without_a_value_is_no_proof_whatever_the_engine_compares() -> None:
+    check = a_check(metric_cmp_fn=lambda current, best: not current <= best)   # true of NaN
+
+    def lose(engine: Any) -> None:
+        if isinstance(engine.inferer, SimpleInferer):
+            engine.state.metrics[METRIC] = float("nan")
+
+    check.validator.add_event_handler(Events.COMPLETED, lose)   # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=f"{ALL_FOREGROUND:.4f}, got nan; it is untrained"):
+        check(toys.Bright())
+
+
+def test_an_inferer_may_name_the_constants_that_its_teacher_is_compared_with() -> None:
+    class Named(SimpleInferer):
+        constants, channels = (0, 1), 2
+
+    discrete, seen = AsDiscreted(["pred", "label"], threshold=[0.5, None], to_onehot=[None, 2]), set[int]()
+
+    def post(data: Any) -> Any:
+        seen.add(len(data["pred"]))
+        return discrete(data)
+
+    with pytest.raises(ValueError, match=f"than that of the value 1 everywhere, {ALL_FOREGROUND:.4f}, got 0.0000"):
+        a_check(inferer=Named(), postprocessing=post)(toys.Bright(threshold=9.0))
+    assert seen == {2}
 
 
 def test_a_teacher_that_sees_the_opposite_is_refused() -> None:
@@ -121,6 +159,10 @@ def test_an_error_of_the_teacher_leaves_the_validators_inferer_and_no_hook() -> 
     with pytest.raises(RuntimeError, match="expected input"):
         check(expert)
     assert check.validator.inferer is inferer   # type: ignore[union-attr]
+    assert not expert._forward_hooks
+    expert = toys.Bright()
+    with pytest.raises(ValueError, match="must be a metric of the validation"):
+        TeacherCheck(check.validator, "none")(expert)
     assert not expert._forward_hooks
 
 
