@@ -57,10 +57,7 @@ def _end_with_cause(kind: type[BaseException], error: BaseException, trace: Trac
 def refuse_unknown_overrides(argv: Sequence[str]) -> None:
     """Check every option and every key of a later config file against the first config file.
 
-    A leading `+` marks a key that is meant to be new.
-
-    Args:
-        argv: `sys.argv`.
+    A leading `+` marks a key that is meant to be new; `argv` is `sys.argv`.
 
     Raises:
         ValueError: a key that the first config file does not have; the message names the nearest one.

@@ -15,9 +15,8 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
-from typing import IO
 
 __all__ = ["MANIFEST", "verify"]
 
@@ -99,7 +98,7 @@ def _read_folder(folder: Path) -> tuple[bytes | None, dict[str, str]]:
                 raise ValueError(f"{file} must be a plain file, got a link or a device; {_UNPACK}")
             if file.is_file():
                 with file.open("rb") as opened:
-                    hashes[file.relative_to(folder).as_posix()] = _hash(opened)
+                    hashes[file.relative_to(folder).as_posix()] = file_digest(opened, "sha256").hexdigest()
     content = (folder / MANIFEST).read_bytes() if hashes.pop(MANIFEST, None) else None
     return content, hashes
 
@@ -108,21 +107,20 @@ def _read_zip(path: Path) -> tuple[bytes | None, dict[str, str]]:
     """The same of a zip, with paths below its one folder."""
     with _open_zip(path) as archive:
         entries = archive.infolist()
-        _check_entries(entries, path)
+        for problem in _misfits(entries):
+            raise ValueError(f"{path} must hold {problem} {_AGAIN}")
         folder = entries[0].filename.partition("/")[0] + "/" if entries else ""
-        hashes = {
-            entry.filename.removeprefix(folder): _hash_entry(archive, entry, path)
-            for entry in entries if not entry.is_dir()
-        }
+        hashes = {}
+        for name in (entry.filename for entry in entries if not entry.is_dir()):
+            try:
+                with archive.open(name) as file:
+                    digest = file_digest(file, "sha256")   # type: ignore[arg-type]  # it can be read into a buffer
+                    hashes[name.removeprefix(folder)] = digest.hexdigest()
+            except _DAMAGE as error:
+                text = f"{path} must be readable, got {name!r} damaged ({error}); {_AGAIN}"
+                raise ValueError(text) from error
         content = archive.read(folder + MANIFEST) if hashes.pop(MANIFEST, None) else None
         return content, hashes
-
-
-def _hash(file: IO[bytes]) -> str:
-    digest = sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
@@ -134,34 +132,19 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         raise ValueError(f"`path` must be a packed bundle, zip or folder, got {got}, {path}; {_AGAIN}") from error
 
 
-def _check_entries(entries: Sequence[zipfile.ZipInfo], path: Path) -> None:
-    """Refuse what would be written elsewhere than into one folder."""
+def _misfits(entries: Sequence[zipfile.ZipInfo]) -> Iterator[str]:
+    """Say what would be written elsewhere than into one folder, or cannot be read."""
     for entry in entries:
         if entry.orig_filename != entry.filename or not _is_inside(entry.filename.removesuffix("/")):
-            raise ValueError(
-                f"{path} must hold files inside one folder, got {entry.orig_filename!r}, which leads elsewhere; "
-                f"do not unpack it, and {_AGAIN}"
-            )
+            name = repr(entry.orig_filename)
+            yield f"files inside one folder, got {name}, which leads elsewhere; do not unpack it, and"
         if stat.S_ISLNK(entry.external_attr >> 16):
-            raise ValueError(
-                f"{path} must hold plain files, got a link, {entry.filename!r}; do not unpack it, and {_AGAIN}"
-            )
+            yield f"plain files, got a link, {entry.filename!r}; do not unpack it, and"
         if "/" not in entry.filename or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(
-                f"{path} must hold files inside one folder, stored or deflated, got {entry.filename!r} otherwise; "
-                f"{_AGAIN}"
-            )
-    name, count = Counter(entry.filename for entry in entries).most_common(1)[0] if entries else ("", 0)
-    if count > 1:
-        raise ValueError(f"{path} must hold every file once, got {name!r} {count} times; {_AGAIN}")
+            yield f"files inside one folder, stored or deflated, got {entry.filename!r} otherwise;"
+    for name, count in Counter(entry.filename for entry in entries).items():
+        if count > 1:
+            yield f"every file once, got {name!r} {count} times;"
     folders = sorted({entry.filename.partition("/")[0] for entry in entries})
     if len(folders) > 1:
-        raise ValueError(f"{path} must hold one folder, the bundle, got {', '.join(folders[:5])}; {_AGAIN}")
-
-
-def _hash_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> str:
-    try:
-        with archive.open(entry) as file:
-            return _hash(file)
-    except _DAMAGE as error:
-        raise ValueError(f"{path} must be readable, got {entry.filename!r} damaged ({error}); {_AGAIN}") from error
+        yield f"one folder, the bundle, got {', '.join(folders[:5])};"

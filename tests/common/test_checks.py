@@ -38,4 +38,6 @@ def test_a_near_name_is_suggested_and_else_the_first_names_are_listed() -> None:
     assert suggest("bonudary", ["boundary", "relation"]) == "did you mean 'boundary'?"
     assert suggest("xyz", ["boundary", "relation"]) == "there are 'boundary', 'relation'."
     assert suggest("xyz", ["aa", "bb", "cc"], most=2) == "there are 'aa', 'bb' and 1 more."
+    assert suggest("xyz", ["aa", "bb"], most=2) == "there are 'aa', 'bb'."
+    assert suggest("edge", ["node", "edges", "ledge", "hedge", "wedge"]).count(" or ") == 2   # three at most
     assert suggest("xyz", []) == "there are none."

@@ -83,7 +83,8 @@ def test_an_option_that_does_not_exist_is_refused_with_the_nearest(base: str, wo
 
 @pytest.mark.parametrize("form", ["['{}','{}']", "[{},{}]", "[{}, {}]"])
 def test_keys_of_a_later_file_must_exist_in_the_first(tmp_path: Path, base: str, form: str) -> None:
-    good = written(tmp_path / "good.json", {"train#trainer#max_epochs": 1, "+extra": {}, "_meta_#version": 1})
+    own = {"evaluating": [], "training": [], "run": []}             # what a file runs is its own affair
+    good = written(tmp_path / "good.json", own | {"train#trainer#max_epochs": 1, "+extra": {}, "_meta_#version": 1})
     bad = written(tmp_path / "bad.json", {"train#trainer#max_epoch": 1})
     check(form.format(base, good))
     with pytest.raises(ValueError, match=r"Key of .*bad.json must exist .* did you mean 'train#trainer#max_epochs'"):
@@ -108,6 +109,7 @@ def test_the_config_file_may_be_given_with_an_equals_sign_or_a_hyphen(base: str)
         [],
         ["/anywhere/monailabel/main.py", "start_server"],
         [MAIN, "verify_metadata"],
+        [MAIN, "verify_metadata", "run"],
         ["/anywhere/ipykernel_launcher.py", "run"],
     ],
 )
@@ -119,7 +121,23 @@ def test_other_processes_are_left_alone(base: str, command: list[str]) -> None:
 
 def test_runs_without_a_json_file_are_left_alone(base: str) -> None:
     check(str(Path(base).with_suffix(".yaml")), "--epohcs", "4")
+    check(f"['{base}','later.yaml']", "--epohcs", "4")
     refuse_unknown_overrides([MAIN, "run", "training", "--epohcs", "4"])
+
+
+def test_an_error_ends_with_its_first_cause_if_it_has_one(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)         # set back after the test
+    prepare_command_line([MAIN, "run", "--config_file", base])
+    alone, first, second = ValueError("alone"), RuntimeError("first"), RuntimeError("second")
+    second.__cause__, last = first, RuntimeError("last")
+    last.__cause__ = second
+    sys.excepthook(RuntimeError, last, None)
+    assert capsys.readouterr().err.endswith("\nError: first\n")
+    sys.excepthook(ValueError, alone, None)
+    assert "Error: alone" in (said := capsys.readouterr().err)
+    assert "\nError:" not in said
 
 
 def test_a_misspelled_option_ends_a_real_run_with_one_clear_line(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -86,6 +88,24 @@ def test_tapping_leaves_output_and_state_dict_as_they_are() -> None:
     taps.open()
     torch.testing.assert_close(network(image), expected, rtol=0, atol=0)
     assert list(network.state_dict()) == keys
+
+
+def test_closing_ends_the_recording_even_when_it_fails() -> None:
+    network = Pair()
+    taps = FeatureTaps(network, ["idle", "again"])
+    taps.open()
+    with pytest.raises(RuntimeError, match="never fired"):
+        taps.close()
+    network(torch.rand(1))                                         # would fire twice
+
+
+def test_closed_taps_keep_no_tensor_alive() -> None:
+    network = a_network()
+    taps = FeatureTaps(network, ["0"])
+    taps.open()
+    network(torch.rand(1, 1, 4, 4))
+    value = weakref.ref(taps.close()["0"])
+    assert value() is None
 
 
 def test_removed_taps_record_nothing() -> None:

@@ -57,6 +57,10 @@ CHANGES: dict[str, tuple[dict[str, bytes | None], str]] = {
     "extra": ({"toy/scripts/evil.py": b""}, r"got 1 otherwise; .*\n  scripts/evil.py: not in the manifest$"),
     "no manifest": ({f"toy/{MANIFEST}": None}, f"must hold {MANIFEST}, which `make pack` writes, got none; verify"),
     "manifest of nothing": ({f"toy/{MANIFEST}": b"hello\n"}, "must have lines of a SHA-256, .* got 'hello' in line 1"),
+    "path twice in manifest": ({f"toy/{MANIFEST}": (b"0" * 64 + b"  x\n") * 2}, "each path once, .* in line 2"),
+    "path with a dot in manifest": ({f"toy/{MANIFEST}": b"0" * 64 + b"  ./x\n"}, "a path inside the bundle, .* line 1"),
+    "path without a name": ({f"toy/{MANIFEST}": b"0" * 64 + b"  a//x\n"}, "a path inside the bundle, .* line 1"),
+    "no folder": ({"x": b""}, "inside one folder, stored or deflated, got 'x' otherwise"),
     "outside path in manifest": ({f"toy/{MANIFEST}": b"0" * 64 + b"  ../x\n"}, "a path inside the bundle, .* line 1"),
     "parent folder": ({"toy/../../x": b""}, r"got 'toy/\.\./\.\./x', which leads elsewhere; do not unpack it"),
     "absolute": ({"/etc/x": b""}, "got '/etc/x', which leads elsewhere"),
@@ -74,12 +78,29 @@ def test_a_zip_that_was_tampered_with_is_refused(
         verify(repacked(packed, changes))
 
 
+def test_a_name_that_a_zero_cuts_short_is_refused(packed: Path) -> None:
+    content = repacked(packed, {"toy/LICENSE#.py": b""}).read_bytes()
+    packed.write_bytes(content.replace(b"LICENSE#", b"LICENSE\0"))  # zipfile alone does not write such a name
+    with pytest.raises(ValueError, match=r"got 'toy/LICENSE\\x00\.py', which leads elsewhere"):
+        verify(packed)
+
+
 def test_every_changed_byte_of_the_files_is_found(packed: Path) -> None:
     whole = packed.read_bytes()
     for position in (whole.index(FILES["LICENSE"]), whole.index(FILES["models/model.pt"]) + 700):
         packed.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(ValueError, match=r"must be readable, got 'toy/.*' damaged \(Bad CRC-32.*take the zip"):
             verify(packed)
+
+
+def test_a_deflated_file_that_is_damaged_is_named(packed: Path) -> None:
+    with zipfile.ZipFile(repacked(packed, {}, zipfile.ZIP_DEFLATED)) as archive:
+        entry = archive.getinfo("toy/configs/train.json")
+    content = bytearray(packed.read_bytes())
+    content[entry.header_offset + 30 + len(entry.filename)] = 0xFF  # no kind of block
+    packed.write_bytes(content)
+    with pytest.raises(ValueError, match=r"got 'toy/configs/train.json' damaged \(.*invalid block type\); take"):
+        verify(packed)
 
 
 def test_a_cut_zip_and_a_file_of_another_kind_are_refused(packed: Path) -> None:
@@ -138,6 +159,30 @@ def test_a_changed_folder_is_refused_with_all_that_is_wrong(unpacked: Path) -> N
     assert lines[2].startswith("  models/model.pt: changed, SHA-256 d9298a10d1b0...")
     assert lines[3] == "  x00: not in the manifest"
     assert lines[-1] == "  ... and 4 more"
+
+
+def test_ten_differences_are_all_shown(unpacked: Path) -> None:
+    for number in range(10):
+        (unpacked / f"x{number}").touch()
+    with pytest.raises(ValueError, match="got 10 otherwise") as error:
+        verify(unpacked)
+    assert str(error.value).splitlines()[-1] == "  x9: not in the manifest"
+
+
+def test_every_byte_of_a_large_file_counts(unpacked: Path) -> None:
+    content = bytes(2**21)
+    (unpacked / "models/model.pt").write_bytes(content)
+    (unpacked / MANIFEST).write_bytes(pack_bundle.manifest(FILES | {"models/model.pt": content}))
+    assert verify(unpacked) == len(FILES)
+    (unpacked / "models/model.pt").write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="models/model.pt: changed"):
+        verify(unpacked)
+
+
+def test_a_device_in_a_folder_is_refused(unpacked: Path) -> None:
+    os.mkfifo(unpacked / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a plain file, got a link or a device"):
+        verify(unpacked)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "models"])

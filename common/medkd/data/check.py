@@ -6,16 +6,19 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from medkd.data.datalist import shorten
 
 __all__ = ["DataError", "DataReport", "check_data"]
 
@@ -26,7 +29,11 @@ Case = Mapping[str, Any]
 AFFINE_TOLERANCE = 0.02   # voxels; what rounding a header's spacing to four decimals costs over 512 voxels
 _MOST_ROWS = 130          # label values with names in a table; more are instances, and only counted
 _MOST_UNNAMED = 20        # the same where none has a name, as in a datalist of instances
-_LABELED = ("training", "validation")
+_LABELED = {   # lists that need cases with a label, and how to get some
+    "training": "name it in the datalist.",
+    "validation": "move one there from training, or write the list anew: `medkd datalist` with "
+                  "--fractions 0.7,0.15,0.15 or --validation SPLIT.",
+}
 _MOST = 20                # problems that an error spells out
 _THREADS = 4              # each holds one volume
 
@@ -88,7 +95,7 @@ class _Volume:
     affine: NDArray[np.float64]               # (4, 4)
     low: float = 0.0
     high: float = 0.0
-    counts: dict[float, int] = field(default_factory=dict)   # of a label
+    counts: Counter[float] = field(default_factory=Counter)   # voxels by value, of a label; `any`: not only 0
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -96,16 +103,8 @@ class _Volume:
 
     @property
     def orientation(self) -> str:
-        if len(self.shape) < 3:
-            return ""
-        return "".join(code or "?" for code in nib.aff2axcodes(self.affine))   # type: ignore[no-untyped-call]
-
-
-class _Rules(NamedTuple):
-    """What every file is held to; None does not bound."""
-
-    num_classes: int | None
-    spatial_dims: int | None
+        codes = nib.aff2axcodes(self.affine) if len(self.shape) > 2 else ()   # type: ignore[no-untyped-call]
+        return "".join(code or "?" for code in codes)
 
 
 @dataclass
@@ -118,15 +117,9 @@ class _Inspected:
 
 
 def check_data(   # noqa: PLR0913 - options of a config, each with a default
-    training: Sequence[Case],
-    validation: Sequence[Case],
-    num_classes: int | None = None,
-    test: Sequence[Case] = (),
-    image_key: str = "image",
-    label_key: str = "label",
-    allow_shared: bool = False,
-    unlabeled: Sequence[Case] = (),
-    spatial_dims: int | None = None,
+    training: Sequence[Case], validation: Sequence[Case], num_classes: int | None = None,
+    test: Sequence[Case] = (), image_key: str = "image", label_key: str = "label", allow_shared: bool = False,
+    unlabeled: Sequence[Case] = (), spatial_dims: int | None = None,
 ) -> DataReport:
     """Check that all files can be read and fit together; read each once, a volume per thread in memory.
 
@@ -151,7 +144,10 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
         DataError: anything is wrong; up to 20 problems are listed, the rest counted.
     """
     lists = {"training": training, "validation": validation, "test": test}
-    problems = _empty_lists(lists)
+    problems = [
+        f"`{name}` must have at least one case, got none; {way_out}"
+        for name, way_out in _LABELED.items() if not lists[name]
+    ]
     shared = _shared_files(lists, image_key)
     if unlabeled:
         lists["unlabeled"] = [{image_key: item.get(image_key)} for item in unlabeled]
@@ -159,11 +155,11 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
         logger.warning("Allowed for a test, its scores mean nothing: %s", shared.partition(";")[0])
     elif shared:
         problems.append(shared)
-    cases = _inspect_all(lists, image_key, label_key, _Rules(num_classes, spatial_dims))
+    cases = _inspect_all(lists, [image_key, label_key], num_classes, spatial_dims)
     every = [case for group in cases.values() for case in group]
     problems += dict.fromkeys(problem for case in every for problem in case.problems)
     labels = [case.label for case in cases["training"] if case.label]
-    if labels and len(labels) == len(training) and not any(map(_is_marked, labels)):
+    if labels and len(labels) == len(training) and not any(any(label.counts) for label in labels):
         problems.append(
             f"All {len(labels)} training labels must mark something, got only 0 in each; "
             "check the folder of the labels and how they were exported."
@@ -176,30 +172,17 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
     return _report(cases)
 
 
-def _empty_lists(lists: Mapping[str, Sequence[Case]]) -> list[str]:
-    problems = []
-    if not lists["training"]:
-        problems.append("`training` must have at least one case, got none; name it in the datalist.")
-    if not lists["validation"]:
-        problems.append(
-            "`validation` must have at least one case, got none; move one there from training, "
-            "or write the list anew: `medkd datalist` with --fractions 0.7,0.15,0.15 or --validation SPLIT."
-        )
-    return problems
-
-
-def _shared_files(lists: Mapping[str, Sequence[Case]], image_key: str) -> str | None:
-    paths = {name: [item.get(image_key) for item in items] for name, items in lists.items()}
+def _shared_files(lists: Mapping[str, Sequence[Case]], key: str) -> str | None:
     files = {
-        name: {os.path.realpath(str(path)): path for path in some if _is_path(path)}
-        for name, some in paths.items()
+        name: {os.path.realpath(str(item[key])): str(item[key]) for item in items if _is_path(item.get(key))}
+        for name, items in lists.items()
     }
     for first, second in combinations(files, 2):
-        both = [str(files[first][path]) for path in files[first].keys() & files[second].keys()]
+        both = sorted(files[first][path] for path in files[first].keys() & files[second].keys())
         if both:
             return (
-                f"`{first}` and `{second}` must have no image in common, got {_some(sorted(both))} in "
-                "both; keep each in one list, or allow it for a test on a single case (--allow_shared)."
+                f"`{first}` and `{second}` must have no image in common, got {shorten(both)} in both; "
+                "keep each in one list, or allow it for a test on a single case (--allow_shared)."
             )
     return None
 
@@ -209,30 +192,32 @@ def _is_path(value: object) -> bool:
 
 
 def _inspect_all(
-    lists: Mapping[str, Sequence[Case]], image_key: str, label_key: str, rules: _Rules
+    lists: Mapping[str, Sequence[Case]], keys: list[str], num_classes: int | None, spatial_dims: int | None
 ) -> dict[str, list[_Inspected]]:
     """Inspect each pair of files once, even if several lists name it."""
-    places = {(name, number): item for name, items in lists.items() for number, item in enumerate(items)}
-    pairs = {place: (item.get(image_key), item.get(label_key)) for place, item in places.items()}
-    jobs = {(repr(pair), place[0] in _LABELED): (place, pair) for place, pair in reversed(pairs.items())}
+    jobs: dict[tuple[str, bool], tuple[list[object], str, bool]] = {}
+    wanted: dict[str, list[tuple[str, bool]]] = {name: [] for name in lists}
+    for name, items in lists.items():
+        for number, item in enumerate(items):
+            files, labeled = [item.get(key) for key in keys], name in _LABELED
+            wanted[name].append((repr(files), labeled))
+            jobs.setdefault(wanted[name][-1], (files, f"{name}[{number}]", labeled))
 
-    def run(job: tuple[tuple[str, int], tuple[Any, Any]]) -> _Inspected:
-        (name, number), (image, label) = job
-        return _inspect(image, label, f"{name}[{number}]", name in _LABELED, rules)
+    def run(job: tuple[list[object], str, bool]) -> _Inspected:
+        return _inspect(*job, num_classes, spatial_dims)
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         running = pool.map(run, jobs.values())
         done = list(tqdm(running, "checking data", len(jobs), unit="case", delay=2, leave=False))
     found = dict(zip(jobs, done, strict=True))
-    return {
-        name: [found[repr(pairs[name, number]), name in _LABELED] for number in range(len(items))]
-        for name, items in lists.items()
-    }
+    return {name: [found[job] for job in group] for name, group in wanted.items()}
 
 
-def _inspect(image: object, label: object, where: str, labeled: bool, rules: _Rules) -> _Inspected:
-    case = _Inspected()
-    for key, value in (("image", image), ("label", label)):
+def _inspect(
+    files: Sequence[object], where: str, labeled: bool, num_classes: int | None, spatial_dims: int | None
+) -> _Inspected:
+    case, image = _Inspected(), files[0]
+    for key, value in zip(("image", "label"), files, strict=True):
         if value is None and key == "label" and not labeled:
             continue
         if not _is_path(value):
@@ -241,26 +226,21 @@ def _inspect(image: object, label: object, where: str, labeled: bool, rules: _Ru
         elif not os.path.exists(str(value)):
             case.problems.append(f"{value} is the {key} of {where}, but there is no such file; correct it.")
         else:
-            _read_into(case, key, str(value), rules)
+            try:
+                data, volume = _read(str(value))
+            except Exception as error:   # a broken file makes readers raise anything
+                why = (str(error) or type(error).__name__).splitlines()[0][:120]
+                case.problems.append(f"{value} must be a readable {key}, got {why!r}; if cut, copy it again.")
+                continue
+            setattr(case, key, volume)
+            case.problems += _rank_problems(volume, spatial_dims)
+            if key == "image":
+                case.problems += _image_problems(data, volume)
+            else:
+                case.problems += _label_problems(data, volume, num_classes)
     if case.image and case.label:
         case.problems += _misfits(case.image, case.label)
     return case
-
-
-def _read_into(case: _Inspected, key: str, path: str, rules: _Rules) -> None:
-    try:
-        data, volume = _read(path)
-    except Exception as error:   # a broken file makes readers raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        case.problems.append(f"{path} must be a readable {key}, got {reason!r}; if cut, copy it again.")
-        return
-    case.problems += _rank_problems(volume, rules.spatial_dims)
-    if key == "image":
-        case.image = volume
-        case.problems += _image_problems(data, volume)
-    else:
-        case.label = volume
-        case.problems += _label_problems(data, volume, rules.num_classes)
 
 
 def _read(path: str) -> tuple[NDArray[Any], _Volume]:
@@ -278,84 +258,80 @@ def _read(path: str) -> tuple[NDArray[Any], _Volume]:
     return tensor.numpy(), _Volume(path, tuple(tensor.shape[1:]), affine)
 
 
-def _rank_problems(volume: _Volume, spatial_dims: int | None) -> list[str]:
-    if spatial_dims is None or len(volume.shape) == spatial_dims:
-        return []
-    way_out = "take the config for volumes" if spatial_dims == 2 else "take the config for slices, 2d.json"
-    if volume.shape[2:] == (1,):
-        way_out = "save it without the axis of one voxel"
-    return [f"{volume.path} must have {spatial_dims} spatial axes, got {volume.shape}; {way_out}."]
+def _rank_problems(volume: _Volume, spatial_dims: int | None) -> Iterator[str]:
+    if spatial_dims not in (None, len(volume.shape)):
+        way_out = f"take the config for {'volumes' if spatial_dims == 2 else 'slices, 2d.json'}"
+        if volume.shape[2:] == (1,):
+            way_out = "save it without the axis of one voxel"
+        yield f"{volume.path} must have {spatial_dims} spatial axes, got {volume.shape}; {way_out}."
 
 
-def _image_problems(data: NDArray[Any], volume: _Volume) -> list[str]:
+def _image_problems(data: NDArray[Any], volume: _Volume) -> Iterator[str]:
     volume.low, volume.high = float(data.min()), float(data.max())
     if not np.isfinite([volume.low, volume.high]).all():
         count = int(data.size - np.isfinite(data).sum())
-        return [f"{volume.path} must have finite values, got {count:,} NaN or infinite voxels; replace them."]
-    if volume.low == volume.high:
-        return [f"{volume.path} must show something, got {volume.low:g} in all voxels; export it again."]
-    return []
+        yield f"{volume.path} must have finite values, got {count:,} NaN or infinite voxels; replace them."
+    elif volume.low == volume.high:
+        yield f"{volume.path} must show something, got {volume.low:g} in all voxels; export it again."
 
 
-def _label_problems(data: NDArray[Any], volume: _Volume, num_classes: int | None) -> list[str]:
+def _label_problems(data: NDArray[Any], volume: _Volume, num_classes: int | None) -> Iterator[str]:
     channels = data.size // max(1, math.prod(volume.shape))
     if channels > 1:
-        return [
+        yield (
             f"{volume.path} must have one channel of class numbers, got {channels}; "
             "save a label in color as gray, with the number of the class as value."
-        ]
+        )
+        return
     for slab in np.array_split(data, max(1, data.size // 2**24), axis=-1):   # np.unique sorts a copy
-        for value, count in zip(*np.unique(slab, return_counts=True), strict=True):
-            volume.counts[float(value)] = volume.counts.get(float(value), 0) + int(count)
-    broken = [value for value in volume.counts if value != np.rint(value)]   # also NaN
-    if broken:
-        return [
-            f"{volume.path} must have whole numbers, got {_some(f'{value:g}' for value in sorted(broken))}; "
-            "it may have been resampled: use nearest-neighbor interpolation for labels."
-        ]
+        values, counts = np.unique(slab, return_counts=True)
+        volume.counts.update(dict(zip(map(float, values), map(int, counts), strict=True)))
+    found = sorted(volume.counts)
+    broken = [f"{value:g}" for value in found if value != np.rint(value)]   # also NaN
     top = np.inf if num_classes is None else num_classes - 1
-    outside = [value for value in sorted(volume.counts) if not 0 <= value <= top]
-    if outside:
+    outside = [f"{value:g}" for value in found if not 0 <= value <= top]
+    if broken:
+        yield (
+            f"{volume.path} must have whole numbers, got {shorten(broken)}; "
+            "it may have been resampled: use nearest-neighbor interpolation for labels."
+        )
+    elif outside:
         expected = "values of 0 or more" if num_classes is None else f"values in 0..{num_classes - 1}"
-        return [
-            f"{volume.path} must have {expected}, got {_some(f'{value:g}' for value in outside)}; "
+        yield (
+            f"{volume.path} must have {expected}, got {shorten(outside)}; "
             "map these values, or set `num_classes` to the number of classes with the background."
-        ]
-    return []
+        )
 
 
-def _misfits(image: _Volume, label: _Volume) -> list[str]:
+def _misfits(image: _Volume, label: _Volume) -> Iterator[str]:
+    path = label.path
     if image.shape != label.shape:
-        shapes = f"{image.shape}, got {label.shape}"
-        return [f"{label.path} must have the shape of its image, {shapes}; resample the label."]
-    steps = np.array(image.spacing), np.array(label.spacing)
-    ends = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape])).reshape(len(image.shape), -1)
-    number = ends.shape[1]
-    corners = np.vstack([ends, np.zeros((3 - len(ends), number)), np.ones((1, number))])   # (4, 2^n)
-    shift = float(np.linalg.norm(((image.affine - label.affine) @ corners)[:3], axis=0).max())
-    if shift <= AFFINE_TOLERANCE * float(steps[0].min()):
-        return []
-    if not np.allclose(*steps, rtol=1e-3):
-        return [
-            f"{label.path} must have the spacing of its image, {_numbers(image.spacing)}, "
+        yield f"{path} must have the shape of its image, {image.shape}, got {label.shape}; resample the label."
+        return
+    axes = len(image.shape)
+    ends = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape])).reshape(axes, -1)
+    corners = np.vstack([ends, np.zeros((3 - axes, ends.shape[1])), np.ones(ends.shape[1])])   # (4, 2^axes)
+    most = float(np.linalg.norm(((image.affine - label.affine) @ corners)[:3], axis=0).max())
+    if most <= AFFINE_TOLERANCE * min(image.spacing):
+        return
+    if not np.allclose(image.spacing, label.spacing, rtol=1e-3):
+        yield (
+            f"{path} must have the spacing of its image, {_numbers(image.spacing)}, "
             f"got {_numbers(label.spacing)}; resample the label."
-        ]
-    return [
-        f"{label.path} must have the affine of its image, to {AFFINE_TOLERANCE:g} voxels, got one that "
-        f"is up to {shift:.3g} mm off; copy the image's header if the voxels match, else resample the label."
-    ]
-
-
-def _is_marked(label: _Volume) -> bool:
-    return any(value != 0 for value in label.counts)
+        )
+    else:
+        yield (
+            f"{path} must have the affine of its image, to {AFFINE_TOLERANCE:g} voxels, got one that is up to "
+            f"{most:.3g} mm off; copy the image's header if the voxels match, else resample the label."
+        )
 
 
 def _log_oddities(cases: Mapping[str, Sequence[_Inspected]]) -> None:
     labels = {case.label.path: case.label for group in cases.values() for case in group if case.label}
-    empty = [path for path, label in labels.items() if not _is_marked(label)]
+    empty = [path for path, label in labels.items() if not any(label.counts)]
     if empty:
         message = "%d of %d labels are empty, and used as they are: %s."
-        logger.warning(message, len(empty), len(labels), _some(empty))
+        logger.warning(message, len(empty), len(labels), shorten(empty))
     if len(cases["training"]) == 1:
         logger.warning("There is a single training case; the network will hardly generalize.")
     images = [case.image for group in cases.values() for case in group if case.image]
@@ -368,11 +344,10 @@ def _log_oddities(cases: Mapping[str, Sequence[_Inspected]]) -> None:
 
 
 def _report(cases: Mapping[str, Sequence[_Inspected]]) -> DataReport:
-    voxels: dict[str, dict[int, int]] = {name: {} for name in cases}
+    voxels: dict[str, Counter[int]] = {name: Counter() for name in cases}
     for name, group in cases.items():
-        for case in group:
-            for value, count in (case.label.counts if case.label else {}).items():
-                voxels[name][int(value)] = voxels[name].get(int(value), 0) + count
+        for label in (case.label for case in group if case.label):
+            voxels[name].update({int(value): count for value, count in label.counts.items()})
     images = [case.image for group in cases.values() for case in group if case.image]
     rank = min(len(image.shape) for image in images)
     return DataReport(
@@ -397,9 +372,3 @@ def _ranges(pairs: Iterable[tuple[float, float]]) -> str:
 
 def _numbers(values: Iterable[float]) -> str:
     return "(" + ", ".join(f"{value:.5g}" for value in values) + ")"
-
-
-def _some(items: Iterable[str], most: int = 5) -> str:
-    names = list(items)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

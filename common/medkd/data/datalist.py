@@ -8,14 +8,14 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["RandomSplits", "SplitsFile", "load_datalist", "make_datalist", "write_datalist"]
+__all__ = ["RandomSplits", "SplitsFile", "load_datalist", "make_datalist", "shorten", "write_datalist"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,7 @@ _SYNONYMS = {
     "validation": ("validation", "val", "valid"),
     "test": ("test", "testing", "ts"),
 }
-_KINDS = r"\.(nii\.gz|nii|mha|mhd|nrrd|npy|npz|png|tiff?|jpe?g|bmp|dcm|h5|hdf5|zarr)$"
-_SUFFIX = re.compile(_KINDS, re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(nii\.gz|nii|mha|mhd|nrrd|npy|npz|png|tiff?|jpe?g|bmp|dcm|h5|hdf5|zarr)$", re.I)
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,8 @@ class RandomSplits:
 def load_datalist(path: str | Path, key: str) -> list[dict[str, str]]:
     """Read one list of a `datalist.json`, with its paths made absolute.
 
-    Paths of `image`, `label` and keys that end in them (`teacher_image`) are relative to `data_root` in the
-    file, which itself may be relative to the file; without it, to the folder of the file. Other keys stay as
-    they are.
+    Paths of `image`, `label` and keys that end in them (`teacher_image`) are relative to `data_root` in the file, which
+    itself may be relative to the file; without it, to the folder of the file. Other keys stay as they are.
 
     Args:
         path: the file.
@@ -108,14 +106,11 @@ def _absolute(item: object, root: Path, where: str) -> dict[str, str]:
 
 
 def write_datalist(path: str | Path, content: Mapping[str, Any]) -> Path:
-    """Write a datalist as JSON; a file of that name is replaced as a whole or stays as it is.
+    """Write a datalist as JSON, and return its path; a file of that name is replaced as a whole or stays as it is.
 
     Args:
         path: file to write; its folder is made.
         content: lists of items, `labels`, and perhaps `data_root`.
-
-    Returns:
-        The path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,16 +128,11 @@ def write_datalist(path: str | Path, content: Mapping[str, Any]) -> Path:
 
 
 def make_datalist(
-    source: str | Path,
-    output: str | Path,
-    splits: SplitsFile | RandomSplits | None = None,
-    images: str = "images",
-    labels: str = "labels",
-    unlabeled: str | None = None,
-    label_names: str | Path | Sequence[str] | Mapping[str, str] | None = None,
-    patient: str | None = None,
+    source: str | Path, output: str | Path, splits: SplitsFile | RandomSplits | None = None,
+    images: str = "images", labels: str = "labels", unlabeled: str | None = None,
+    label_names: str | Path | Sequence[str] | Mapping[str, str] | None = None, patient: str | None = None,
 ) -> Path:
-    """Write a `datalist.json` for a folder of images and a folder of labels with the same file names.
+    """Write a `datalist.json` for images and labels with the same file names, and return its path.
 
     Args:
         source: the data; nothing is written there. Its absolute path becomes `data_root`.
@@ -150,20 +140,17 @@ def make_datalist(
         splits: which case goes where; None draws `RandomSplits()`.
         images: folder of the images, relative to `source`.
         labels: folder of the labels, relative to `source`.
-        unlabeled: folder of further images, relative to `source`; those that have no label and are in no list
-            become `unlabeled`. May be `images` itself.
-        label_names: names in the order of the label values, `background` first; also as "background,liver",
-            as {"0": "background"}, or as a JSON file of either. None leaves `labels` empty.
-        patient: regular expression with one group, the patient, searched in the name without extension; None
-            takes the whole name. No patient may be in two lists.
-
-    Returns:
-        Path of the file.
+        unlabeled: folder of further images, relative to `source`; those that have no label and are in no list become
+            `unlabeled`. May be `images` itself.
+        label_names: names in the order of the label values, `background` first; also as "background,liver", as
+            {"0": "background"}, or as a JSON file of either. None leaves `labels` empty.
+        patient: regular expression with one group, the patient, searched in the name without extension; None takes the
+            whole name. No patient may be in two lists.
 
     Raises:
         FileNotFoundError: a folder or the splits file does not exist.
-        ValueError: `output` lies in `source`, a labeled case has no label, a split names an unknown case, a
-            case or patient is in two lists, or there is no training case.
+        ValueError: `output` lies in `source`, a labeled case has no label, a split names an unknown case, a case or
+            patient is in two lists, or there is no training case.
     """
     source, target = Path(source), Path(output)
     target = target if target.suffix == ".json" else target / "datalist.json"
@@ -179,7 +166,8 @@ def make_datalist(
     else:
         lists = _draw_splits(splits or RandomSplits(), labeled, owner)
     if not lists["training"]:
-        raise ValueError(f"`splits` must leave at least one training case, got {_count(lists)} of {source}.")
+        counts = ", ".join(f"{len(cases)} {name}" for name, cases in lists.items())
+        raise ValueError(f"`splits` must leave at least one training case, got {counts} of {source}.")
     _refuse_unlabeled(lists, label_files, source / labels)
     if not lists["validation"]:
         logger.warning("No validation case: training needs one; name a split for it, or draw one by a share.")
@@ -209,13 +197,13 @@ def _read_json(path: Path, argument: str, kind: str, way_out: str) -> dict[str, 
     return content
 
 
-def _quote(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(repr(name) for name in names[:most]) or "none"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """List the first of some names, and tell how many there are more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _count(lists: Mapping[str, Sequence[str]]) -> str:
-    return ", ".join(f"{len(cases)} {name}" for name, cases in lists.items())
+def _quote(names: Sequence[str]) -> str:
+    return shorten(list(map(repr, names)), 8) or "none"
 
 
 def _stem(name: str) -> str:
@@ -230,15 +218,13 @@ def _files(source: Path, folder: str, argument: str) -> dict[str, str]:
             f"`{argument}` must be a folder of {source}, got {folder!r}; it has {_quote(there)}."
         )
     found: dict[str, str] = {}
-    for file in sorted((source / folder).iterdir()):
-        if file.name.startswith(".") or not _SUFFIX.search(file.name):
+    for name in sorted(os.listdir(source / folder)):
+        if name.startswith(".") or not _SUFFIX.search(name):
             continue
-        if _stem(file.name) in found:
-            raise ValueError(
-                f"`{argument}` must hold one file per case, "
-                f"got {found[_stem(file.name)]!r} and {file.name!r}."
-            )
-        found[_stem(file.name)] = Path(folder, file.name).as_posix()
+        if _stem(name) in found:
+            other = found[_stem(name)]
+            raise ValueError(f"`{argument}` must hold one file per case, got {other!r} and {name!r}.")
+        found[_stem(name)] = Path(folder, name).as_posix()
     if not found:
         raise ValueError(f"`{argument}` must hold volumes or images, got {source / folder}, which has none.")
     return found
@@ -249,37 +235,35 @@ def _patients(names: Sequence[str], pattern: str | None) -> dict[str, str]:
     if pattern is None:
         return {name: name for name in names}
     try:
-        search: Callable[[str], re.Match[str] | None] = re.compile(pattern).search
-        groups = re.compile(pattern).groups
+        regex = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"`patient` must be a regular expression, got {pattern!r}: {error}.") from error
-    if groups != 1:
-        raise ValueError(f"`patient` must have one group, the patient, got {pattern!r} with {groups}.")
-    matches = {name: search(name) for name in names}
-    strange = [name for name, match in matches.items() if not match or match[1] is None]
+    if regex.groups != 1:
+        raise ValueError(f"`patient` must have one group, the patient, got {pattern!r} with {regex.groups}.")
+    found = {name: match[1] for name in names if (match := regex.search(name)) and match[1] is not None}
+    strange = [name for name in names if name not in found]
     if strange:
         raise ValueError(f"`patient` must match every labeled case, got {pattern!r} for {_quote(strange)}.")
-    return {name: str(match[1]) for name, match in matches.items() if match}
+    return found
 
 
 def _draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, str]) -> _Lists:
-    for name in ("validation", "test"):
-        if not 0 <= getattr(splits, name) <= 1:
-            raise ValueError(
-                f"`{name}` must be a share of the patients, 0 to 1, got {getattr(splits, name)}."
-            )
+    shares = {name: getattr(splits, name) for name in ("validation", "test")}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"`{name}` must be a share of the patients, 0 to 1, got {share}.")
     patients = sorted({owner[case] for case in cases})
     np.random.default_rng(splits.seed).shuffle(patients)
-    want = {name: getattr(splits, name) * len(patients) for name in ("validation", "test")}
-    taken = {name: max(1, round(number)) if number else 0 for name, number in want.items()}
-    first, second = taken["validation"], taken["validation"] + taken["test"]
-    if second >= len(patients):
+    wanted = [share * len(patients) for share in shares.values()]
+    first, second = (max(1, round(number)) if number else 0 for number in wanted)
+    if first + second >= len(patients):
         raise ValueError(
-            f"`source` must have enough labeled patients for training, got {len(patients)} with "
-            f"{taken['validation']} for validation and {taken['test']} for test; lower these shares."
+            f"`source` must have enough labeled patients for training, got {len(patients)} with {first} for "
+            f"validation and {second} for test; lower these shares."
         )
-    groups = {"training": patients[second:], "validation": patients[:first], "test": patients[first:second]}
-    return {name: [case for case in cases if owner[case] in set(group)] for name, group in groups.items()}
+    drawn = patients[first + second :], patients[:first], patients[first : first + second]
+    groups = dict(zip(LISTS, map(set, drawn), strict=True))
+    return {name: [case for case in cases if owner[case] in group] for name, group in groups.items()}
 
 
 def _read_splits(splits: SplitsFile, images: Mapping[str, str], owner: Mapping[str, str]) -> _Lists:

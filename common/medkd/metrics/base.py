@@ -36,6 +36,10 @@ class CaseMetric(IgniteMetricHandler):
         save_details: keep the values per case and class for `MetricsSaver`.
     """
 
+    blocks: tuple[int, ...] | None = None   # into how many an axis is divided; each has a value
+    _takes = "one-hot of one shape (K, *S)"
+    _way_out = "put `AsDiscreted` with `to_onehot` into the postprocessing"
+
     def __init__(self, output_transform: Callable[[Any], Any] = lambda x: x, save_details: bool = True) -> None:
         super().__init__(metric_fn=_Mean(), output_transform=output_transform, save_details=save_details)
 
@@ -57,26 +61,33 @@ class CaseMetric(IgniteMetricHandler):
         """Add cases; `output` is `(pred, label)`, each a list or a batch.
 
         Raises:
-            ValueError: prediction and label are not one-hot of one shape.
+            ValueError: prediction and label are not of one shape, or not what the metric takes.
         """
         for pred, label in zip(*output, strict=True):
-            if pred.shape != label.shape or label.dim() not in (3, 4) or len(label) < 2:
-                raise ValueError(
-                    f"`pred` and `label` must be one-hot of one shape (K, *S), got {tuple(pred.shape)} and "
-                    f"{tuple(label.shape)}; put `AsDiscreted` with `to_onehot` into the postprocessing."
-                )
+            if pred.shape != label.shape or label.dim() not in (3, 4) or not self._has_channels(len(label)):
+                shapes = f"{tuple(pred.shape)} and {tuple(label.shape)}"
+                raise ValueError(f"`pred` and `label` must be {self._takes}, got {shapes}; {self._way_out}.")
             spacing = spacing_of(label)
-            values = [self.score(measured, spacing) for measured in self._measure_classes(pred, label, spacing)]
-            self.metric_fn.append(torch.tensor(values, device=pred.device))   # (K - 1,)
+            values = [self.score(measured, spacing) for measured in self._measure_parts(pred, label, spacing)]
+            self.metric_fn.append(torch.tensor(values, device=pred.device))   # (parts,)
 
-    def _measure_classes(self, pred: Tensor, label: Tensor, spacing: Sequence[float]) -> list[Any]:
-        """What `measure` gives for each class, taken from `engine.state.measured` if another metric was here before."""
+    def _has_channels(self, number: int) -> bool:
+        return number > 1
+
+    def _parts(self, maps: Tensor) -> Sequence[Any]:
+        """What has a value of its own: each class but the background, a mask of shape (*S)."""
+        masks: Sequence[Mask] = convert_to_numpy(maps[1:] > 0.5)
+        return masks
+
+    def _measure_parts(self, pred: Tensor, label: Tensor, spacing: Sequence[float]) -> list[Any]:
+        """What `measure` gives for each part, taken from `engine.state.measured` if another metric was here before."""
         state = self._engine.state if self._engine is not None else None
         known: dict[Any, tuple[list[Any], Tensor, Tensor]] = getattr(state, "measured", {})
-        key = self.measure, pred.data_ptr(), label.data_ptr(), label.shape
+        sides = [(side.data_ptr(), side.stride(), side.dtype) for side in (pred, label)]
+        key = self.measure, self.blocks, label.shape, *sides
         if key not in known:
-            masks = [convert_to_numpy(maps[1:] > 0.5) for maps in (pred, label)]   # (K - 1, *S) each
-            measured = [self.measure(one_pred, one_label, spacing) for one_pred, one_label in zip(*masks, strict=True)]
+            pairs = zip(self._parts(pred), self._parts(label), strict=True)
+            measured = [self.measure(*pair, spacing) for pair in pairs]
             known[key] = measured, pred, label   # while both are kept, no other tensor has their addresses
         return known[key][0]
 

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from ignite.metrics import Metric
@@ -34,9 +33,6 @@ class BorderAUC(Metric):
         >>> metric.compute()
         1.0
     """
-
-    def __init__(self, output_transform: Callable[[Any], Any] = lambda x: x) -> None:
-        super().__init__(output_transform)
 
     @reinit__is_reduced
     def reset(self) -> None:

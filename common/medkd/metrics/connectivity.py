@@ -38,7 +38,7 @@ def wrong_component_sizes(pred: Mask, label: Mask, spacing: Sequence[float] = ()
     """
     box = bounding_box(pred)
     components, _ = ndimage.label(pred[box], structure=np.ones((3,) * pred.ndim))   # (*S) of the box, 0 is outside
-    sizes: Sizes = np.bincount(components.ravel(), minlength=1)
+    sizes: Sizes = np.bincount(components.ravel())
     sizes[components[label[box]]] = 0
     return sizes[1:][sizes[1:] > 0]
 
@@ -51,10 +51,7 @@ class WrongComponents(CaseMetric):
     value: 0 for an organ that was missed, since this counts what was invented only (Dice and `HausdorffDistance95`
     tell what was missed), and all pieces of an organ that the label does not have.
 
-    Args:
-        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
-            output.
-        save_details: keep the values per case and class for `MetricsSaver`.
+    The arguments are those of `CaseMetric`.
 
     Example:
         >>> import torch
@@ -63,10 +60,12 @@ class WrongComponents(CaseMetric):
         >>> label[0, 0] = pred[0, :2] = pred[3, 3] = pred[5, 0] = 1    # the first piece touches the label
         >>> affine = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0]))    # pixels of 10 mm^2
         >>> pair = [[MetaTensor(torch.stack((1 - mask, mask)), affine=affine)] for mask in (pred, label)]
-        >>> metric = WrongComponents(save_details=False)
-        >>> metric.update(pair)
-        >>> round(metric.compute(), 6)
+        >>> for kind in (WrongComponents, WrongVolume):
+        ...     metric = kind(save_details=False)
+        ...     metric.update(pair)
+        ...     print(round(metric.compute(), 6))
         2.0
+        0.2
     """
 
     measure = staticmethod(wrong_component_sizes)
@@ -81,22 +80,7 @@ class WrongVolume(CaseMetric):
     The sum over the pieces. The voxel size comes from the affine of each case's label; without one, or when an image
     has no physical size, such as a PNG, voxels have 1 mm, and 1000 voxels (100 in 2-D) are 1.
 
-    Args:
-        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
-            output.
-        save_details: keep the values per case and class for `MetricsSaver`.
-
-    Example:
-        >>> import torch
-        >>> from monai.data.meta_tensor import MetaTensor
-        >>> label, pred = torch.zeros(2, 6, 6)
-        >>> label[0, 0] = pred[0, :2] = pred[3, 3] = pred[5, 0] = 1    # the first piece touches the label
-        >>> affine = torch.diag(torch.tensor([5.0, 2.0, 1.0, 1.0]))    # pixels of 10 mm^2
-        >>> pair = [[MetaTensor(torch.stack((1 - mask, mask)), affine=affine)] for mask in (pred, label)]
-        >>> metric = WrongVolume(save_details=False)
-        >>> metric.update(pair)
-        >>> round(metric.compute(), 6)
-        0.2
+    The arguments are those of `CaseMetric`; see `WrongComponents` for an example.
     """
 
     measure = staticmethod(wrong_component_sizes)

@@ -31,13 +31,10 @@ class Contingency:
     `label_ids[label_index[k]]`, and shares `counts[k]` voxels. Index 0 is background, also where there is none.
 
     Args:
-        pred_ids: ids of the prediction, ascending, 0 first. Shape (P + 1,).
-        label_ids: the same of the label. Shape (L + 1,).
-        pred_sizes: voxels of each, anywhere in the map. Shape (P + 1,).
-        label_sizes: shape (L + 1,).
-        pred_index: shape (N,).
-        label_index: shape (N,).
-        counts: 1 or more. Shape (N,).
+        pred_ids, label_ids: ids of each side, ascending, 0 first. Shapes (P + 1,) and (L + 1,).
+        pred_sizes, label_sizes: voxels of each, anywhere in the map. The same shapes.
+        pred_index, label_index: places of a pair in these. Shape (N,), the same for `counts`.
+        counts: 1 or more.
     """
 
     pred_ids: NDArray[Any]
@@ -106,7 +103,7 @@ def _flat(ids: Tensor | NDArray[Any]) -> NDArray[Any]:
 def _checked(name: str, ids: NDArray[Any], dtype: Any) -> NDArray[Any]:
     """Integers of ids that came as `dtype`; raise unless they are ids."""
     floating = ids.dtype.kind == "f"
-    wrong = ids[~(ids >= 0) | (ids != np.floor(ids))] if floating else ids[ids < 0]
+    wrong = ids[(ids < 0) | (ids != np.floor(ids))] if floating else ids[ids < 0]
     if wrong.size:
         raise ValueError(f"`{name}` must have whole ids of 0 or more, got {wrong[0]}; 0 is background or not labeled.")
     if floating:
@@ -164,9 +161,9 @@ def variation_of_information(table: Contingency) -> tuple[float, float]:
     if not counts.size:
         return math.nan, math.nan
     share = counts / counts.sum()
-    split = share @ np.log2(table.label_sizes[labels] / counts)
-    merge = share @ np.log2(pred_sizes[preds] / counts)
-    return float(split), float(merge)
+    sizes = table.label_sizes[labels], pred_sizes[preds]
+    split, merge = (float(share @ np.log2(size / counts)) for size in sizes)
+    return split, merge
 
 
 def adapted_rand_error(table: Contingency) -> float:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,7 +36,8 @@ class InstanceMetric(CaseMetric):
 
     Instance metrics on one engine count each case once between them, if they have the same blocks. NaN is no value: it
     counts nothing in the mean. Voxels of label 0 do not count for the variation of information and the Rand error; for
-    all others they are background, where whatever is predicted is wrong.
+    all others they are background, where whatever is predicted is wrong. `medkd.metrics.contingency` has a function for
+    each metric, which says what it is, what is perfect, and what it is where there is no instance.
 
     Args:
         blocks: into how many blocks to divide each axis of a case, as equal as can be; one number per spatial axis.
@@ -49,12 +50,35 @@ class InstanceMetric(CaseMetric):
 
     Raises:
         ValueError: blocks are not 2 or 3 positive numbers.
+
+    Example:
+        >>> import torch
+        >>> pair = [torch.tensor([[[1, 1, 1, 1, 2, 3]]])], [torch.tensor([[[5, 5, 5, 8, 8, 0]]])]
+        >>> for kind in (
+        ...     VariationOfInformation, VariationOfInformationSplit, VariationOfInformationMerge, AdaptedRandError,
+        ...     PanopticQuality, DetectionQuality, SegmentationQuality, AggregatedJaccard, SymmetricBestDice,
+        ...     CountDifference,
+        ... ):
+        ...     metric = kind(save_details=False)
+        ...     metric.update(pair)
+        ...     print(f"{metric.compute():.4f}", kind.__name__)
+        1.0490 VariationOfInformation
+        0.4000 VariationOfInformationSplit
+        0.6490 VariationOfInformationMerge
+        0.4000 AdaptedRandError
+        0.3000 PanopticQuality
+        0.4000 DetectionQuality
+        0.7500 SegmentationQuality
+        0.5714 AggregatedJaccard
+        0.5079 SymmetricBestDice
+        1.0000 CountDifference
     """
 
+    _takes = "instance maps of one shape (1, *S)"
+    _way_out = "make instances of the network's output in the postprocessing"
+
     def __init__(
-        self,
-        blocks: Sequence[int] | None = None,
-        output_transform: Callable[[Any], Any] = lambda x: x,
+        self, blocks: Sequence[int] | None = None, output_transform: Callable[[Any], Any] = lambda x: x,
         save_details: bool = True,
     ) -> None:
         self.blocks = None if blocks is None else tuple(blocks)
@@ -74,42 +98,26 @@ class InstanceMetric(CaseMetric):
         """Count the table of a case or block; the spacing is not needed."""
         return contingency(pred, label)
 
-    def update(self, output: Sequence[Any]) -> None:
-        """Add cases; `output` is `(pred, label)`, each a list or a batch.
+    @staticmethod
+    @abstractmethod
+    def grade(table: Contingency) -> float:
+        """Make the value of a case or block from its table."""
 
-        Raises:
-            ValueError: prediction and label are not instance maps of one shape, or have too few axes or voxels for
-                the blocks.
-        """
-        for pred, label in zip(*output, strict=True):
-            if pred.shape != label.shape or label.dim() not in (3, 4) or len(label) != 1:
-                raise ValueError(
-                    f"`pred` and `label` must be instance maps of one shape (1, *S), got {tuple(pred.shape)} and "
-                    f"{tuple(label.shape)}; make instances of the network's output in the postprocessing."
-                )
-            values = [self.score(table, ()) for table in self._measure_classes(pred, label, ())]
-            self.metric_fn.append(torch.tensor(values, device=pred.device))   # (number of blocks,)
+    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
+        return float(self.grade(measured))
 
-    def _measure_classes(self, pred: Tensor, label: Tensor, spacing: Sequence[float]) -> list[Contingency]:
-        """Count the table of each block, once for all metrics; what is a class elsewhere is a block here."""
-        state = self._engine.state if self._engine is not None else None
-        known: dict[Any, tuple[list[Contingency], Tensor, Tensor]] = getattr(state, "measured", {})
-        sides = [(side.data_ptr(), side.stride(), side.dtype) for side in (pred, label)]
-        key = self.measure, self.blocks, label.shape, *sides
-        if key not in known:
-            pairs = zip(self._divide(pred), self._divide(label), strict=True)
-            known[key] = [self.measure(*pair) for pair in pairs], pred, label   # kept, as in `CaseMetric`
-        return known[key][0]
+    def _has_channels(self, number: int) -> bool:
+        return number == 1
 
-    def _divide(self, ids: Tensor) -> list[Tensor]:
+    def _parts(self, maps: Tensor) -> list[Tensor]:
         """Blocks of an instance map (1, *S), without the channel."""
-        pieces = [plain_tensor(ids).detach().cpu()[0]]
+        pieces = [plain_tensor(maps).detach().cpu()[0]]
         if self.blocks is None:
             return pieces
-        if len(self.blocks) != ids.dim() - 1 or np.greater(self.blocks, ids.shape[1:]).any():
+        if len(self.blocks) != maps.dim() - 1 or np.greater(self.blocks, maps.shape[1:]).any():
             raise ValueError(
                 f"`blocks` must be a number for each spatial axis and at most its voxels, got {self.blocks} for a map "
-                f"of shape {tuple(ids.shape)}; divide into fewer blocks."
+                f"of shape {tuple(maps.shape)}; divide into fewer blocks."
             )
         for axis, count in enumerate(self.blocks):
             pieces = [part for piece in pieces for part in piece.tensor_split(count, axis)]
@@ -119,135 +127,64 @@ class InstanceMetric(CaseMetric):
 class VariationOfInformation(InstanceMetric):
     """Variation of information in bits, the sum of split and merge error; 0 is perfect.
 
-    See `variation_of_information` for the definition, and `InstanceMetric` for the arguments. A case or block without
-    a label counts nothing. An empty prediction is one segment: it has the merge error of everything merged.
-
-    Example:
-        >>> pair = [torch.tensor([[[1, 1, 2, 0]]])], [torch.tensor([[[1, 1, 1, 1]]])]
-        >>> for kind in (VariationOfInformation, VariationOfInformationSplit, VariationOfInformationMerge):
-        ...     metric = kind(save_details=False)
-        ...     metric.update(pair)
-        ...     print(metric.compute())
-        1.5
-        1.5
-        0.0
+    An empty prediction is one segment: it has the merge error of everything merged.
     """
 
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return sum(variation_of_information(measured))
+    grade = staticmethod(lambda table: sum(variation_of_information(table)))
 
 
 class VariationOfInformationSplit(InstanceMetric):
     """Split part of `VariationOfInformation`: bits that tell the prediction of a labeled voxel, given its label."""
 
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return variation_of_information(measured)[0]
+    grade = staticmethod(lambda table: variation_of_information(table)[0])
 
 
 class VariationOfInformationMerge(InstanceMetric):
     """Merge part of `VariationOfInformation`: bits that tell the label of a labeled voxel, given its prediction."""
 
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return variation_of_information(measured)[1]
+    grade = staticmethod(lambda table: variation_of_information(table)[1])
 
 
 class AdaptedRandError(InstanceMetric):
-    """Adapted Rand error (ARAND), 0 (perfect) to 1.
+    """Adapted Rand error (ARAND), 0 (perfect) to 1."""
 
-    See `adapted_rand_error` for the definition, and `InstanceMetric` for the arguments. A case or block without a
-    label counts nothing.
-
-    Example:
-        >>> metric = AdaptedRandError(save_details=False)
-        >>> metric.update(([torch.tensor([[[1, 1, 2, 2]]])], [torch.tensor([[[1, 1, 1, 2]]])]))
-        >>> round(metric.compute(), 6)
-        0.6
-    """
-
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return adapted_rand_error(measured)
+    grade = staticmethod(adapted_rand_error)
 
 
 class PanopticQuality(InstanceMetric):
-    """Panoptic quality of one class (PQ) at an intersection over union above one half, 0 to 1 (perfect).
+    """Panoptic quality of one class (PQ) at an intersection over union above one half, 0 to 1 (perfect)."""
 
-    See `panoptic_quality` for the definition, and `InstanceMetric` for the arguments. A case or block where neither
-    has an instance is 1, one where only one has is 0.
-
-    Example:
-        >>> pair = [torch.tensor([[[1, 1, 1, 0, 2, 2]]])], [torch.tensor([[[5, 5, 5, 5, 0, 8]]])]
-        >>> for kind in (PanopticQuality, DetectionQuality, SegmentationQuality):
-        ...     metric = kind(save_details=False)
-        ...     metric.update(pair)
-        ...     print(metric.compute())
-        0.375
-        0.5
-        0.75
-    """
-
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return panoptic_quality(measured)[0]
+    grade = staticmethod(lambda table: panoptic_quality(table)[0])
 
 
 class DetectionQuality(InstanceMetric):
     """Detection factor of `PanopticQuality` (DQ): the F-score of instances that are found, 0 to 1 (perfect)."""
 
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return panoptic_quality(measured)[1]
+    grade = staticmethod(lambda table: panoptic_quality(table)[1])
 
 
 class SegmentationQuality(InstanceMetric):
     """Segmentation factor of `PanopticQuality` (SQ): mean intersection over union of what is found, 0 if nothing is."""
 
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return panoptic_quality(measured)[2]
+    grade = staticmethod(lambda table: panoptic_quality(table)[2])
 
 
 class AggregatedJaccard(InstanceMetric):
-    """Aggregated Jaccard index (AJI), 0 to 1 (perfect).
+    """Aggregated Jaccard index (AJI), 0 to 1 (perfect)."""
 
-    See `aggregated_jaccard` for the definition, and `InstanceMetric` for the arguments. A case or block where neither
-    has an instance is 1, one where only one has is 0.
-
-    Example:
-        >>> metric = AggregatedJaccard(save_details=False)
-        >>> metric.update(([torch.tensor([[[1, 1, 1, 0, 2]]])], [torch.tensor([[[5, 5, 5, 5, 0]]])]))
-        >>> round(metric.compute(), 6)
-        0.6
-    """
-
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return aggregated_jaccard(measured)
+    grade = staticmethod(aggregated_jaccard)
 
 
 class SymmetricBestDice(InstanceMetric):
-    """Symmetric best Dice (SBD), 0 to 1 (perfect).
+    """Symmetric best Dice (SBD), 0 to 1 (perfect)."""
 
-    See `symmetric_best_dice` for the definition, and `InstanceMetric` for the arguments. A case or block where neither
-    has an instance is 1, one where only one has is 0.
-
-    Example:
-        >>> metric = SymmetricBestDice(save_details=False)
-        >>> metric.update(([torch.tensor([[[1, 1, 1, 2]]])], [torch.tensor([[[5, 5, 5, 0]]])]))
-        >>> metric.compute()
-        0.5
-    """
-
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return symmetric_best_dice(measured)
+    grade = staticmethod(symmetric_best_dice)
 
 
 class CountDifference(InstanceMetric):
     """Absolute difference in count (|DiC|): by how many instances prediction and label differ; 0 is perfect.
 
-    See `InstanceMetric` for the arguments. It is 0 for as many wrong instances, so read it next to another metric.
-
-    Example:
-        >>> metric = CountDifference(save_details=False)
-        >>> metric.update(([torch.tensor([[[1, 1, 2, 3]]])], [torch.tensor([[[5, 5, 5, 0]]])]))
-        >>> metric.compute()
-        2.0
+    It is 0 for as many wrong instances, so read it next to another metric.
     """
 
-    def score(self, measured: Contingency, spacing: Sequence[float]) -> float:
-        return float(count_difference(measured))
+    grade = staticmethod(count_difference)

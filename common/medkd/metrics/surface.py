@@ -77,10 +77,7 @@ class HausdorffDistance95(_SurfaceMetric):
     the affine of each case's label. An organ that the network missed altogether counts with the diagonal of its image,
     so that silence is not rewarded; an organ that the label does not have counts nothing.
 
-    Args:
-        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
-            output.
-        save_details: keep the values per case and class for `MetricsSaver`.
+    The arguments are those of `CaseMetric`.
 
     Reference:
         Huttenlocher et al., Comparing Images Using the Hausdorff Distance, IEEE TPAMI 15(9), 1993.
@@ -88,11 +85,13 @@ class HausdorffDistance95(_SurfaceMetric):
     Example:
         >>> import torch
         >>> label, pred = torch.zeros(2, 6, 6)
-        >>> label[0, 0] = pred[3, 4] = 1
-        >>> metric = HausdorffDistance95(save_details=False)
-        >>> metric.update(([torch.stack((1 - pred, pred))], [torch.stack((1 - label, label))]))
-        >>> metric.compute()
-        5.0
+        >>> label[0, 0] = pred[0, 0] = pred[3, 4] = 1              # distances 0 and 5 one way, 0 the other
+        >>> for kind in (HausdorffDistance95, AverageSurfaceDistance):
+        ...     metric = kind(save_details=False)
+        ...     metric.update(([torch.stack((1 - pred, pred))], [torch.stack((1 - label, label))]))
+        ...     print(round(metric.compute(), 4))
+        4.75
+        1.6667
     """
 
     def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:
@@ -106,23 +105,11 @@ class AverageSurfaceDistance(_SurfaceMetric):
     much the boundary is off on the whole. Spacing, missed organs (the diagonal of the image) and organs that the label
     does not have (nothing) are as in `HausdorffDistance95`.
 
-    Args:
-        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
-            output.
-        save_details: keep the values per case and class for `MetricsSaver`.
+    The arguments are those of `CaseMetric`; see `HausdorffDistance95` for an example.
 
     Reference:
         Heimann et al., Comparison and Evaluation of Methods for Liver Segmentation From CT Datasets, IEEE TMI 28(8),
         2009.
-
-    Example:
-        >>> import torch
-        >>> label, pred = torch.zeros(2, 6, 6)
-        >>> label[0, 0] = pred[0, 0] = pred[0, 4] = 1              # distances 0 and 4 one way, 0 the other
-        >>> metric = AverageSurfaceDistance(save_details=False)
-        >>> metric.update(([torch.stack((1 - pred, pred))], [torch.stack((1 - label, label))]))
-        >>> round(metric.compute(), 4)
-        1.3333
     """
 
     def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:
@@ -141,9 +128,7 @@ class SurfaceDice(_SurfaceMetric):
         tolerance: largest distance that is right, in mm. None is one voxel, by the largest of a case's voxel sizes:
             a surface that is shifted by one voxel along any axis is right. Give millimeters to compare data sets of
             different spacing, or when slices are thick.
-        output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), from the engine's
-            output.
-        save_details: keep the values per case and class for `MetricsSaver`.
+        output_transform, save_details: as in `CaseMetric`.
 
     Raises:
         ValueError: a tolerance that is negative or not finite.
@@ -165,9 +150,7 @@ class SurfaceDice(_SurfaceMetric):
     """
 
     def __init__(
-        self,
-        tolerance: float | None = None,
-        output_transform: Callable[[Any], Any] = lambda x: x,
+        self, tolerance: float | None = None, output_transform: Callable[[Any], Any] = lambda x: x,
         save_details: bool = True,
     ) -> None:
         if tolerance is not None and not 0.0 <= tolerance < math.inf:

@@ -108,6 +108,5 @@ def border_auc(boundary: Tensor, label: Tensor, ignore: int = 255) -> float:
     ordered = values.sort().values
     ranks = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True) + 1).double() / 2
     hits = int(positive.sum())
-    if hits in (0, len(values)):
-        return float("nan")
-    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * (len(values) - hits)))
+    wins = ranks[positive].sum() - hits * (hits + 1) / 2
+    return float(wins / (hits * (len(values) - hits)))             # 0 / 0 without a border, or with nothing else

@@ -30,7 +30,8 @@ def consecutive_labels(label: Tensor) -> Tensor:
         [2, 0, 1, 2]
     """
     found, numbers = torch.unique(label, return_inverse=True)
-    return torch.where(label == 0, 0, numbers + (0 if (found == 0).any() else 1))
+    places = numbers + 1 - ((label > 0) & (found == 0).any()).long()   # 0 takes a place before positive ids alone
+    return torch.where(label == 0, 0, places)
 
 
 def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:

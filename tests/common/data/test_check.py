@@ -105,6 +105,20 @@ def test_pictures_are_read_too(tmp_path: Path) -> None:
     assert sum(report.voxels["training"].values()) == 54
 
 
+def test_voxels_of_a_label_too_large_for_one_pass_are_added_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = np.array_split
+    monkeypatch.setattr(np, "array_split", lambda data, _parts, axis: split(data, 3, axis))
+    assert check_data([make("a")], [make("b")]).voxels["training"] == {0: 252, 1: 42, 2: 42}
+
+
+@pytest.mark.parametrize(("values", "counted"), [(20, False), (21, True)])
+def test_table_names_up_to_twenty_values(make: Make, values: int, counted: bool) -> None:
+    label = (np.arange(8 * 7 * 6, dtype=np.uint16) % values).reshape(SHAPE)
+    table = check_data([make("a", label=label)], [make("b", label=label)]).table()
+    assert ("label values" in table) is counted
+    assert ("voxels of 19" in table) is not counted
+
+
 def test_instances_are_not_bounded_by_classes(make: Make) -> None:
     label = np.zeros(SHAPE, np.uint32)
     label[1:] = 70_000 + np.arange(7, dtype=np.uint32)[:, None, None]
@@ -147,6 +161,15 @@ def test_affine_that_differs_by_rounding_passes(make: Make) -> None:
     near = AFFINE.copy()
     near[:3, 3] += 0.01
     check_data([make("a"), make("b", label_affine=near)], [make("c")])
+    near[0, 3] += 0.04                                             # 0.05 mm of voxels of 2 mm, not of 3 mm
+    with pytest.raises(DataError, match=r"to 0.02 voxels, got one that is up to 0.052 mm off"):
+        check_data([make("a"), make("b", label_affine=near)], [make("c")])
+
+
+def test_label_of_another_direction_is_refused_for_its_far_corner(make: Make) -> None:
+    turned = AFFINE.copy()
+    turned[:3, 0] = [2.0 * np.cos(0.1), 2.0 * np.sin(0.1), 0.0]     # about the first voxel, by 0.1 of 14 mm
+    refused(make, r"bad_label.nii.gz must have the affine of its image.* up to 1.4 mm off", label_affine=turned)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +320,19 @@ def test_image_in_two_lists_is_refused_however_it_is_written(make: Make, tmp_pat
         check_data([item], [other])
 
 
+def test_image_in_two_lists_is_refused_through_a_link(make: Make, tmp_path: Path) -> None:
+    item = make("a")
+    (tmp_path / "link.nii.gz").symlink_to(item["image"])
+    with pytest.raises(DataError, match="must have no image in common"):
+        check_data([item], [item | {"image": str(tmp_path / "link.nii.gz")}])
+
+
+def test_broken_image_of_two_lists_is_told_of_once_by_its_first_place(make: Make, tmp_path: Path) -> None:
+    item = make("a") | {"image": str(tmp_path / "none.nii")}
+    with pytest.raises(DataError, match=r"1 problem\(s\):\n  .*none.nii is the image of training\[0\]"):
+        check_data([item], [item], allow_shared=True)
+
+
 def test_shared_image_can_be_allowed(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     item = make("a")
     report = check_data([item], [item], test=[item], allow_shared=True)
@@ -312,6 +348,25 @@ def test_all_problems_come_in_one_error(make: Make, tmp_path: Path) -> None:
     assert "5 problem(s)" in text
     for part in ("`validation`", "must show something", "values in 0..2, got 7", "none.nii", "of its label"):
         assert part in text
+
+
+def test_twenty_problems_are_all_listed(tmp_path: Path) -> None:
+    items = [{"image": tmp_path / f"{number}.nii", "label": tmp_path / "l.nii"} for number in range(10)]
+    with pytest.raises(DataError, match=r"20 problem\(s\)") as caught:
+        check_data(items[:9], items[9:])
+    assert len(str(caught.value).splitlines()) == 21
+
+
+def test_unreadable_labels_are_not_taken_for_empty_ones(make: Make, tmp_path: Path) -> None:
+    items = [make("a", label=marked()), make("b") | {"label": str(tmp_path / "none.nii")}]
+    with pytest.raises(DataError, match=r"1 problem\(s\):\n  .*none.nii is the label"):
+        check_data(items, [make("c")])
+
+
+def test_five_values_are_named_and_more_are_counted(make: Make) -> None:
+    for top, expected in ((6, r"got 2, 3, 4, 5, 6; map"), (7, r"got 2, 3, 4, 5, 6 and 1 more; map")):
+        with pytest.raises(DataError, match=expected):
+            check_data([make("a", label=marked(*range(1, top + 1)))], [make("c", label=marked(1))], num_classes=2)
 
 
 def test_more_than_twenty_problems_are_counted(tmp_path: Path) -> None:
@@ -344,6 +399,13 @@ def test_mixed_spacing_and_orientation_are_logged(make: Make, caplog: pytest.Log
     check_data([make("a"), make("b", affine=np.diag([-2.0, -2.0, 5.0, 1.0]))], [make("c")])
     one_line(caplog, "Spacing differs by case, 2 x 2 x 3 to 5; the transforms resample all to one.")
     one_line(caplog, "Orientation differs by case, LPS, RAS; the transforms turn all to one.")
+
+
+def test_volumes_and_slices_are_told_of_together(make: Make, tmp_path: Path) -> None:
+    flat = pictures(tmp_path, np.ones((9, 6), np.uint8))
+    report = check_data([make("a"), flat[0]], [flat[1]])
+    assert report.shapes == ((6, 8), (7, 9))
+    assert report.spacing == ((1.0, 2.0), (1.0, 2.0))
 
 
 def test_sound_data_log_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medkd.data.datalist import RandomSplits, SplitsFile, load_datalist, make_datalist, write_datalist
@@ -105,6 +106,13 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_draft(tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["list.json"]
 
 
+def test_a_list_is_whole_on_the_disk_before_it_takes_its_name(
+    tmp_path: Path, disk: list[tuple[str, int, int]]
+) -> None:
+    file = write_datalist(tmp_path / "list.json", {"training": []}).stat()
+    assert disk == [("synced", file.st_ino, file.st_size), ("renamed", file.st_ino, file.st_size)]
+
+
 # make_datalist
 
 
@@ -142,6 +150,17 @@ def test_one_split_named_for_several_lists_is_used_for_all(source: Path, tmp_pat
     assert stems(path, "training") == stems(path, "validation") == stems(path, "test") == ["p0_a"]
 
 
+def test_lists_share_a_case_only_when_both_were_named(source: Path, tmp_path: Path) -> None:
+    splits = splits_file(tmp_path, {"mine": ["p0_a"], "Val": ["p0_a"]})
+    for validation in (None, "Val"):
+        plan = SplitsFile(splits, training="mine", validation=validation)
+        if validation:
+            assert stems(make_datalist(source, tmp_path / "out", plan), "validation") == ["p0_a"]
+            continue
+        with pytest.raises(ValueError, match="keep training and validation apart, got 'p0_a' in both"):
+            make_datalist(source, tmp_path / "out", plan)
+
+
 def test_split_that_nobody_named_is_an_error_with_the_option(source: Path, tmp_path: Path) -> None:
     splits = splits_file(tmp_path, {"smoke_test": ["p0_a"]})
     with pytest.raises(ValueError, match=r"one split for training.* got 'smoke_test'.*--training NAME"):
@@ -161,6 +180,7 @@ def test_split_that_nobody_named_is_an_error_with_the_option(source: Path, tmp_p
         ({"train": []}, "must leave at least one training case, got 0 training"),
         ({"train": "p0_a"}, "must hold a list of names as 'train', got \"p0_a\""),
         ({"train": ["p0_a"], "training": ["p1_a"]}, "must have one split for training"),
+        ({"train": ["p0_a"], "val": ["p1_a"], "valid": ["p2_a"]}, "must have one split for validation"),
         (["p0_a"], "must hold a JSON object, got a list"),
     ],
 )
@@ -190,6 +210,31 @@ def test_random_splits_keep_patients_together_and_repeat_by_seed(source: Path, t
     assert other.read_text() != path.read_text()
 
 
+def test_random_splits_do_not_depend_on_the_process(tmp_path: Path) -> None:
+    patients = [f"p{number:02}" for number in range(20)]
+    for folder in ("images", "labels"):
+        fill(tmp_path / "set" / folder, [f"{name}.nii.gz" for name in patients])
+    np.random.default_rng(0).shuffle(patients)
+    path = make_datalist(tmp_path / "set", tmp_path / "out")       # 15 % and 20 %
+    found = [stems(path, key) for key in ("validation", "test", "training")]
+    assert found == [sorted(patients[:3]), sorted(patients[3:7]), sorted(patients[7:])]
+
+
+def test_endings_may_be_in_capitals(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        fill(tmp_path / "set" / folder, ["a.PNG", "b.Nii.GZ"])
+    path = make_datalist(tmp_path / "set", tmp_path / "out", RandomSplits(0.5, 0))
+    assert {load_datalist(path, key)[0]["image"][-4:] for key in ("training", "validation")} == {".PNG", "i.GZ"}
+
+
+def test_paths_are_absolute_when_the_list_is_named_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_datalist(tmp_path / "list.json", {"training": [{"image": "x.nii"}]})
+    monkeypatch.chdir(tmp_path)
+    assert load_datalist("list.json", "training") == [{"image": str(tmp_path / "x.nii")}]
+
+
 def test_random_splits_take_labeled_cases_only_and_at_least_one_each(source: Path, tmp_path: Path) -> None:
     path = make_datalist(source, tmp_path / "out", RandomSplits(validation=0.01, test=0.0))
     assert [len(stems(path, key)) for key in ("training", "validation", "test")] == [9, 1, 0]
@@ -209,6 +254,7 @@ def test_splits_file_that_divides_a_patient_is_refused(source: Path, tmp_path: P
         (r"^(p\d", "`patient` must be a regular expression"),
         (r"^p\d", "`patient` must have one group, the patient, got .* with 0"),
         (r"^(q\d)", "`patient` must match every labeled case, got .* for 'p0_a', 'p0_b'"),
+        (r"^(q)?p", "`patient` must match every labeled case, got .* for 'p0_a', 'p0_b'"),
     ],
 )
 def test_wrong_patient_pattern_is_refused(source: Path, tmp_path: Path, pattern: str, message: str) -> None:
@@ -221,6 +267,7 @@ def test_wrong_patient_pattern_is_refused(source: Path, tmp_path: Path, pattern:
     [
         (RandomSplits(validation=0.5, test=0.5), "must have enough labeled patients .* got 10 with 5"),
         (RandomSplits(validation=1.5), "`validation` must be a share of the patients, 0 to 1, got 1.5"),
+        (RandomSplits(test=-0.5), "`test` must be a share of the patients, 0 to 1, got -0.5"),
     ],
 )
 def test_impossible_shares_are_refused(

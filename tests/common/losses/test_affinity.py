@@ -88,17 +88,20 @@ def test_perfect_embeddings_have_no_loss() -> None:
 
 def test_background_is_drawn_to_the_first_axis() -> None:
     label = torch.tensor([[[[0, 0, 0, 1]]]])
-    loss = AffinityLoss([(-1, 0)], background_weight=1.0)             # no pair lies inside: only the axis counts
     along = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 1, 4)
-    assert loss(along, label).item() == pytest.approx(0.25)
-    assert loss(along.flip(1), label).item() == pytest.approx(0.75)
+    for weight in (1.0, 3.0):
+        loss = AffinityLoss([(-1, 0)], background_weight=weight)      # no pair lies inside: only the axis counts
+        assert loss(along, label).item() == pytest.approx(0.25 * weight)
+        assert loss(along.flip(1), label).item() == pytest.approx(0.75 * weight)
 
 
-def test_widened_borders_are_background() -> None:
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_widened_borders_are_background(weight: float) -> None:
     label = torch.tensor([[[[1, 1, 1, 2, 2, 2]] * 2]])
     embeddings = maps((2, 6), batch=1)
     widened = torch.tensor([[[[1, 1, 0, 0, 2, 2]] * 2]])
-    assert AffinityLoss(FLAT, widen=True)(embeddings, label) == AffinityLoss(FLAT)(embeddings, widened)
+    losses = [AffinityLoss(FLAT, widen=widen, background_weight=weight) for widen in (True, False)]
+    assert losses[0](embeddings, label) == losses[1](embeddings, widened)
 
 
 @pytest.mark.parametrize("content", [0, 5])

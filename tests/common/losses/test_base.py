@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medkd.losses.base import DistillationLoss, tap_pairs, trainable_parameters
+from medkd.losses.base import DistillationLoss, pointwise_convolution, tap_pairs, trainable_parameters
 
 
 class DtypeLoss(DistillationLoss):
@@ -34,6 +34,12 @@ def test_half_precision_becomes_float32_with_autocast_off() -> None:
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, loss({"pred": student.float()}, {"pred": teacher.float()})["one"])
     assert torch.is_autocast_enabled("cpu") is False
+
+
+def test_whole_numbers_stay_whole() -> None:
+    loss, maps, numbers = DtypeLoss(), torch.zeros(1, 2, 3, 3), torch.tensor([2**40 + 1])
+    loss({"pred": maps, "numbers": numbers}, {"pred": maps, "numbers": numbers})
+    assert [seen["numbers"].tolist() for seen in loss.seen[:2]] == [[2**40 + 1]] * 2
 
 
 def test_double_precision_stays() -> None:
@@ -81,13 +87,15 @@ def test_a_missing_prediction_is_named(role: str) -> None:
         DtypeLoss()(**inputs)
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_missing_tap_is_named(role: str) -> None:
+@pytest.mark.parametrize(("role", "tap"), [("student", "a"), ("teacher", "b")])
+def test_a_missing_tap_is_named(role: str, tap: str) -> None:
     maps = torch.zeros(1, 2, 3, 3)
     inputs = {"student": {"pred": maps, "a": maps}, "teacher": {"pred": maps, "b": maps}}
-    del inputs[role]["a" if role == "student" else "b"]
-    with pytest.raises(ValueError, match=rf"`{role}` must hold \['pred', '[ab]'\], got \['pred'\]; tap"):
-        DtypeLoss([("a", "b")])(**inputs)
+    loss = DtypeLoss([("a", "b")])
+    loss(**inputs)
+    del inputs[role][tap]
+    with pytest.raises(ValueError, match=rf"`{role}` must hold \['pred', '{tap}'\], got \['pred'\]; tap"):
+        loss(**inputs)
 
 
 def test_a_path_stands_for_both_networks_and_a_pair_for_each_its_own() -> None:
@@ -104,3 +112,16 @@ def test_trainable_parameters_are_those_of_student_and_heads_that_require_gradie
     student, head, frozen = nn.Linear(2, 2), nn.Linear(2, 3, bias=False), nn.Linear(2, 2).requires_grad_(False)
     found = list(trainable_parameters(student, [head, frozen]))
     assert [id(p) for p in found] == [id(student.weight), id(student.bias), id(head.weight)]
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_pointwise_convolution_starts_with_a_bias_of_zero_whatever_memory_it_is_given(rank: int) -> None:
+    torch.use_deterministic_algorithms(True)                       # fills new memory with NaN
+    try:
+        layer = pointwise_convolution(3, 2, rank, torch.Generator(), bias=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert layer.bias is not None
+    assert layer.bias.tolist() == [0, 0]
+    assert layer.weight.shape == (2, 3, *[1] * rank)
+    assert layer.weight.isfinite().all()

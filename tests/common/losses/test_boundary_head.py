@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from monai.data.meta_tensor import MetaTensor
+from torch import Tensor
 
 from medkd.losses.boundary_head import BoundaryHead, PairLabelLoss, TeacherHead
 from medkd.ops.border import border_auc, pair_label_loss
@@ -53,10 +56,39 @@ def test_a_head_learns_to_show_borders_from_labels_alone() -> None:
     assert border_auc(head(levels, (16, 16)), label) > max(0.75, start)
 
 
+def test_the_boundary_map_is_that_of_the_formula() -> None:
+    levels = [torch.randn(2, 3, 10, 14), torch.randn(2, 6, 5, 7)]
+    head = BoundaryHead((3, 6), spatial_dims=2, width=8, groups=4)
+    reduced = []
+    for convolution, level in zip(head.reduce, levels, strict=True):
+        normal = F.group_norm(F.conv2d(level, convolution.weight), 4)
+        reduced.append(F.adaptive_avg_pool2d(normal, (5, 7)).clamp(min=0))
+    logits = F.conv2d(torch.cat(reduced, 1), head.combine.weight, head.combine.bias)
+    torch.testing.assert_close(head(levels, (5, 7)), logits.sigmoid())
+    assert torch.equal(head.combine.bias, torch.zeros(1))
+    assert BoundaryHead((3,), 2).norm[0].num_groups == 4
+
+
 def test_labels_are_reduced_to_the_grid_by_majority() -> None:
     boundary, label = torch.rand(2, 1, 4, 6), torch.randint(0, 3, (2, 1, 8, 12)).float()
     expected = pair_label_loss(boundary, majority_label(label, (4, 6))[0])
     torch.testing.assert_close(PairLabelLoss()(boundary, label), expected)
+
+
+def test_lengths_and_the_ignored_label_are_those_that_were_asked_for() -> None:
+    boundary, label = torch.rand(2, 1, 4, 6), torch.randint(0, 3, (2, 1, 8, 12))
+    label[torch.rand(label.shape) < 0.5] = 7
+    reduced, _ = majority_label(label, (4, 6), ignore=7)
+    expected = pair_label_loss(boundary, reduced, (1, 3), ignore=7)
+    torch.testing.assert_close(PairLabelLoss((1, 3), ignore_label=7)(boundary, label), expected)
+
+
+def test_half_precision_with_metadata_gives_a_plain_scalar_in_float32() -> None:
+    boundary, label = torch.rand(2, 1, 4, 6).bfloat16(), torch.randint(0, 3, (2, 1, 4, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = PairLabelLoss()(MetaTensor(boundary), MetaTensor(label))
+    assert type(value) is Tensor
+    torch.testing.assert_close(value, pair_label_loss(boundary.float(), label))
 
 
 def test_a_head_of_other_levels_is_named() -> None:
@@ -70,10 +102,21 @@ def test_the_teachers_head_is_loaded_strictly_and_frozen(tmp_path: Path) -> None
     loaded = TeacherHead((3, 4), tmp_path / "model.pt", spatial_dims=2).load()
     torch.testing.assert_close(dict(loaded.state_dict()), dict(head.state_dict()))
     assert not any(p.requires_grad for p in loaded.parameters())
+    assert not loaded.training
+    moved = TeacherHead((3, 4), tmp_path / "model.pt", spatial_dims=2).load(torch.device("meta"))
+    assert {p.device.type for p in moved.parameters()} == {"meta"}
     with pytest.raises(ValueError, match=r"`teacher_head` must hold a head for levels of \[3\] channels"):
         TeacherHead((3,), tmp_path / "model.pt", spatial_dims=2).load()
     with pytest.raises(FileNotFoundError, match="`teacher_head` must be the weights of the teacher's boundary head"):
         TeacherHead((3,), tmp_path / "no.pt").load()
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_head_is_taken_when_it_or_the_run_does_not_know_its_teacher(tmp_path: Path, marked: bool) -> None:
+    (tmp_path / "teacher.pt").write_bytes(b"first")
+    mark = {"teacher_sha256": torch.zeros(32, dtype=torch.uint8)} if marked else {}
+    torch.save(BoundaryHead((3,), 2).state_dict() | mark, tmp_path / "head.pt")
+    TeacherHead((3,), tmp_path / "head.pt", 2, None if marked else tmp_path / "teacher.pt").load()
 
 
 def test_a_head_of_another_teacher_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.losses.boundary_head import BoundaryHead, TeacherHead
-from medkd.losses.boundary_relation import BoundaryRelationLoss
+from medkd.losses.boundary_relation import BoundaryRelationLoss, boundary_grid
 from medkd.taps import FeatureTaps
 from oracles import boundary_relation as oracle
 
@@ -121,6 +121,30 @@ def test_a_pooled_relation_ignores_a_global_factor_only() -> None:
     assert abs(loss(student | {"e1": uneven}, teacher, label)["relation"] - expected) > 1e-4
 
 
+def test_the_relation_of_several_levels_is_their_mean() -> None:
+    student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
+    first, second, both = (
+        BoundaryRelationLoss(["e1"], taps)(student, teacher, label)["relation"]
+        for taps in (["e1"], ["e2"], ["e1", "e2"])
+    )
+    torch.testing.assert_close(both, (first + second) / 2)
+
+
+def test_a_cell_counts_when_at_least_half_of_its_voxels_do() -> None:
+    """Three cells of 2 x 2 voxels; of the last one 0, 2 and 3 voxels are ignored."""
+    pred, label = torch.zeros(1, 2, 2, 6), torch.tensor([[0, 0, 1, 1, 1, 1]] * 2).view(1, 1, 2, 6)
+    student, teacher = ({"e": torch.randn(1, c, 1, 3, dtype=torch.float64), "pred": pred} for c in (3, 5))
+    found = []
+    for column in (6, 5, 4):
+        label[..., 0, 4:] = 1 if column == 6 else 255
+        label[..., 1, 4:] = torch.tensor([1, 1]) if column > 4 else torch.tensor([255, 1])
+        found.append(BoundaryRelationLoss(["e"], ["e"])(student, teacher, label)["relation"].item())
+    classes = torch.tensor([0, 1, 1]).view(1, 1, 1, 3)
+    whole = dense_relation(student["e"], teacher["e"], classes).item()
+    without = dense_relation(student["e"][..., :2], teacher["e"][..., :2], classes[..., :2]).item()
+    assert found == pytest.approx([whole, whole, without])
+
+
 def test_pooling_of_a_relation_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
     loss = BoundaryRelationLoss(["e1"], ["e1", "e2"], relation_cells=6)
@@ -171,6 +195,13 @@ def test_a_volume_of_depth_one_equals_two_dimensions() -> None:
     student, teacher, label = features((11, 13), (3, 4)), features((11, 13), (5, 6)), blocks((11, 13))
     deep = [{name: value.unsqueeze(2) for name, value in maps.items()} for maps in (student, teacher)]
     torch.testing.assert_close(a_loss()(*deep, label.unsqueeze(2)), a_loss()(student, teacher, label))
+
+
+def test_another_label_may_be_the_ignored_one() -> None:
+    student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
+    label[:, :, :5] = 255                                          # the third row of cells is ignored by half
+    expected = a_loss()(student, teacher, label)
+    torch.testing.assert_close(a_loss(ignore_label=7)(student, teacher, label.where(label != 255, 7)), expected)
 
 
 def test_changes_at_ignored_voxels_do_not_count() -> None:
@@ -267,6 +298,30 @@ def test_other_strides_and_channels_work_in_both_directions(mine: tuple[int, ...
     assert student["a"].grad.isfinite().all()
 
 
+def test_the_boundary_grid_is_that_of_the_student() -> None:
+    student = {"a": torch.randn(1, 3, 4, 6, dtype=torch.float64), "pred": torch.zeros(1, 3, 8, 12)}
+    teacher = {"b": torch.randn(1, 7, 8, 12, dtype=torch.float64), "pred": torch.zeros(1, 3, 8, 12)}
+    label = blocks((8, 12), batch=1)
+    value = BoundaryRelationLoss([["a", "b"]], [["a", "b"]], pair_lengths=(1, 3))(student, teacher, label)["boundary"]
+    target = F.max_pool2d(oracle.contrast(teacher["b"]), 2)
+    coarse = oracle.majority_label(label, (4, 6), 3)
+    torch.testing.assert_close(value, oracle.affinity_distance(oracle.contrast(student["a"]), target, coarse, (1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("grids", "cells", "expected"),
+    [
+        ([(4, 6), (2, 3)], 24, (4, 6)), ([(4, 6), (2, 3)], 23, (2, 3)),   # the finest that fits
+        ([(4, 6), (2, 3)], 5, (1, 1)), ([(4, 6), (2, 3)], 1, (1, 1)),     # none fits: the coarsest, divided
+        ([(1, 8, 8)], 4, (1, 2, 2)),                                      # an axis never vanishes
+    ],
+)
+def test_the_boundary_grid_has_at_most_so_many_cells(
+    grids: list[tuple[int, ...]], cells: int, expected: tuple[int, ...]
+) -> None:
+    assert boundary_grid([torch.zeros(1, 1, *grid) for grid in grids], cells) == expected
+
+
 @pytest.mark.parametrize("boundary_cells", [24, 12, 5])
 def test_the_boundary_grid_keeps_to_its_number_of_cells(boundary_cells: int) -> None:
     student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
@@ -344,6 +399,7 @@ def test_the_loss_has_nothing_to_train_or_to_save() -> None:
     assert not loss.state_dict()
     assert loss.preset_weights == {"boundary": 5.0, "relation": 0.5}
     assert copy.deepcopy(loss).tap_pairs == (("e1", "e1"), ("e2", "e2"))
+    assert (loss.relation_cells, a_kind("paper").relation_cells) == (13_824, 4_096)
 
 
 def test_inputs_stay_as_they_are() -> None:
@@ -514,12 +570,50 @@ def test_only_the_students_head_learns_and_is_saved() -> None:
     assert loss.preset_weights == {"boundary": 1.0, "relation": 1.0}
 
 
+def test_the_teachers_head_is_read_once_and_anew_for_the_next_run() -> None:
+    student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
+    loss = a_kind("paper")
+    loss.activate(loss.terms)
+    before = values(loss(student, teacher, label))
+    loss.teacher_head.head = BoundaryHead((5, 6), 2, seed=2).double()
+    assert values(loss(student, teacher, label)) == before
+    loss.activate(loss.terms)
+    assert values(loss(student, teacher, label))[0] != before[0]
+
+
 def test_a_missing_head_file_is_an_error_only_when_the_boundary_has_a_weight(tmp_path: Path) -> None:
     pair = (BoundaryHead((3, 4), 2), TeacherHead((5, 6), tmp_path / "no.pt", 2))
     loss = a_loss(preset="paper", heads=pair)
     loss.activate(["relation"])
     with pytest.raises(FileNotFoundError, match="`teacher_head` must be the weights .*no.pt.* teacher_head.json"):
         loss.activate(["boundary"])
+
+
+def test_a_teachers_map_is_judged_once_by_the_first_batches_that_have_a_border(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    label = torch.zeros(1, 1, 16, 16, dtype=torch.long)
+    label[..., 8:] = 1
+    logits = torch.where(label == 1, 9.0, -9.0).double()
+    maps = {"e2": torch.rand(1, 4, 16, 16).double(), "pred": torch.cat([-logits, logits], 1)}
+    partly = label.clone()
+    partly[:, :, :4] = 7                                           # its border is none of the map's
+    loss = BoundaryRelationLoss([], ["e2"], boundary_map="prob", ignore_label=7)
+    loss.activate(["boundary"])
+    for batch in [torch.zeros_like(label)] * 9 + [partly] * 7:
+        loss(maps, maps, batch)
+    assert not caplog.records
+    for _ in range(3):
+        loss(maps, maps, partly)
+    assert [(record.levelname, record.message[-6:]) for record in caplog.records] == [("INFO", "1.000.")]
+
+    constant = maps | {"pred": torch.zeros(1, 2, 16, 16).double()}   # an area of 0.5, which is not below 0.5
+    loss = BoundaryRelationLoss([], ["e2"], boundary_map="prob", min_boundary_auc=0.5)
+    loss.activate(["boundary"])
+    for _ in range(8):
+        loss(maps, constant, label)
+    assert [(record.levelname, record.message[-6:]) for record in caplog.records[1:]] == [("WARNING", "0.500.")]
 
 
 def test_a_teacher_whose_boundaries_are_inverted_is_refused_once_it_is_certain(

@@ -124,9 +124,10 @@ def test_a_student_that_equals_its_teacher_has_neither_loss_nor_gradient(
     assert student.grad.abs().max() < 1e-9
 
 
-def test_numbers_of_instances_do_not_matter_and_may_be_large() -> None:
+@pytest.mark.parametrize("first", [2**40, 513, -1])
+def test_numbers_of_instances_do_not_matter_and_may_be_large_or_negative(first: int) -> None:
     student, teacher, label = maps((9, 9)), maps((9, 9)), labels((9, 9))
-    others = torch.where(label > 0, 2**40 + 5 - label, 0)
+    others = torch.where(label > 0, first - label, 0)
     results = []
     for numbers in (label, others):
         loss = a_loss(FLAT)
@@ -208,6 +209,27 @@ def test_the_memory_is_in_the_state_dict_and_goes_on_exactly() -> None:
         assert all(torch.equal(results[0][term], results[1][term]) for term in TERMS)
 
 
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_alone_has_the_value_that_it_has_among_all(term: str) -> None:
+    among, alone = a_loss(FLAT), a_loss(FLAT)
+    alone.activate([term])
+    for _ in range(2):
+        step = maps((9, 9)), maps((9, 9)), labels((9, 9))
+        expected, found = run(among, *step), run(alone, *step)
+    assert found == {term: expected[term]}
+    assert expected[term] > 0
+
+
+def test_widened_borders_are_background() -> None:
+    label, widened = (torch.tensor([[[row] * 2]]) for row in ([1, 1, 1, 2, 2, 2], [1, 1, 0, 0, 2, 2]))
+    images = maps((2, 6), batch=1), maps((2, 6), batch=1)
+    losses = a_loss(FLAT, widen=True), a_loss(FLAT)
+    for _ in range(2):
+        found, expected = (run(loss, *images, one) for loss, one in zip(losses, (label, widened), strict=True))
+    assert found == expected
+    assert found != run(a_loss(FLAT), *images, label)
+
+
 def test_terms_that_are_off_are_not_computed() -> None:
     loss = a_loss(FLAT)
     loss.activate(["affinity"])
@@ -237,22 +259,24 @@ def test_cosines_with_the_axis_of_the_background_are_compared_if_asked_for() -> 
 
 
 @pytest.mark.parametrize(
-    ("balance", "axes", "weights"),
+    ("balance", "axes", "row", "weights"),
     [
-        ("none", 2, [1 / 4, 1 / 4, 1 / 4]),
-        ("sample", 2, [1 / 4, 1 / 4, 3 / 4]),                        # of four pairs one is 0: that outside counts as 1
-        ("none", 3, [1 / 4, 1 / 4, 1 / 4]),
-        ("channel", 3, [1 / 3, 1 / 3, 2 / 3]),                       # of three pairs inside one is 0
+        ("none", 2, [1, 1, 1, 2], [1 / 4, 1 / 4, 1 / 4]),
+        ("sample", 2, [1, 1, 1, 2], [1 / 4, 1 / 4, 3 / 4]),          # of four pairs one is 0: that outside counts as 1
+        ("sample", 2, [0, 0, 0, 1], [1 / 4, 1 / 4, 3 / 4]),          # background is one object
+        ("none", 3, [1, 1, 1, 2], [1 / 4, 1 / 4, 1 / 4]),
+        ("channel", 3, [1, 1, 1, 2], [1 / 3, 1 / 3, 2 / 3]),         # of three pairs inside one is 0
+        ("channel", 3, [0, 0, 0, 1], [1 / 3, 1 / 3, 1 / 3]),         # all are 0: background is none
     ],
 )
 def test_the_rarer_target_counts_as_much_as_the_other_one_if_asked_for(
-    balance: str, axes: int, weights: list[float]
+    balance: str, axes: int, row: list[int], weights: list[float]
 ) -> None:
     size = (1,) * (axes - 1) + (4,)
     offsets = [(0,) * (axes - 1) + (-1,)]
     student, teacher = maps(size, batch=1), maps(size, batch=1)
     loss = a_loss(offsets, balance=balance)
-    found = run(loss, student, teacher, torch.tensor([1, 1, 1, 2]).reshape(1, 1, *size))["affinity"]
+    found = run(loss, student, teacher, torch.tensor(row).reshape(1, 1, *size))["affinity"]
     squares = (oracle.offset_affinity(student, offsets) - oracle.offset_affinity(teacher, offsets)).square().flatten()
     assert found.item() == pytest.approx((squares[1:] * torch.tensor(weights)).sum().item(), rel=1e-6)
 
@@ -287,16 +311,55 @@ def test_a_level_adds_the_same_terms_with_a_learned_projection_for_the_nodes() -
     assert loss.projections[0].weight.grad.abs().max() > 0   # type: ignore[union-attr,operator]
 
 
-def test_a_level_that_reaches_beyond_the_label_is_cropped_to_it() -> None:
+@pytest.mark.parametrize(
+    ("stride", "cells", "voxels"),
+    [
+        (3, slice(1, 3), [1, 4]),                                    # 12 x 12 voxels around 6 x 6
+        (2, slice(0, 3), [0, 2, 4]),                                 # 8 x 8: from the center of the first cell on
+    ],
+)
+def test_a_level_that_reaches_beyond_the_label_is_cropped_to_it(
+    stride: int, cells: slice, voxels: list[int]
+) -> None:
     size, label = (6, 6), labels((6, 6))
-    wide = maps((4, 4), channels=2), maps((4, 4), channels=3)        # 12 x 12 voxels around 6 x 6
-    loss = a_loss(FLAT, levels=[level([3, 3])])
-    loss.activate(["affinity"])
+    wide = maps((4, 4), channels=2), maps((4, 4), channels=3)
+    loss = a_loss(FLAT, levels=[level([stride, stride])])
+    loss.activate(["affinity", "edge"])
     embedding = maps(size)
     terms = loss({"pred": embedding, "s": wide[0]}, {"pred": embedding, "t": wide[1]}, label)
-    inner = [one[:, :, 1:3, 1:3] for one in wide]
+    inner = [one[:, :, cells, cells] for one in wide]
     difference = oracle.offset_affinity(inner[0], FLAT[:2]) - oracle.offset_affinity(inner[1], FLAT[:2])
-    assert terms["affinity"].item() == pytest.approx(difference.square().sum().item() / (2 * 4))
+    assert terms["affinity"].item() == pytest.approx(difference.square().sum().item() / (2 * len(voxels) ** 2))
+    expected = 0.0
+    for sample in range(2):
+        mine, other = (nodes_of(one, label[:, :, voxels][..., voxels], sample) for one in inner)
+        expected += (cosines(mine, mine) - cosines(other, other)).square().mean().item() / 2
+    assert terms["edge"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("options", [{"background_weight": 3.0}, {"balance": "sample"}])
+def test_background_and_balance_count_at_the_embedding_and_at_no_level(options: dict[str, Any]) -> None:
+    student, teacher = {"pred": maps((9, 9)), "s": maps((9, 9), channels=2)}, {"pred": maps((9, 9))}
+    teacher["t"], label = maps((9, 9), channels=3), labels((9, 9))
+
+    def affinity(**chosen: Any) -> float:
+        loss = a_loss(FLAT, **chosen)
+        loss.activate(["affinity"])
+        return loss(student, teacher, label)["affinity"].item()
+
+    levels = {"levels": [level([1, 1])]}
+    assert affinity(**options) != affinity()
+    assert affinity(**levels, **options) - affinity(**options) == pytest.approx(affinity(**levels) - affinity())
+
+
+def test_the_seed_decides_the_first_values_of_the_projections() -> None:
+    first, same, other = (a_loss(FLAT, levels=[level([1, 1])], seed=seed).projections[0].weight for seed in (1, 1, 2))
+    assert torch.equal(first, same)   # type: ignore[arg-type]
+    assert not torch.equal(first, other)   # type: ignore[arg-type]
+
+
+def test_the_memory_is_of_16_channels_unless_told_otherwise() -> None:
+    assert GraphRelationLoss(FLAT).bank.voxel_moments.shape[1:] == (16, 16)
 
 
 def test_weights_of_the_presets() -> None:
@@ -315,6 +378,7 @@ def test_weights_of_the_presets() -> None:
         ({"levels": [{"tap": "e"}]}, "`levels` must have the keys 'tap', 'channels' and 'stride'"),
         ({"levels": [{"tap": "e", "channels": [2], "stride": [1, 1]}]}, "`levels` must give two `channels`"),
         ({"levels": [{"tap": "e", "channels": [2, 2], "stride": [1]}]}, "a `stride` of 2 numbers"),
+        ({"levels": [{"tap": "e", "channels": [2, 2], "stride": [0, 1]}]}, "a `stride` of 2 numbers"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -326,6 +390,7 @@ def test_embeddings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one shape, got \(2, 4, 9, 9\) and \(2, 5, 9, 9\)"):
         run(a_loss(FLAT), maps((9, 9)), maps((9, 9), channels=5), labels((9, 9)))
     loss = a_loss(FLAT, levels=[level([1, 1])])
-    features = {"pred": maps((9, 9)), "s": maps((9, 9))}, {"pred": maps((9, 9)), "t": maps((9, 9), channels=3)}
-    with pytest.raises(ValueError, match=r"layers of one size with \[2, 3\] channels"):
-        loss(*features, labels((9, 9)))
+    for wrong in (maps((9, 9)), maps((9, 8), channels=2)):
+        features = {"pred": maps((9, 9)), "s": wrong}, {"pred": maps((9, 9)), "t": maps((9, 9), channels=3)}
+        with pytest.raises(ValueError, match=r"layers of one size with \[2, 3\] channels"):
+            loss(*features, labels((9, 9)))

@@ -49,6 +49,9 @@ def test_foreground_weighting_counts_voxels_by_the_teachers_probability() -> Non
     value = value_of(SoftLabelLoss(1.0, "foreground", floor=0.05), student, teacher)
     expected = (0.85 * divergence(0.8, 0.5) + 0.15 * divergence(0.1, 0.5)) / (0.85 + 0.15)
     assert value.item() == pytest.approx(expected, rel=1e-6)
+    value = value_of(SoftLabelLoss(1.0, "foreground"), student, teacher)   # a floor of 0.02
+    expected = (0.82 * divergence(0.8, 0.5) + 0.12 * divergence(0.1, 0.5)) / (0.82 + 0.12)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_sigmoid_output_equals_its_two_class_form() -> None:

@@ -27,6 +27,11 @@ def test_nothing_is_drawn_before_there_is_anything() -> None:
     assert RelationBank(1).draw() == (None, None)
 
 
+def test_32_images_are_kept_and_12_drawn_unless_told_otherwise() -> None:
+    bank = RelationBank(1)
+    assert (len(bank.voxel_moments), bank.sample) == (32, 12)
+
+
 def test_the_oldest_images_give_way() -> None:
     bank = RelationBank(1, capacity=3, sample=3)
     for number in range(1, 8, 2):
@@ -111,3 +116,38 @@ def test_impossible_sizes_are_refused(numbers: tuple[int, int, int]) -> None:
 def test_moments_of_another_embedding_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must have shape \(B, 2, 2\), got \(1, 3, 3\)"):
         RelationBank(2).enqueue(torch.eye(3)[None], torch.eye(3)[None], torch.tensor([True]))
+
+
+def test_the_seed_decides_what_is_drawn() -> None:
+    draws = []
+    for seed in (0, 0, 1):
+        bank = RelationBank(1, capacity=30, sample=10, seed=seed)
+        fill(bank, *(2.0**number for number in range(20)))
+        voxels, _ = bank.draw()
+        assert voxels is not None
+        draws.append(voxels.item())
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_more_images_than_32_bits_can_count_go_on_giving_way() -> None:
+    bank = RelationBank(1, capacity=3, sample=3)
+    bank.seen.fill_(3 * 2**32)
+    fill(bank, 1, 2, 3, 4)
+    assert int(bank.seen) == 3 * 2**32 + 4
+    assert kept(bank) == [2, 3, 4]
+
+
+def test_moments_of_another_precision_are_kept_in_that_of_the_memory() -> None:
+    bank = RelationBank(1, capacity=2, sample=1)
+    bank.enqueue(images(1.0).double(), images(1.0).double(), torch.tensor([True]))
+    voxels, _ = bank.draw()
+    assert voxels is not None
+    assert (voxels.dtype, voxels.item()) == (torch.float32, 1.0)
+
+
+def test_a_memory_of_which_all_is_drawn_is_possible() -> None:
+    bank = RelationBank(1, capacity=2, sample=2)
+    fill(bank, 1.0, 3.0)
+    voxels, _ = bank.draw()
+    assert voxels is not None
+    assert voxels.item() == 2

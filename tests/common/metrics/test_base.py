@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.exceptions import NotComputableError
 from monai.data.meta_tensor import MetaTensor
 from torch import Tensor
@@ -71,6 +72,12 @@ def test_the_spacing_is_that_of_each_label(size: tuple[int, ...]) -> None:
     cases = [(one_hot(3, size=size), MetaTensor(one_hot(1, size=size), affine=affine)) for affine in affines]
     depth = 1.0 if len(size) == 2 else 2.0
     assert compute(Extra(), *cases) == pytest.approx((2 * 0.5 + 2 * 1.5) / 2 * depth)
+
+
+def test_a_voxel_that_is_a_class_by_half_is_none_of_it() -> None:
+    label = one_hot(2)
+    compute(Extra(), (label * 0.5, label), (label * 0.6, label))
+    assert measured == [(0, 2), (2, 2)]
 
 
 def test_a_batch_is_a_list_of_cases() -> None:
@@ -143,15 +150,41 @@ def test_memory_that_the_next_iteration_fills_anew_is_measured_anew() -> None:
 def test_metrics_of_other_tensors_do_not_share() -> None:
     """The first two make tensors that are gone after the update, if nobody keeps them, and their memory used again."""
     size = 2, 600, 600                                             # large enough to be given back to the system
-    label = one_hot(1, size=size[1:])
+    label, other = (one_hot(count, size=size[1:]) for count in (1, 5))
     metrics = {
         "all": Extra(lambda output: ([torch.ones(size)], output[1])),
         "none": Extra(lambda output: ([torch.zeros(size)], output[1])),
         "own": Extra(),
         "swapped": Extra(lambda output: output[::-1]),
+        "relabeled": Extra(lambda output: (output[0], [other])),
     }
     engine = evaluate([([one_hot(count, size=size[1:])], [label]) for count in (2, 3)], **metrics)
-    assert engine.state.metrics == {"all": 360_000.0 - 1, "none": -1.0, "own": 1.5, "swapped": -1.5}
+    expected = {"all": 360_000.0 - 1, "none": -1.0, "own": 1.5, "swapped": -1.5, "relabeled": -2.5}
+    assert engine.state.metrics == expected
+
+
+def test_tensors_that_were_measured_live_as_long_as_their_values() -> None:
+    """Else another one may get their memory in the same iteration, and be taken for them."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(output: Any) -> Any:
+        pred = output[0][0] * 1
+        made.append(weakref.ref(pred))
+        return [pred], output[1]
+
+    engine = Engine(lambda _engine, batch: batch)
+    Extra(make).attach(engine, "value")
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _engine: alive.append(made[-1]() is not None))
+    alive: list[bool] = []
+    engine.run([([one_hot(3)], [one_hot(1)])])
+    assert alive == [True]
+
+
+def test_views_of_one_memory_are_not_taken_for_each_other() -> None:
+    pred, label = (one_hot(count).flip(1, 2).contiguous() for count in (3, 1))   # in the first row
+    first = Extra(lambda output: tuple([maps[..., :1] for maps in side] for side in output))
+    engine = evaluate([([pred], [label])], whole=Extra(), column=first)
+    assert engine.state.metrics == {"whole": 2.0, "column": 0.0}
 
 
 def test_the_box_of_a_mask_is_as_small_as_it_gets() -> None:
@@ -165,6 +198,7 @@ RANK = """
 import json
 import torch
 from ignite.engine import Engine
+from medkd.metrics.border import BorderAUC
 from medkd.metrics.connectivity import WrongComponents
 from medkd.metrics.surface import HausdorffDistance95
 
@@ -178,6 +212,7 @@ for distance in ([2], [4, 6])[rank]:
 engine = Engine(lambda _engine, batch: batch)
 for metric in (HausdorffDistance95(), WrongComponents()):
     metric.attach(engine, type(metric).__name__)
+BorderAUC(lambda output: tuple([maps[1:] for maps in side] for side in output)).attach(engine, "BorderAUC")
 engine.run(batches)
 details = {name: sorted(values.flatten().tolist()) for name, values in engine.state.metric_details.items()}
 with open(f"{folder}/{rank}.json", "w") as file:
@@ -190,5 +225,6 @@ def test_ranks_gather_the_values_of_all_cases(tmp_path: Path) -> None:
     toys.finish(*(toys.start(exec, RANK, {"rank": rank, "folder": str(tmp_path)}) for rank in range(2)))
     for rank in range(2):
         metrics, details = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert metrics == {"HausdorffDistance95": 4.0, "WrongComponents": 1.0}
+        area = pytest.approx(60 / 2 / 61)                          # off the border all are equal but one
+        assert metrics == {"HausdorffDistance95": 4.0, "WrongComponents": 1.0, "BorderAUC": area}
         assert details == {"HausdorffDistance95": [2.0, 4.0, 6.0], "WrongComponents": [1.0, 1.0, 1.0]}

@@ -28,6 +28,7 @@ import toys
 from medkd.handlers.records import case_meta
 from medkd.metrics import instances
 from medkd.metrics.contingency import (
+    Contingency,
     adapted_rand_error,
     aggregated_jaccard,
     contingency,
@@ -170,6 +171,25 @@ def test_values_by_hand() -> None:
         "sbd": (6 / 7 + 4 / 6 + 4 / 6 + 0) / 4,                    # the other direction: (6 / 7 + 4 / 6) / 2
         "dic": 2.0,
     })
+
+
+def test_the_rand_error_of_billions_of_voxels_is_exact() -> None:
+    """Two labels of 4 and 2 billion voxels, which one prediction merges: squares beyond 64 bits."""
+    sizes = np.array([4_000_000_000, 2_000_000_000])
+    table = Contingency(
+        pred_ids=np.array([0, 1]), label_ids=np.array([0, 1, 2]), pred_sizes=np.array([0, sizes.sum()]),
+        label_sizes=np.array([0, *sizes]), pred_index=np.array([1, 1]), label_index=np.array([1, 2]), counts=sizes,
+    )
+    both, merged = 4**2 + 2**2, 6**2
+    assert adapted_rand_error(table) == pytest.approx(1 - 2 * both / (merged + both))
+
+
+def test_thousands_of_instances_are_numbered_by_a_table() -> None:
+    ids = 3 * np.arange(12_000)                                    # beyond 15 bits, and less than four for each voxel
+    table = contingency(ids, ids[::-1])
+    assert table.instances == (11_999, 11_999)
+    assert table.pred_ids[[1, -1]].tolist() == [3, 35_997]
+    assert table.counts.tolist() == [1] * 12_000
 
 
 def test_labels_take_predictions_in_the_order_of_their_ids() -> None:

@@ -173,6 +173,11 @@ def test_a_perfect_prediction_has_the_best_value(metric: type[CaseMetric], expec
     assert value_of((one_hot(blobs(0)), one_hot(blobs(0))), metric=metric()) == expected
 
 
+def test_with_a_tolerance_of_zero_only_what_is_the_same_is_right() -> None:
+    pred, label = points((2, 2, 2), (2, 2, 3)), points((2, 2, 2))
+    assert value_of((one_hot(pred), one_hot(label)), metric=SurfaceDice(0.0)) == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("metric", [HausdorffDistance95, AverageSurfaceDistance])
 @pytest.mark.parametrize("size", [(8, 6, 4), (8, 6)])
 def test_a_missed_organ_counts_with_the_diagonal_of_its_image(metric: type[CaseMetric], size: tuple[int, ...]) -> None:

@@ -126,6 +126,20 @@ def test_small_and_large_activations_keep_contrast_and_gradient_finite(scale: fl
     assert scaled.grad.isfinite().all()
 
 
+def test_a_vector_as_long_as_eps_is_alive_and_a_shorter_one_is_dead() -> None:
+    features = torch.tensor([[[[0.5, 0.0]], [[0.0, 0.5]]]])
+    assert feature_contrast(features, eps=0.5).flatten().tolist() == [0.5, 0.5]
+    assert feature_contrast(features, eps=0.51).flatten().tolist() == [0.0, 0.0]
+
+
+def test_maps_too_large_for_all_channels_at_once_give_the_same() -> None:
+    features = torch.randn(1, 3, 600, 300, dtype=torch.float64, requires_grad=True)   # two channels, then one
+    pull = torch.randn(1, 1, 600, 300, dtype=torch.float64)
+    ours, plain = feature_contrast(features), oracle.contrast(features)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(value, features, pull)[0] for value in (ours, plain)))
+
+
 def test_half_precision_features_are_computed_in_float32() -> None:
     features = torch.randn(1, 3, 4, 5).bfloat16()
     boundary = feature_contrast(features)
@@ -230,6 +244,20 @@ def test_distance_on_a_row_matches_the_values_by_hand() -> None:
     assert affinity_distance(student, teacher).item() == pytest.approx(0.0527273, abs=1e-7)
     assert affinity_distance(student, teacher, label).item() == pytest.approx(0.0516667, abs=1e-7)
     assert affinity_distance(student, teacher, label).item() == pytest.approx((0.04 + 0.19 / 3) / 2)
+
+
+def test_of_equal_maxima_on_a_path_the_first_takes_the_gradient() -> None:
+    student, teacher = torch.tensor([[[[0.5, 0.5, 0.0]]]], requires_grad=True), torch.zeros(1, 1, 1, 3)
+    affinity_distance(student, teacher, lengths=(1,)).backward()
+    assert student.grad is not None
+    assert student.grad.flatten().tolist() == [0.5, 0.5, 0.0]      # the means over two pairs: 2 * 0.5 / 2 for each
+
+
+@pytest.mark.parametrize("other", [256, 511, 1000])
+def test_labels_may_be_larger_than_a_byte(other: int) -> None:
+    student, teacher, label = a_row()
+    expected = affinity_distance(student, teacher, label)
+    torch.testing.assert_close(affinity_distance(student, teacher, label * other), expected)
 
 
 def test_a_thin_structure_between_two_equal_ends_makes_the_pair_cross() -> None:
@@ -380,6 +408,7 @@ def test_the_teacher_map_gets_no_gradient() -> None:
     affinity_distance(student, teacher).backward()
     assert student.grad is not None
     assert teacher.grad is None
+    assert not affinity_distance(student.detach(), teacher).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

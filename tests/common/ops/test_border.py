@@ -50,13 +50,13 @@ def test_a_thin_structure_is_a_border_for_the_pair_that_spans_it() -> None:
     assert pair_label_loss(boundary, label, (2,)).item() == pytest.approx(-0.5 * math.log(0.25 + 1e-5))
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (3, 2, 4), (1, 4, 3)])
-def test_the_pair_loss_equals_the_loop_over_pairs(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "ignore"), [((4, 5), 255), ((3, 2, 4), 255), ((1, 4, 3), 7)])
+def test_the_pair_loss_equals_the_loop_over_pairs(shape: tuple[int, ...], ignore: int) -> None:
     boundary = torch.rand(2, 1, *shape, dtype=torch.float64)
     label = torch.randint(0, 3, (2, 1, *shape))
-    label[0].flatten()[0] = 255
-    expected = costs_by_loops(boundary[:, 0].numpy(), label[:, 0].numpy(), (1, 2))
-    assert pair_label_loss(boundary, label, (1, 2)).item() == pytest.approx(expected)
+    label[0].flatten()[0] = ignore
+    expected = costs_by_loops(boundary[:, 0].numpy(), label[:, 0].numpy(), (1, 2), ignore)
+    assert pair_label_loss(boundary, label, (1, 2), ignore).item() == pytest.approx(expected)
 
 
 def test_the_pair_loss_passes_gradcheck() -> None:
@@ -76,21 +76,23 @@ def test_one_class_alone_and_nothing_but_ignored_voxels_stay_finite(label: Tenso
     assert bool(value == 0) is bool((label == 255).all())
 
 
-def test_borders_are_two_voxels_thick_and_ignored_voxels_make_none() -> None:
-    label = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 255, 1]]).view(1, 1, 3, 3)
-    border, valid = label_border(label)
+@pytest.mark.parametrize("ignore", [255, 7])
+def test_borders_are_two_voxels_thick_and_ignored_voxels_make_none(ignore: int) -> None:
+    label = torch.tensor([[0, 0, 1], [0, 1, 1], [0, ignore, 1]]).view(1, 1, 3, 3)
+    border, valid = label_border(label, ignore)
     assert border[0, 0].int().tolist() == [[0, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert valid[0, 0].int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 1]]
 
 
-def test_the_area_equals_the_share_of_ordered_pairs() -> None:
+@pytest.mark.parametrize("ignore", [255, 7])
+def test_the_area_equals_the_share_of_ordered_pairs(ignore: int) -> None:
     boundary = torch.randint(0, 6, (2, 1, 5, 4)).float()          # many ties
     label = torch.randint(0, 2, (2, 1, 5, 4))
-    label[0, 0, 0, 0] = 255
-    border, valid = label_border(label)
+    label[0, 0, 0, 0] = ignore
+    border, valid = label_border(label, ignore)
     on, off = boundary[border & valid], boundary[~border & valid]
     wins = (on[:, None] > off[None]).double() + 0.5 * (on[:, None] == off[None]).double()
-    assert border_auc(boundary, label) == pytest.approx(wins.mean().item())
+    assert border_auc(boundary, label, ignore) == pytest.approx(wins.mean().item())
 
 
 def test_a_constant_map_is_chance_and_an_inverted_one_below() -> None:
@@ -100,5 +102,12 @@ def test_a_constant_map_is_chance_and_an_inverted_one_below() -> None:
     assert (border_auc(border, label), border_auc(1 - border, label)) == (1.0, 0.0)
 
 
-def test_without_a_border_there_is_no_area() -> None:
+def test_the_area_of_a_large_map_is_exact() -> None:
+    label = torch.zeros(1, 1, 400, 400)
+    label[..., 200:] = 1
+    assert border_auc(label_border(label)[0].float(), label) == 1.0   # a sum of ranks beyond 2^24
+
+
+def test_without_a_border_or_with_nothing_else_there_is_no_area() -> None:
     assert math.isnan(border_auc(torch.rand(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)))
+    assert math.isnan(border_auc(torch.rand(1, 1, 1, 2), torch.tensor([[[[0, 1]]]])))

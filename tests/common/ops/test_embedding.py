@@ -11,11 +11,14 @@ from torch import Tensor
 
 from medkd.ops.embedding import (
     BackgroundPairs,
+    background_cosine,
     label_affinity,
     offset_affinity,
     offset_mask,
+    pairs_of_background,
     pooled_directions,
     target_balance_weight,
+    weighted_targets,
     widen_borders,
 )
 from oracles import graph_relation as oracle
@@ -70,14 +73,24 @@ def test_an_embedding_without_length_has_no_affinity_and_no_gradient() -> None:
     assert embeddings.grad[..., 0].abs().max() == 0
 
 
-def test_a_length_does_not_matter() -> None:
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_length_does_not_matter(scale: float) -> None:
     embeddings = torch.randn(1, 3, 4, 5, dtype=torch.float64)
-    longer = embeddings * (torch.rand(1, 1, 4, 5, dtype=torch.float64) + 0.1)
+    longer = embeddings * (torch.rand(1, 1, 4, 5, dtype=torch.float64) + 0.1) * scale
     torch.testing.assert_close(offset_affinity(longer, OFFSETS_2D), offset_affinity(embeddings, OFFSETS_2D))
+    torch.testing.assert_close(pooled_directions(longer, (2, 2)), pooled_directions(embeddings, (2, 2)))
+
+
+def test_the_cosine_of_the_background_is_that_with_the_first_axis_in_single_precision() -> None:
+    embeddings = known([(3, 4), (0, 2), (-1, 0), (0, 0)]).half()
+    cosine = background_cosine(embeddings)
+    assert (cosine.dtype, cosine.shape) == (torch.float32, (1, 1, 1, 4))
+    assert cosine.flatten().tolist() == pytest.approx([0.6, 0, -1, 0])
 
 
 def test_half_precision_is_computed_in_single() -> None:
     assert offset_affinity(torch.randn(1, 3, 4, 5).half(), OFFSETS_2D).dtype == torch.float32
+    assert pooled_directions(torch.randn(1, 3, 4, 5).half(), (2, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("size", "offsets"), CASES, ids=["2d", "3d"])
@@ -128,6 +141,8 @@ def test_permuting_the_numbers_of_instances_changes_no_target() -> None:
 
 
 def test_wrong_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of shape \(B, 1, \*S\), integer, got \(1, 2, 3, 4\)"):
+        label_affinity(torch.zeros(1, 2, 3, 4, dtype=torch.int64), OFFSETS_2D)
     with pytest.raises(ValueError, match="integer, got .* of torch.float32"):
         label_affinity(torch.rand(1, 1, 3, 4), OFFSETS_2D)
     with pytest.raises(ValueError, match="`background` must be one of .* got 'none'"):
@@ -162,6 +177,20 @@ def test_shares_are_of_a_channel_or_of_a_sample_and_of_what_the_mask_counts() ->
     assert target_balance_weight(target, mask)[target == 0].unique().tolist() == [3.0]
 
 
+def test_an_offset_without_a_pair_weighs_nothing() -> None:
+    for balance in ("none", "channel"):
+        weight, target = weighted_targets(
+            torch.ones(2, 1, 2, 3, 3, dtype=torch.int64), [(-2, 0, 0), (0, -1, 0)], "different", balance
+        )
+        assert weight[:, 0].unique().tolist() == target[:, 0].unique().tolist() == [0.0]
+        assert weight[:, 1].unique().tolist() == pytest.approx([0.0, 1 / (2 * 12)])   # 12 of 18 pairs in each of two
+
+
+@pytest.mark.parametrize(("axes", "expected"), [(2, "same"), (3, "different")])
+def test_background_is_one_object_in_the_plane_and_none_in_space(axes: int, expected: str) -> None:
+    assert pairs_of_background(axes) == expected
+
+
 # ---- borders -------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +203,12 @@ def test_borders_are_widened_as_loops_do(scale: int) -> None:
         for section in range(3):
             expected = oracle.widen_borders_by_loops(label[sample, 0, section].numpy())
             assert np.array_equal(found[sample, 0, section].numpy(), expected)
+
+
+def test_labels_stay_as_they_are_when_their_borders_are_widened() -> None:
+    label = torch.tensor([[7, 7, 9, 9]])
+    assert widen_borders(label).tolist() == [[7, 0, 0, 9]]
+    assert label.tolist() == [[7, 7, 9, 9]]
 
 
 def test_background_alone_stays() -> None:

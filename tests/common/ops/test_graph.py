@@ -36,6 +36,12 @@ def test_unit_vectors_have_length_one_or_zero() -> None:
     torch.testing.assert_close(units, torch.tensor([[0.6, 0.0, 0.0], [0.8, 0.0, 0.0]]))
 
 
+def test_a_vector_as_long_as_eps_is_alive_and_a_shorter_one_is_dead() -> None:
+    vectors = torch.tensor([[0.5, 0.25, 1e-5]])
+    assert unit_vectors(vectors, eps=0.5, dim=0).tolist() == [[1.0, 0.0, 0.0]]
+    torch.testing.assert_close(unit_vectors(vectors, dim=0), torch.ones(1, 3))
+
+
 def test_dead_vectors_get_no_gradient() -> None:
     vectors = torch.tensor([[3.0, 0.0, 1e-7], [4.0, 0.0, 0.0]], requires_grad=True)
     unit_vectors(vectors, dim=0)[0].sum().backward()
@@ -123,6 +129,14 @@ def test_float32_nodes_keep_five_digits_of_the_distance() -> None:
     torch.testing.assert_close(gram_relation_distance(student.float(), teacher.float()), expected, rtol=1e-5, atol=0)
 
 
+def test_nearly_equal_float32_nodes_keep_three_digits_of_the_distance() -> None:
+    student = random_nodes(1, 500, 8).float()
+    teacher = unit_vectors(student + 1e-4 * torch.randn_like(student), dim=2)
+    expected = oracle.relation_distance(student.double(), teacher.double())
+    assert expected < 1e-7
+    torch.testing.assert_close(gram_relation_distance(student, teacher), expected, rtol=1e-3, atol=0)
+
+
 def test_distance_passes_gradcheck() -> None:
     teacher, weight = random_nodes(2, 5, 4), torch.rand(2, 5, dtype=torch.float64)
     student = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
@@ -130,10 +144,11 @@ def test_distance_passes_gradcheck() -> None:
 
 
 def test_equal_nodes_have_no_distance_and_no_gradient() -> None:
-    student = random_nodes(2, 30, 4).requires_grad_()
-    distance = gram_relation_distance(student, student.detach())
+    student = random_nodes(200, 30, 4).requires_grad_()
+    distance = gram_relation_distance(student, student.detach()[:, :, [1, 0, 3, 2]])   # sums in another order
     distance.sum().backward()
     assert distance.max() < 1e-12
+    assert distance.min() == 0                                     # never below
     assert student.grad is not None
     assert student.grad.abs().max() < 1e-12
 
@@ -209,6 +224,15 @@ def test_streamed_softmax_distance_and_gradient_equal_the_dense_matrices(block: 
     torch.testing.assert_close(found, expected)
 
 
+def test_softmax_distance_gives_the_teacher_no_gradient_and_has_a_temperature_of_a_tenth() -> None:
+    student, teacher = random_nodes(1, 6, 3).requires_grad_(), random_nodes(1, 6, 3).requires_grad_()
+    value = softmax_relation_distance(student, teacher)
+    value.sum().backward()
+    assert teacher.grad is None
+    assert not softmax_relation_distance(student.detach(), teacher).requires_grad
+    torch.testing.assert_close(value, softmax_relation_distance(student, teacher, temperature=0.1))
+
+
 def test_softmax_distance_passes_gradcheck() -> None:
     student, teacher = torch.randn(1, 6, 3, dtype=torch.float64, requires_grad=True), random_nodes(1, 6, 2)
 
@@ -242,11 +266,14 @@ def test_softmax_distance_without_weight_is_zero_and_float32_keeps_five_digits()
     assert student.grad[0].any()
     single = softmax_relation_distance(student.detach().float(), teacher.float(), weight)
     assert single.dtype == torch.float32
+    assert softmax_relation_distance(student.detach().bfloat16(), teacher.bfloat16(), weight).dtype == torch.float32
     assert single[0].item() == pytest.approx(value[0].item(), rel=1e-5)
 
 
 def test_wrong_options_of_the_softmax_distance_are_refused() -> None:
     with pytest.raises(ValueError, match="`temperature` must be above 0 and `rows` at least 1, got 0"):
         softmax_relation_distance(random_nodes(1, 3, 2), random_nodes(1, 3, 2), temperature=0)
+    with pytest.raises(ValueError, match="`temperature` must be above 0 and `rows` at least 1, got 0.1 and 0"):
+        softmax_relation_distance(random_nodes(1, 3, 2), random_nodes(1, 3, 2), rows=0)
     with pytest.raises(ValueError, match=r"`student` and `teacher` must have shapes \(B, N, C\)"):
         softmax_relation_distance(random_nodes(1, 3, 2), random_nodes(1, 4, 2))

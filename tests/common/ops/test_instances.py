@@ -10,6 +10,7 @@ from torch import Tensor
 from medkd.ops.graph import unit_vectors
 from medkd.ops.instances import (
     consecutive_labels,
+    instance_numbers,
     moment_distance,
     relation_edges,
     second_moment,
@@ -77,6 +78,20 @@ def test_background_alone_has_no_node_and_no_gradient() -> None:
 def test_numbers_become_consecutive_and_background_stays() -> None:
     assert consecutive_labels(torch.tensor([0, 9, 70_000, 9])).tolist() == [0, 1, 2, 1]
     assert consecutive_labels(torch.tensor([9, 2**40])).tolist() == [1, 2]
+    assert consecutive_labels(torch.tensor([-7, 0, 9, -1])).tolist() == [1, 0, 3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.float64])
+def test_whole_numbers_of_any_type_are_instances_whose_borders_are_widened_on_request(dtype: torch.dtype) -> None:
+    label, like = torch.tensor([[[[7, 7, 9, 9]]]]).to(dtype), torch.zeros(1, 2, 1, 4)
+    assert instance_numbers(label, like).tolist() == [[[[7, 7, 9, 9]]]]
+    assert instance_numbers(label, like, widen=True).tolist() == [[[[7, 0, 0, 9]]]]
+    assert instance_numbers(label, like).dtype == torch.int64
+
+
+def test_numbers_of_more_than_32_bits_stay_apart() -> None:
+    label = torch.tensor([[[[2**40, 1, 0]]]])
+    assert torch.equal(instance_numbers(label, torch.zeros(1, 2, 1, 3)), label)
 
 
 def test_an_edge_is_a_cosine_and_knows_its_norms() -> None:
@@ -98,6 +113,25 @@ def test_relations_by_moments_equal_those_over_all_pairs() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
+    maps = torch.randn(2, 3, 4, 5).to(dtype)
+    label = torch.randint(0, 3, (2, 1, 4, 5))
+    torch.testing.assert_close(segment_mean(maps, label), segment_mean(maps.float(), label))
+    vectors = maps.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(second_moment(vectors), second_moment(vectors.float()))
+    moment, other = torch.eye(3), vectors.flip(1)
+    torch.testing.assert_close(
+        moment_distance(vectors, other, moment), moment_distance(vectors.float(), other.float(), moment)
+    )
+
+
+def test_no_vector_at_all_has_no_moment_and_no_distance() -> None:
+    nothing = torch.zeros(2, 0, 3)
+    assert second_moment(nothing).tolist() == torch.zeros(2, 3, 3).tolist()
+    assert moment_distance(nothing, nothing, torch.eye(3)).tolist() == [0, 0]
+
+
 def test_many_images_are_one_mean_of_moments() -> None:
     student, teacher = (torch.randn(1, 4, 3, dtype=torch.float64) for _ in range(2))
     images = [torch.randn(count, 3, dtype=torch.float64) for count in (2, 7)]
@@ -109,8 +143,9 @@ def test_many_images_are_one_mean_of_moments() -> None:
 def test_the_teacher_gets_no_gradient_and_equal_networks_none() -> None:
     nodes = torch.randn(1, 4, 3, requires_grad=True)
     teacher = nodes.detach().clone().requires_grad_()
-    moment_distance(nodes, teacher, torch.eye(3)).sum().backward()
-    assert teacher.grad is None
+    moment = torch.eye(3, requires_grad=True)
+    moment_distance(nodes, teacher, moment).sum().backward()
+    assert teacher.grad is moment.grad is None
     assert nodes.grad is not None
     assert nodes.grad.abs().sum() == 0
 

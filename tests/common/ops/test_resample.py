@@ -30,12 +30,14 @@ def test_a_single_peak_survives_a_coarser_grid() -> None:
     assert coarse.sum() == 1
 
 
-@pytest.mark.parametrize(("size", "grid"), [((5, 7), (3, 2)), ((5, 6, 7), (2, 4, 3))])
+@pytest.mark.parametrize(("size", "grid"), [((5, 7), (3, 2)), ((4, 7), (2, 3)), ((5, 6, 7), (2, 4, 3))])
 def test_grids_that_do_not_divide_keep_the_peak_too(size: tuple[int, ...], grid: tuple[int, ...]) -> None:
     maps = torch.rand(2, 1, *size)
     coarse = pool_or_interpolate(maps, grid)
     assert tuple(coarse.shape[2:]) == grid
     torch.testing.assert_close(coarse.flatten(1).amax(1), maps.flatten(1).amax(1))
+    pool = F.adaptive_max_pool2d if len(grid) == 2 else F.adaptive_max_pool3d
+    torch.testing.assert_close(coarse, pool(maps, grid), rtol=0, atol=0)
 
 
 def test_a_finer_grid_is_interpolated_linearly() -> None:
@@ -119,6 +121,16 @@ def test_labels_are_repeated_along_an_axis_on_which_the_grid_is_finer() -> None:
     majority, share = majority_label(torch.tensor([[[[1, 1, 2, 255]]]]), (2, 2))
     assert majority.flatten().tolist() == [1, 2, 1, 2]
     assert share.flatten().tolist() == [1, 0.5, 1, 0.5]
+
+
+def test_a_finer_cell_takes_the_label_at_its_center() -> None:
+    majority, _ = majority_label(torch.tensor([[[[1, 2, 3]]]]), (1, 4))   # centers at 0.375, 1.125, 1.875 and 2.625
+    assert majority.flatten().tolist() == [1, 2, 2, 3]
+
+
+def test_large_numbers_survive_a_finer_grid() -> None:
+    majority, _ = majority_label(torch.tensor([[[[2**24 + 1, 2**40 + 1]]]]), (1, 4))
+    assert majority.flatten().tolist() == [2**24 + 1] * 2 + [2**40 + 1] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int32])

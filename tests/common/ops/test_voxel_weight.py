@@ -21,6 +21,8 @@ def test_foreground_weights_follow_the_probability_and_have_mean_one() -> None:
     logits = torch.stack([(1 - probability).log(), probability.log()]).view(1, 2, 2, 2)
     expected = torch.tensor([0.1, 0.35, 0.85, 1.1]) / 0.6
     torch.testing.assert_close(voxel_weight(logits, "foreground", floor=0.1).flatten(), expected)
+    expected = torch.tensor([0.02, 0.27, 0.77, 1.02]) / 0.52       # the floor unless told otherwise
+    torch.testing.assert_close(voxel_weight(logits, "foreground").flatten(), expected)
 
 
 def test_a_sigmoid_output_weighs_like_its_two_class_softmax() -> None:
