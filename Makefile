@@ -6,7 +6,7 @@
 #   GPU          1: use the CUDA device and run its tests too. Empty: everything runs on the CPU, alike on all machines.
 #   TORCH_INDEX  URL of another wheel index for torch alone, such as that of its CPU build (half a gigabyte instead of
 #                several; pytorch.org, "Get Started", shows the URL). Empty: pip's own. Read when .venv is made.
-#   BUNDLE       name of a folder of bundles/, for pack, standalone and results. Empty: all of them (not for results).
+#   BUNDLE       name of a folder of bundles/, for pack, standalone, smoke and results. Empty: all (not for results).
 #   DATA         folder with the data of `make results`: datalist.json, or images/, labels/ and splits.json
 #   WORKERS      trainings that `make results` runs at once, sharing the cores
 #   SEARCH       1: `make results` tries the recipe's other configurations, on validation only
@@ -44,7 +44,7 @@ help:  ## list the targets
 	@echo "Variables, such as GPU=1 and TORCH_INDEX=URL, are explained at the top of the Makefile."
 
 demo: $(READY)  ## phantom data, teacher, student alone, distilled student, and a report with pictures
-	$(ON_CPU) $(RUN) demo/demo.py
+	$(ON_CPU) $(RUN) -m lab.demo
 
 test: $(READY)  ## all tests, each bundle in its own process; PYTEST_ARGS goes to pytest
 	@{ $(tree_state); } > $(VENV)/.tree
@@ -61,14 +61,13 @@ check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config 
 
 results: $(READY)  ## train and compare all arms of BUNDLE on DATA: results/BUNDLE.json, figure, README tables; hours
 	@[ -n "$(BUNDLE)" ] && [ -n "$(DATA)" ] || { echo "make results needs BUNDLE=name and DATA=folder"; exit 1; }
-	$(ON_CPU) $(RUN) results/run.py $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(SEARCH),--search)
+	$(ON_CPU) $(RUN) -m lab.results $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(SEARCH),--search)
 
 bench: $(READY)  ## speed and memory against peers, written to bench/*.json
-	$(ON_CPU) $(RUN) bench/run.py
+	$(ON_CPU) $(RUN) -m lab.bench
 
-smoke: $(READY)  ## every bundle in seconds: phantom data, teacher, distillation, inference, on a copy
-	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
-	for bundle in bundles/*/; do $(smoke_one); done
+smoke: $(READY)  ## every bundle in seconds: phantom data, teacher, distillation, inference, on a copy; BUNDLE names one
+	$(ON_CPU) $(RUN) -m lab.smoke $(CHOSEN)
 
 pack: $(READY)  ## bundles as zips in dist/ that need no medkd; BUNDLE names one, TEACHER=1 adds the teacher
 	$(RUN) ci/pack_bundle.py $(CHOSEN) $(if $(TEACHER),--teacher)
@@ -80,7 +79,7 @@ venv: $(READY)
 
 clean:  ## remove .venv, caches, builds and the demo's output; runs and weights stay
 	rm -rf $(VENV) build dist common/*.egg-info .mypy_cache .pytest_cache .ruff_cache demo/output demo/report.html
-	find ci common bundles demo bench results tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find ci common bundles lab tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # .venv is made once, and brought up to date when what it is made from changes. BEGUN stays behind when that was
 # interrupted, as pip may then have left half a package: the next call starts afresh, from pip's cache of downloads.
@@ -112,23 +111,4 @@ tree_state = git status --porcelain 2>/dev/null; git diff 2>/dev/null | cksum
 define tree_check
 if [ -n "$$CI" ] && ! { $(tree_state); } | cmp -s - $(VENV)/.tree; then \
 	git status --short; echo "The tests changed the tree (above); let them work on copies."; exit 1; fi
-endef
-
-# $$bundle on phantoms of the kind in its name: teacher, one epoch; student, as smoke.json says; inference with it.
-define smoke_one
-name=$$(basename "$$bundle"); echo "== $$name"; \
-kind=$$(echo "$$name" | tr _ '\n' | grep -xE 'ct|em|nuclei|histology' | head -n 1); \
-[ -d "$$work/$$kind" ] || $(VENV)/bin/medkd phantom "$$kind" "$$work/$$kind"; \
-cp -R "$$bundle" "$$work/$$name"; \
-run() { \
-	configs=$$1; shift; \
-	( cd "$$work/$$name" && $(ON_CPU) "$(CURDIR)/$(RUN)" -m monai.bundle run "$$@" --config_file "$$configs" \
-		--bundle_root . --dataset_dir "$$work/$$kind" ); \
-}; \
-if [ -f "$$bundle/configs/teacher.json" ]; then \
-	run "['configs/train.json','configs/smoke.json','configs/teacher.json']" training --train#trainer#max_epochs 1; fi; \
-run "['configs/train.json','configs/smoke.json']" training; \
-cp "$$work/$$name/runs/smoke/model.pt" "$$work/$$name/models/model.pt"; \
-classes=$$(sed -n 's/^ *"out_channels": \([0-9]*\),*$$/--out_channels \1/p' "$$bundle/configs/smoke.json"); \
-run configs/inference.json evaluating $$classes
 endef

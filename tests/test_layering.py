@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     COPIED: set(),
 }
 SHARED_BY_LOSSES = {"base", "boundary_head", "relation_bank"}
-OURS = {"bundles", "scripts", "tests", "ci", "demo", "bench"}  # what the shared package knows nothing of
+OURS = {"bundles", "scripts", "tests", "ci", "lab"}  # what the shared package knows nothing of
 STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB
 INFERENCE_PACKAGES = NETWORK_PACKAGES | {"numpy", "scipy", "skimage", "tqdm"}
@@ -148,13 +148,14 @@ def test_ci_imports_the_standard_library_and_itself_only(repository: Path) -> No
         ("losses.logits", "medkd.handlers.distillation"),
         ("losses.logits", "medkd.taps.FeatureTaps"),
         ("taps", "medkd.ops.graph"),
-        *((layer, f"medkd.{top}.x") for layer in LAYERS for top in "data phantoms metrics inference".split()),
+        *((layer, f"medkd.{top}.x") for layer in LAYERS for top in "data phantoms metrics inference report".split()),
         *((layer, f"medkd.{top}") for layer in LAYERS for top in "export distill blocks cli".split()),
         ("losses.graph_flow", "medkd.losses.graph_relation.GraphRelationLoss"),
         ("losses.graph_flow", "medkd.losses.logits"),
         ("losses.graph_flow", "medkd.losses"),
         ("data.datalist", "bundles.x"),
         ("cli", "scripts.networks.Student"),
+        ("report.page", "lab.pages"),
         ("losses.graph_flow", ".base.DistillationLoss"),
         ("inference.windows", "..ops.affinity"),
         ("inference.windows", "nibabel"),

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with networks in a copy of their bundle, by a program of its own.
+
+    python -m lab.networks time|calibrate REQUEST.json ANSWER.json
+
+`time` counts the parameters of networks and times them alternately on test cases, on the CPU; on demand it writes label
+maps with inference.json before. `calibrate` scores one training on the validation cases with each value of an option
+of its evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from monai.bundle.config_parser import ConfigParser
+from monai.bundle.workflows import ConfigWorkflow
+from torch import Tensor, nn
+
+from lab.bundle import ROOT, BundleRun
+from lab.execute import write_json
+from lab.measure import threads
+
+__all__ = ["measure_networks", "program_words", "score_values", "time_networks"]
+
+MOST_CASES = 8
+THREADS = 2        # as on a ward's workstation
+REPEATS = 2
+
+
+def program_words(action: str, folder: Path, bundle: Path, request: Mapping[str, Any]) -> tuple[list[str], Path]:
+    """Write a request of a bundle into a folder; the command that runs in `ROOT`, and the file of its answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{action}_{name}.json" for name in ("request", "answer")]
+    write_json(files[0], {"bundle": str(bundle.resolve()), **request})
+    return [sys.executable, "-m", "lab.networks", action, *(os.path.relpath(file, ROOT) for file in files)], files[1]
+
+
+def _parser(configs: Sequence[str], options: Mapping[str, Any], **more: Any) -> ConfigParser:
+    return ConfigParser(BundleRun(Path(), "", configs, {**options, **more, "bundle_root": "."}).config)
+
+
+def time_networks(networks: Mapping[str, nn.Module], inferer: Any, images: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Seconds of each network for each image, shape (1, C, *S): alternately, the faster of two runs."""
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    with torch.no_grad(), threads(THREADS):
+        for network in networks.values():
+            inferer(images[0][..., :32], network)                  # warm up
+        for image in images:
+            for again in range(REPEATS):
+                for name, network in networks.items():
+                    start = time.perf_counter()
+                    inferer(image, network)
+                    taken = time.perf_counter() - start
+                    seconds[name].append(min(taken, seconds[name].pop()) if again else taken)
+    return seconds
+
+
+def measure_networks(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and seconds per case of networks as in training, with the preprocessing of inference.json.
+
+    Args:
+        request: `networks`, name -> configs and options of a training, the student last, whose inferer all take, as
+            it is for what a network in training gives; `inference`, configs and options; `predictions`, a list of
+            options of inference runs that write label maps, if any.
+    """
+    configs, options = request["inference"]["configs"], request["inference"]["options"]
+    files = BundleRun(Path(), "evaluating", configs).files
+    for told in request.get("predictions", ()):
+        workflow = ConfigWorkflow(files, run_id="evaluating", workflow_type="infer", bundle_root=".", **told)
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+    trainings = {name: _parser(**one, device="cpu") for name, one in request["networks"].items()}
+    networks = {name: one.get_parsed_content("network").eval() for name, one in trainings.items()}
+    known = _parser(configs, {}).get()
+    parser = _parser(configs, {key: options[key] for key in options if key.split("#")[0] in known}, device="cpu")
+    dataset = parser.get_parsed_content("dataset")
+    images = [dataset[number]["image"].as_tensor()[None] for number in range(min(len(dataset), MOST_CASES))]
+    inferer = list(trainings.values())[-1].get_parsed_content("validate#inferer")
+    seconds = time_networks(networks, inferer, images)
+    return {
+        "parameters": {name: sum(p.numel() for p in one.parameters()) for name, one in networks.items()},
+        "seconds_per_case": {name: round(median(values), 3) for name, values in seconds.items()},
+    }
+
+
+def score_values(request: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The main metric on the validation cases for each value of an option: option -> scores.
+
+    Args:
+        request: `configs`, `options`, `weights` and `metric` of a training; `values`, option -> values.
+    """
+    ((key, values),) = request["values"].items()
+    scores = []
+    for value in values:
+        parser = _parser(request["configs"], {**request["options"], key: value, "validate#handlers": []})
+        network = parser.get_parsed_content("network")
+        network.load_state_dict(torch.load(request["weights"], map_location="cpu", weights_only=True))
+        evaluator = parser.get_parsed_content("validate#evaluator")
+        evaluator.run()
+        scores.append(float(evaluator.state.metrics[request["metric"]]))
+    return {key: scores}
+
+
+def main(action: str, request: str, answer: str) -> None:
+    """Answer a request."""
+    target, content = Path(answer).resolve(), json.loads(Path(request).read_text())
+    os.chdir(content["bundle"])
+    sys.path.insert(0, content["bundle"])                          # for its scripts
+    torch.manual_seed(0)
+    actions = {"time": measure_networks, "calibrate": score_values}
+    write_json(target, actions[action](content))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

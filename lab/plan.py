@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which trainings a row needs, and the waves in which they run: all at once that what they start from is there for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from lab.bundle import BundleRun
+from lab.execute import ExecutionError, Executor
+from lab.keys import run_distils
+from lab.recipe import TEACHER, Arm
+from lab.training import Run, Study, Trained, ranked, train
+
+__all__ = ["Finished", "RowFailedError", "all_parallel", "count_runs", "train_all", "wanted_runs"]
+
+Finished = Mapping[tuple[str, str, int], Trained]   # arm, candidate, seed -> training
+Arms = Mapping[str, Arm]
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class RowFailedError(RuntimeError):
+    """Some runs of a row failed; what they wrote last was shown already."""
+
+
+def wanted_runs(study: Study, arms: Arms, finished: Finished) -> list[Run]:
+    """All trainings of a row that can be named so far: the other seeds of what is chosen only after the choice."""
+    leaders = {name: _leader(study, name, arm, finished) for name, arm in arms.items()}
+    rivals = [leaders.get(name) for name in study.recipe.distilled_from]
+    distilled = ranked([one for one in rivals if one], study.recipe)[0].run.arm if rivals and all(rivals) else None
+    runs = []
+    for name, arm in arms.items():
+        first, *others = study.row.seeds[: arm.seeds]
+        runs += [_run(study, name, arm, first, candidate) for candidate in arm.candidates or [""]]
+        leader = leaders[name]
+        if (leader or not arm.candidates) and (name not in study.recipe.distilled_from or name == distilled):
+            runs += [_run(study, name, arm, seed, leader.run.candidate if leader else "") for seed in others]
+    return runs
+
+
+def _leader(study: Study, name: str, arm: Arm, finished: Finished) -> Trained | None:
+    """An arm's run with the first seed, of its candidates the best on validation; None until all are finished."""
+    runs = [finished.get((name, candidate, study.row.seeds[0])) for candidate in arm.candidates or [""]]
+    there = [run for run in runs if run]
+    return ranked(there, study.recipe)[0] if len(there) == len(runs) else None
+
+
+def _run(study: Study, name: str, arm: Arm, seed: int, candidate: str) -> Run:
+    row, whole = study.row, arm.candidates[candidate] if candidate else arm
+    configs = ["train", *row.overrides, *whole.overrides]
+    options = {**row.schedule(name), **row.options, **whole.options, "seed": seed}
+    weights_of = whole.weights_of
+    if weights_of is None:
+        weights_of = {"teacher_path": TEACHER} if run_distils(BundleRun(study.source, "", configs, options)) else {}
+    return Run(name, candidate, seed, configs, options, weights_of)
+
+
+def _weights(run: Run, study: Study, arms: Arms, finished: Finished) -> dict[str, Path] | None:
+    """Config key -> weights that a run starts from; None as long as they are not there."""
+    leaders = {key: _leader(study, name, arms[name], finished) for key, name in run.weights_of.items()}
+    found = {key: one.folder / "model.pt" for key, one in leaders.items() if one}
+    return found if len(found) == len(leaders) else None
+
+
+def count_runs(study: Study, arms: Arms) -> int:
+    """How many trainings a row is made of, at most."""
+    others = {name: len(study.row.seeds[: arm.seeds]) - 1 for name, arm in arms.items()}
+    rivals = [others.pop(name) for name in study.recipe.distilled_from if name in others]   # one of them is chosen
+    return sum(max(len(arm.candidates), 1) for arm in arms.values()) + sum(others.values()) + max(rivals, default=0)
+
+
+def train_all(study: Study, arms: Arms) -> Finished:
+    """Train everything that a row needs; a failed run does not hinder those that do not start from it.
+
+    Raises:
+        RowFailedError: a run failed.
+    """
+    total, begin = count_runs(study, arms), time.monotonic()
+    finished: dict[tuple[str, str, int], Trained] = {}
+    tried: set[tuple[str, str, int]] = set()
+    failed: list[str] = []
+
+    def say(run: Run, text: str) -> None:
+        print(f"[{len(finished)}/{total}] {run.label}: {text}", flush=True)
+
+    def work(item: tuple[Run, Mapping[str, Path]]) -> None:
+        run, weights = item
+        try:
+            trained = train(run, study, weights, partial(say, run))
+        except ExecutionError as error:
+            failed.append(run.label)
+            say(run, f"FAILED, {error}")
+            return
+        finished[run.id] = trained
+        say(
+            run, f"{'finished' if trained.new else 'was finished before'}, {trained.metric} {trained.validation:.4f} "
+            f"on validation at epoch {trained.epoch}, {trained.minutes:.1f} min; "
+            f"{total - len(finished) - len(failed)} left, {(time.monotonic() - begin) / 60:.0f} min so far",
+        )
+
+    while True:
+        wanted = wanted_runs(study, arms, finished)
+        ready = [(run, _weights(run, study, arms, finished)) for run in wanted if run.id not in tried]
+        wave = [(run, weights) for run, weights in ready if weights is not None]
+        if not wave:
+            break
+        tried |= {run.id for run, _ in wave}
+        all_parallel(work, wave, study.workers, study.executor)
+    missing = [run.label for run in wanted if run.id not in finished]
+    if missing:
+        raise RowFailedError(f"{study.row.id}: not trained: {'; '.join(missing)}. The same command goes on from here.")
+    return {run.id: finished[run.id] for run in wanted}
+
+
+def all_parallel(work: Callable[[Item], Made], items: Sequence[Item], workers: int, executor: Executor) -> list[Made]:
+    """Call `work` for each item, `workers` at once, and give what it returned in their order; an error stops all."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = [pool.submit(work, item) for item in items]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]
+    except BaseException:
+        executor.stop()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file results/<bundle>.json: its default row at the top level, all others in `rows`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lab.recipe import TEACHER, Recipe, Row
+from lab.score import case_names, gap_recovered
+from lab.training import Trained, ranked
+
+__all__ = [
+    "ALONE", "ARMS", "Scores", "all_rows", "choose_distilled", "chosen_runs", "make_row", "merge_row", "read_results",
+    "shipped_of", "split_names", "write_results",
+]
+
+ALONE, DISTILLED = "student_alone", "distilled"
+ARMS = (TEACHER, ALONE, "logits_kd", "features_kd", DISTILLED)     # what every row has, for tables and pictures
+Scores = Mapping[str, Mapping[str, Sequence[Trained]]]   # arm -> candidate ("" if there are none) -> runs
+
+
+def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the results tell of a row: its arms, and `facts`: splits, speed, hardware, versions, command."""
+    arms = {name: _arm(candidates, recipe, row.options) for name, candidates in scores.items()}
+    content: dict[str, Any] = {
+        "id": row.id, "data": row.data, "preset": row.preset, "splits": facts["splits"],
+        "overrides": list(row.overrides), "options": dict(row.options), "metric": recipe.metric,
+        "higher_is_better": recipe.higher_is_better, "seeds": list(row.seeds),
+    }
+    content |= {name: arm for name, arm in arms.items() if name not in recipe.ablations}
+    chosen = choose_distilled(recipe, scores)
+    if chosen:
+        content[DISTILLED] = {"arm": chosen, **arms[chosen]}
+        content["gap_recovered"] = _gap(recipe, scores, chosen)
+    content["ablations"] = {name: arm for name, arm in arms.items() if name in recipe.ablations}
+    return content | {name: facts[name] for name in facts if name != "splits"}
+
+
+def _best(groups: Mapping[str, Sequence[Trained]], recipe: Recipe) -> str:
+    """Name of the runs that are best on validation with the first seed, as the plan chose."""
+    first = ranked((runs[0] for runs in groups.values()), recipe)[0]
+    return next(name for name, runs in groups.items() if runs[0] is first)
+
+
+def chosen_runs(candidates: Mapping[str, Sequence[Trained]], recipe: Recipe) -> Sequence[Trained]:
+    """The runs of an arm; of several candidates those of the best."""
+    return candidates[_best(candidates, recipe)]
+
+
+def choose_distilled(recipe: Recipe, scores: Scores) -> str | None:
+    """The arm that is called `distilled`."""
+    rivals = {name: chosen_runs(scores[name], recipe) for name in recipe.distilled_from if name in scores}
+    return _best(rivals, recipe) if rivals else None
+
+
+def _arm(candidates: Mapping[str, Sequence[Trained]], recipe: Recipe, common: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = chosen_runs(candidates, recipe)
+    summary = _summary(chosen, recipe.metric, common)
+    if len(candidates) == 1:
+        return summary
+    first = {name: _summary(runs[:1], recipe.metric, common) for name, runs in candidates.items()}
+    kept = ("mean", "validation", "metrics", "options")
+    tried = {name: {key: one[key] for key in kept} for name, one in first.items()}
+    return {"candidate": chosen[0].run.candidate, **summary, "candidates": tried}
+
+
+def _summary(runs: Sequence[Trained], metric: str, common: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results tell of runs that differ in their seeds; of the options those that the row has not."""
+    first, cases = runs[0], [run.values[metric] for run in runs]
+    means = {
+        name: [fmean(run.values[name].values()) for run in runs if run.values.get(name)]
+        for name in sorted({name for run in runs for name in run.values} - {metric})
+    }
+    own = {key: value for key, value in first.run.options.items() if key not in common or common[key] != value}
+    own.pop("seed", None)
+    return {
+        **_spread([fmean(values.values()) for values in cases]),
+        "seeds": [run.run.seed for run in runs],
+        "validation": _spread([run.validation for run in runs]),
+        "metrics": {name: round(fmean(values), 4) for name, values in means.items() if values},
+        "per_case": [_rounded(values) for values in cases],
+        "epochs": [run.epoch for run in runs],
+        **({"calibrated": [dict(run.calibrated) for run in runs]} if first.calibrated else {}),
+        "minutes": [round(run.minutes, 1) for run in runs],
+        "configs": [f"configs/{name}.json" for name in first.run.configs],
+        "options": own,
+        "keys": [run.folder.name for run in runs],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, and the value of each."""
+    sd = round(stdev(values), 4) if len(values) > 1 else None
+    return {"mean": round(fmean(values), 4), "sd": sd, "runs": [round(value, 4) for value in values]}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def _gap(recipe: Recipe, scores: Scores, chosen: str) -> dict[str, Any]:
+    arms = [chosen_runs(scores[name], recipe) for name in (TEACHER, ALONE, chosen)]
+    tables = [[run.values[recipe.metric] for run in runs] for runs in arms]
+    cases = [case for case in tables[0][0] if all(case in table for of_arm in tables for table in of_arm)]
+    teacher, alone, distilled = ([[table[case] for case in cases] for table in of_arm] for of_arm in tables)
+    return gap_recovered(teacher[0], alone, distilled, recipe.higher_is_better)
+
+
+def shipped_of(runs: Sequence[Trained], recipe: Recipe) -> tuple[Trained, dict[str, Any]]:
+    """The distilled run that is best on validation, and what the results tell of it."""
+    best = ranked(runs, recipe)[0]
+    values = best.values[recipe.metric]
+    told = {"seed": best.run.seed, "sha256": best.sha256, "mean": round(fmean(values.values()), 4)}
+    return best, {**told, "per_case": _rounded(values)}
+
+
+def split_names(datalist: Path, test: str | None = None) -> dict[str, Any]:
+    """Number of training and validation cases, names of the test cases, those in whose name `test` is found."""
+    content = json.loads(datalist.read_text())
+    names = case_names([case["image"] for case in content.get("test", [])])
+    names = [name for name in names if not test or re.search(test, name)]
+    counts = {name: len(content.get(name, [])) for name in ("training", "validation")} | {"test": len(names)}
+    return {**counts, "test_cases": names} if len(names) <= 20 else counts
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file; {} when there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def all_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All rows of a results file, the default one first."""
+    top = {name: value for name, value in content.items() if name not in ("bundle", "rows")}
+    return ([top] if top else []) + list(content.get("rows", []))
+
+
+def merge_row(
+    content: Mapping[str, Any], bundle: str, row: Mapping[str, Any], default: str | None, searched: Any = None
+) -> dict[str, Any]:
+    """Put a row, or what was `searched` for it (then its id is enough), into the results; all others stay as they are.
+
+    The row whose id is `default` stands at the top level, the first one if it is not there yet.
+    """
+    rows = {one["id"]: one for one in all_rows(content)}
+    before = rows.get(row["id"], {})
+    if searched is None:
+        rows[row["id"]] = {**row, **{key: before[key] for key in before if key == "search"}}
+    else:
+        rows[row["id"]] = {**(before or row), "search": searched}
+    top = rows.pop(default if default in rows else next(iter(rows)))
+    return {"bundle": bundle, **top, "rows": [rows[name] for name in sorted(rows)]}
+
+
+def write_results(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a results file as a whole, numbers of one list on one line."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(_layout(content) + "\n")
+    draft.replace(path)
+
+
+def _layout(value: Any, indent: str = "") -> str:
+    """JSON whose small lists and objects stand on one line."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, (dict, list)) or (len(indent) + len(flat) <= 110 and indent):
+        return flat
+    inner = indent + "  "
+    if isinstance(value, dict):
+        lines = [f"{inner}{json.dumps(str(key))}: {_layout(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + _layout(item, inner) for item in value) + f"\n{indent}]"

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train and compare all arms of a bundle on one data set: results/<bundle>.json, a figure, and the READMEs' tables.
+
+    make results BUNDLE=boundary_relation_ct_organs DATA=../shared/data/ct_headneck_openkbp WORKERS=2
+
+Finished runs are not repeated and interrupted ones go on; all work lies in runs/lab, where bundles share what they
+train alike. What is trained stands in results/recipes/<bundle>.json. SEARCH=1 tries the recipe's other configurations
+on validation instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lab import record
+from lab.bundle import ROOT, freeze_bundle
+from lab.execute import ExecutionError, Executor, Job, StoppedError, read_state
+from lab.measure import machine, versions
+from lab.networks import program_words
+from lab.pages import fill
+from lab.plan import Finished, RowFailedError, all_parallel, train_all
+from lab.recipe import TEACHER, Recipe, Row, read_recipe
+from lab.training import Run, Study, Trained, check_test_list, evaluate, find_datalist, ranked
+
+PACKAGES = ("medkd", "torch", "monai", "pytorch-ignite", "numpy")
+
+
+def parse_options(words: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m lab.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("bundle", help="name of a folder of bundles/")
+    add("data", type=Path, help="folder with datalist.json, or with images/, labels/ and splits.json")
+    add("--workers", type=int, default=1, metavar="N", help="trainings at once, sharing the cores (default: 1)")
+    add("--search", action="store_true", help="only the recipe's `search`, on validation")
+    add("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)      # of the repository, for the tests
+    add("--recipes", type=Path, default=ROOT / "results" / "recipes", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    options.folder = options.root / "bundles" / options.bundle
+    if not (options.folder / "configs" / "train.json").is_file():
+        known = sorted(path.name for path in (options.root / "bundles").glob("*/"))
+        parser.error(f"BUNDLE must be one of {known}, got {options.bundle!r}.")
+    if not options.data.is_dir():
+        parser.error(f"DATA must be a folder, got {str(options.data)!r}.")
+    if options.workers < 1:
+        parser.error(f"WORKERS must be 1 or more, got {options.workers}.")
+    options.data = options.data.resolve()
+    return options
+
+
+def make_study(options: argparse.Namespace, recipe: Recipe, row: Row, executor: Executor) -> Study:
+    """Copy the sources and make the list of the data."""
+    work = (options.root / "runs" / "lab").resolve()
+    source = freeze_bundle(options.folder, work / "source")
+    datalist = find_datalist(options.data, work / "data", {"patient": row.patient, **row.datalist})
+    check_test_list(datalist)
+    return Study(recipe, row, source, work, datalist, executor, options.workers)
+
+
+def evaluate_all(study: Study, finished: Finished) -> record.Scores:
+    """Score all trainings on the test cases; helpers have no score."""
+    chosen = [one for one in finished.values() if one.run.arm not in study.recipe.helpers]
+    print(f"Scoring {len(chosen)} trainings on the test cases.", flush=True)
+    scores: dict[str, dict[str, list[Trained]]] = {}
+    for one in all_parallel(lambda one: evaluate(one, study), chosen, study.workers, study.executor):
+        scores.setdefault(one.run.arm, {}).setdefault(one.run.candidate, []).append(one)
+    return scores
+
+
+def measure_speed(study: Study, runs: Mapping[str, Run]) -> dict[str, Any]:
+    """Parameters and median of the seconds per case, timed alternately by a program of its own, every time anew."""
+    print("Timing teacher and student.", flush=True)
+    training = {name: study.bundle_run("training", run) for name, run in runs.items()}
+    row, datalist = study.row, os.path.relpath(study.datalist, study.source)
+    request = {
+        "networks": {name: {"configs": run.configs, "options": run.options} for name, run in training.items()},
+        "inference": {"configs": ["inference", *row.inference], "options": {**row.options, "datalist": datalist}},
+    }
+    folder = study.folder / "speed" / study.source.name / row.id
+    words, answer = program_words("time", folder, study.source, request)
+    answer.unlink(missing_ok=True)
+    environment = training["student"].environment | {"CUDA_VISIBLE_DEVICES": ""}
+    study.executor.do(Job("speed", folder, "", [words], ROOT, [answer], environment))
+    return read_state(answer)
+
+
+def show_command(options: argparse.Namespace) -> str:
+    """What somebody types to repeat this, without this machine's paths."""
+    words = ["make", "results", f"BUNDLE={options.bundle}", f"DATA={options.data.name}"]
+    words += [f"WORKERS={options.workers}"] if options.workers > 1 else []
+    return shlex.join([*words, "SEARCH=1"] if options.search else words)
+
+
+def compare(options: argparse.Namespace, study: Study) -> None:
+    """Train all, score all, write the row."""
+    recipe, row = study.recipe, study.row
+    scores = evaluate_all(study, train_all(study, recipe.drop_idle_helpers(row.arms)))
+    distilled = record.choose_distilled(recipe, scores)
+    arms = {TEACHER: TEACHER, "student": distilled or record.ALONE}
+    speed = measure_speed(study, {name: record.chosen_runs(scores[arm], recipe)[0].run for name, arm in arms.items()})
+    facts = {
+        "splits": record.split_names(study.datalist, row.test), **speed, "hardware": machine(),
+        "versions": versions(*PACKAGES), "command": show_command(options),
+    }
+    content = record.make_row(recipe, row, scores, facts)
+    if row.ship and distilled:
+        best, content["shipped"] = record.shipped_of(record.chosen_runs(scores[distilled], recipe), recipe)
+        shutil.copyfile(best.folder / "model.pt", options.folder / "models" / "model.pt")
+        print(f"Shipped: {best.run.label}, in models/model.pt of the bundle.")
+    write_all(options, study, content)
+
+
+def search(options: argparse.Namespace, study: Study) -> None:
+    """Train the recipe's other configurations with the first seed, and write their validation values."""
+    recipe, row = study.recipe, study.row
+    if not row.search:
+        raise ValueError(f"`search` of row {row.id!r} in the recipe must have configurations, got none.")
+    tried = {name: replace(arm, seeds=1) for name, arm in row.search.items()}
+    arms = {name: row.arms[name] for name in (TEACHER, *recipe.helpers)} | tried
+    finished = train_all(study, recipe.drop_idle_helpers(arms))
+    found = []
+    for one in ranked((finished[name, "", row.seeds[0]] for name in tried), recipe):
+        name, arm = one.run.arm, tried[one.run.arm]
+        found.append({
+            "name": name, "overrides": list(arm.overrides), "options": dict(arm.options),
+            "validation": round(one.validation, 4), "epoch": one.epoch, "minutes": round(one.minutes, 1),
+        })
+        print(f"{one.validation:8.4f}  {name}")
+    write_all(options, study, {"id": row.id, "data": row.data, "preset": row.preset}, found)
+
+
+def write_all(options: argparse.Namespace, study: Study, row: Mapping[str, Any], searched: Any = None) -> None:
+    """Bring results file, figure and pages up to date; two rows that end at once take turns."""
+    from lab.figure import draw  # matplotlib, a second to import
+
+    path = options.root / "results" / f"{options.bundle}.json"
+    path.parent.mkdir(exist_ok=True)
+    with study.executor.locked(study.folder / "writing"):
+        before = record.read_results(path)
+        content = record.merge_row(before, options.bundle, row, study.recipe.default, searched)
+        record.write_results(path, content)
+        draw(content, path.with_suffix(".png"))
+        for page in fill(content, options.root / "README.md", options.folder / "docs" / "README.md"):
+            print(f"No markers for results in {page.relative_to(options.root)}.")
+    print(f"Written: {path.relative_to(options.root)}")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run what the command line asks for."""
+    options = parse_options(words)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    executor = Executor(max(1, cores // options.workers) if options.workers > 1 else 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        recipe = read_recipe(options.folder, options.recipes)
+        rows = recipe.rows_of(options.data.name)
+        for row in rows[:1] if options.search else rows:
+            (search if options.search else compare)(options, make_study(options, recipe, row, executor))
+    except (RowFailedError, ExecutionError, ValueError, FileNotFoundError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, StoppedError):
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

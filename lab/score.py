@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores on test cases: reading what MONAI's MetricsSaver left, and the recovered gap with its interval."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["METRICS", "Columns", "case_names", "columns_of", "gap_recovered", "read_scores", "read_table"]
+
+Columns = Literal["classes", "blocks", "case"]   # what a column is: a label value, a part of the case, all of it
+METRICS = {
+    "val_mean_dice": "Dice", "val_hd95": "HD95", "val_assd": "ASSD", "val_surface_dice": "surface Dice",
+    "val_wrong_components": "wrong components", "val_wrong_volume": "wrong volume",
+    "val_voi": "VOI", "val_voi_split": "VOI split", "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ",
+    "val_aji": "AJI", "val_sbd": "SBD", "val_dic": "\\|DiC\\|",
+}
+DRAWS = 10_000
+LEAST_CASES = 4
+TAIL = 0.025      # on each side of the interval
+
+
+def columns_of(config: Mapping[str, Any]) -> Columns:
+    """What the columns of the score files of an evaluation are, as `score_columns` of its merged config says."""
+    found: Columns = config.get("score_columns", "")
+    if found not in get_args(Columns):
+        raise ValueError(f"`score_columns` of evaluate.json must be of {get_args(Columns)}, got {found!r}.")
+    return found
+
+
+def read_table(file: Path) -> dict[str, tuple[list[float], float]]:
+    """Read a `<metric>_raw.csv`: case -> value of each column in the order of their numbers, and the mean of those.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp(), "val_mean_dice_raw.csv")
+        >>> _ = file.write_text("filename,class0,class10,class2,mean\\nd/a.nii.gz,0.1,0.3,0.2,0.2\\n")
+        >>> read_table(file)
+        {'a': ([0.1, 0.2, 0.3], 0.2)}
+    """
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    columns = sorted((name for name in rows[0] if re.fullmatch(r"class\d+", name)), key=lambda name: int(name[5:]))
+    names = case_names([row["filename"] for row in rows])
+    return {
+        name: ([float(row[column]) for column in columns], float(row["mean"]))
+        for name, row in zip(names, rows, strict=True)
+    }
+
+
+def read_scores(
+    folder: Path, columns: Columns, patient: str | None = None, test: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Read all `<metric>_raw.csv` in the `output_dir` of an evaluation: metric -> case -> value, where there is one.
+
+    Args:
+        folder: the files' place.
+        columns: blocks of a case count as cases; of classes the mean over those that a case has is taken.
+        patient: regular expression; the cases in whose name its group is the same are averaged to one.
+        test: regular expression; only cases in whose name it is found are read.
+    """
+    metrics = {}
+    for file in sorted(folder.glob("*_raw.csv")):
+        groups: dict[str, list[float]] = {}
+        for name, (parts, mean) in read_table(file).items():
+            found = re.search(patient, name) if patient else None
+            case = found[1] if found else name
+            values = {f"{case} {n}": part for n, part in enumerate(parts, 1)} if columns == "blocks" else {case: mean}
+            for part, value in values.items():
+                if re.search(test or "", name) and not math.isnan(value):
+                    groups.setdefault(part, []).append(value)
+        metrics[file.name.removesuffix("_raw.csv")] = {case: fmean(values) for case, values in groups.items()}
+    return metrics
+
+
+def case_names(files: Sequence[str]) -> list[str]:
+    """Names of cases: the shortest ends of their paths that tell them apart, without the extension.
+
+    Example:
+        >>> case_names(["d/a.nii.gz", "d/b.png"]), case_names(["d/p1/ct.nii.gz", "d/p2/ct.nii.gz"])
+        (['a', 'b'], ['p1/ct', 'p2/ct'])
+    """
+    paths = [Path(re.sub(r"\.(nii\.gz|\w+)$", "", file)).parts for file in files]
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    return ["/".join(path[-depth:]) for path in paths]
+
+
+def gap_recovered(
+    teacher: Sequence[float], alone: Sequence[Sequence[float]], distilled: Sequence[Sequence[float]],
+    higher_is_better: bool = True,
+) -> dict[str, Any]:
+    """Share of the distance from student alone to teacher that distillation made good, with a 95 % interval.
+
+    A draw of the bootstrap takes as many cases as there are, the same for all three networks, and as many seeds of
+    each student, with replacement. Draws in which the teacher is not better than the student alone have no share;
+    they are left out and counted, and with more than 2.5 % of them there is no interval.
+
+    Args:
+        teacher: value of each case.
+        alone: value of each seed (outer) and case (inner), in the same order of cases.
+        distilled: likewise.
+        higher_is_better: of the metric.
+
+    Returns:
+        `value`, `low`, `high`, and `reason` where one of them is None; `left_out`, the share of such draws.
+    """
+    sign = 1 if higher_is_better else -1
+    networks = [sign * np.asarray(one, dtype=float) for one in (teacher, alone, distilled)]
+    means = [float(one.mean()) for one in networks]
+    gap, nothing = means[0] - means[1], {"low": None, "high": None}
+    spread = float(networks[1].mean(axis=1).std(ddof=1)) if len(alone) > 1 else 0.0
+    if gap <= spread:
+        reason = f"the teacher is not better than the student alone by more than its sd: {gap:.4f} against {spread:.4f}"
+        return {"value": None, **nothing, "reason": reason}
+    value = round((means[2] - means[1]) / gap, 3)
+    if len(teacher) < LEAST_CASES:
+        return {"value": value, **nothing, "reason": f"{len(teacher)} test cases are too few for an interval"}
+    draws = _draw(*networks)
+    left_out = float(np.isnan(draws).mean())
+    if left_out > TAIL:
+        reason = f"in {100 * left_out:.0f} % of the draws the teacher is not better, so there is no interval"
+        return {"value": value, **nothing, "reason": reason}
+    low, high = (round(float(bound), 3) for bound in np.nanquantile(draws, (TAIL, 1 - TAIL)))
+    return {"value": value, "low": low, "high": high, "left_out": round(left_out, 4)}
+
+
+def _draw(teacher: NDArray[Any], *students: NDArray[Any]) -> NDArray[Any]:
+    """Shares of resamples of cases and seeds, higher values being better, shape (DRAWS,); NaN where there is none."""
+    generator = np.random.default_rng(0)
+    cases = generator.integers(len(teacher), size=(DRAWS, len(teacher)))
+    means = []
+    for values in students:
+        seeds = generator.integers(len(values), size=(DRAWS, len(values)))
+        means.append(values[seeds[:, :, None], cases[:, None, :]].mean(axis=(1, 2)))
+    gaps = teacher[cases].mean(axis=1) - means[0]
+    shares: NDArray[Any] = (means[1] - means[0]) / np.where(gaps > 0, gaps, np.nan)
+    return shares

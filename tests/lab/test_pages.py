@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages: each gets its table between its markers, and the committed ones are what the committed results give."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.pages import fill, full_tables, readme_cell, summary_table
+
+RESULTS = sorted((Path(__file__).parents[2] / "results").glob("*.json"), key=lambda file: file.name)
+
+
+def arm(*runs: float, validation: float = 0.5, **more: Any) -> dict[str, Any]:
+    sd = 0.05 if len(runs) > 1 else None
+    told = {"mean": sum(runs) / len(runs), "sd": sd, "runs": list(runs), "metrics": {"val_hd95": 12.34}}
+    return {**told, "validation": {"mean": validation, "sd": sd, "runs": [validation]}, "per_case": [], **more}
+
+
+def content(**more: Any) -> dict[str, Any]:
+    """Results with one row; `more` adds to it."""
+    combined = arm(0.65, 0.65, validation=0.75)
+    tried = {name: arm(0.2, validation=value) for name, value in (("uniform", 0.3), ("foreground", 0.6))}
+    return {
+        "bundle": "x", "id": "a", "metric": "val_mean_dice", "higher_is_better": True, "seeds": [0, 1],
+        "splits": {"training": 3, "validation": 1, "test": 2}, "teacher": arm(0.85), "student_alone": arm(0.4, 0.6),
+        "logits_kd": arm(0.2, 0.3, candidate="foreground", candidates=tried), "method": arm(0.5, validation=0.7),
+        "combined": combined, "distilled": {"arm": "combined", **combined}, "ablations": {"one_term": arm(0.45)},
+        "rows": [], **more,
+    }
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """The project's README, and a bundle's two pages, which have no markers yet."""
+    found = tmp_path / "README.md", tmp_path / "docs" / "README.md", tmp_path / "docs" / "results.md"
+    found[1].parent.mkdir()
+    found[0].write_text("| <!-- results:y -->y<!-- /results --> |\n| a <!-- results:x -->old<!-- /results --> b |")
+    for page in found[1:]:
+        page.write_text("no markers")
+    return found
+
+
+def test_each_page_is_filled_between_its_markers_and_the_same_twice(pages: tuple[Path, Path, Path]) -> None:
+    readme, short, full = pages
+    assert fill(content(), readme, short) == [short, full]
+
+    for page in (short, full):
+        page.write_text("before\n<!-- results -->\n<!-- /results -->\nafter")
+    assert fill(content(), readme, short) == []
+    first = [page.read_text() for page in pages]
+    assert fill(content(), readme, short) == []
+
+    assert first == [page.read_text() for page in pages] == [
+        "| <!-- results:y -->y<!-- /results --> |\n"
+        f"| a <!-- results:x -->{readme_cell(content())}<!-- /results --> b |",
+        f"before\n<!-- results -->\n{summary_table(content())}\n<!-- /results -->\nafter",
+        f"before\n<!-- results -->\n{full_tables(content())}\n<!-- /results -->\nafter",
+    ]
+
+
+def test_the_cell_of_the_readme_is_short() -> None:
+    assert readme_cell(content()) == "a: 0.500 ± 0.050 / 0.250 ± 0.050 / 0.650 ± 0.050 / 0.850"
+
+
+@pytest.mark.parametrize(("higher", "word"), [(True, "higher"), (False, "lower")])
+def test_the_short_table_has_a_line_per_data_set_and_the_main_metric(higher: bool, word: str) -> None:
+    other = content(id="b", logits_kd=arm(0.3)) | {"distilled": None}
+    only_searched = {"id": "c", "search": []}
+
+    table = summary_table(content(higher_is_better=higher, rows=[other, only_searched]))
+
+    assert table.splitlines() == [
+        f"| test Dice, {word} is better | student alone | plain KD | distilled | teacher |",
+        "| --- | --- | --- | --- | --- |",
+        "| a | 0.500 ± 0.050 | 0.250 ± 0.050 | 0.650 ± 0.050 | 0.850 |",
+        "| b | 0.500 ± 0.050 | 0.300 | - | 0.850 |",
+    ]
+    assert summary_table({"bundle": "x", **only_searched}) == ""
+
+
+def test_the_full_table_has_all_arms_and_metrics_and_says_what_is_distilled() -> None:
+    lines = full_tables(content()).splitlines()
+
+    assert lines[0] == "| a | validation Dice | test Dice | HD95 |"
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:8]] == [
+        "teacher", "student alone", "plain KD (foreground)", "method alone", "method and plain KD (= distilled)",
+        "one term",
+    ]
+    assert lines[2] == "| teacher | 0.500 | 0.850 | 12.3 |"
+    assert lines[9].startswith("3 training, 1 validation, 2 test cases; seeds 0, 1 (mean ± sd).")
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        ({"value": 0.5, "low": 0.25, "high": 0.75}, "Gap recovered: 50 % (95 %: 25 to 75 %)."),
+        ({"value": 0.5, "low": None, "high": None, "reason": "too few cases"}, "Gap recovered: 50 %. Too few cases."),
+        ({"value": None, "low": None, "high": None, "reason": "no gap"}, "sd). No gap."),
+    ],
+)
+def test_the_sentence_tells_the_gap_or_why_there_is_none(gap: dict[str, Any], words: str) -> None:
+    measured = {"parameters": {"teacher": 2000, "student": 10}, "seconds_per_case": {"teacher": 2, "student": 0.5}}
+
+    told = full_tables(content(gap_recovered=gap, **measured))
+
+    assert words in told
+    assert told.endswith("Teacher 2,000 parameters, student 10; 2.00 and 0.50 s per case.")
+
+
+def test_what_was_chosen_on_validation_is_told_seed_by_seed() -> None:
+    chosen = {name: arm(0.5, calibrated=[{"bias": n}, {"bias": 1}]) for n, name in enumerate(("teacher", "method"))}
+
+    assert "Chosen on validation, `bias`: teacher 0, 1; method alone 1, 1." in full_tables(content(**chosen))
+
+
+def test_all_that_was_tried_is_listed_from_the_best_on() -> None:
+    told = full_tables(content(search=[{"name": "no_ramp", "validation": 0.4567}]))
+
+    tried = told[told.index("| first seed only | validation Dice |") :]
+    assert tried.splitlines()[2:] == [
+        "| method and plain KD | 0.750 |", "| method alone | 0.700 |", "| plain KD (foreground) | 0.600 |",
+        "| student alone | 0.500 |", "| no ramp | 0.457 |", "| plain KD (uniform) | 0.300 |",
+    ]
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_the_committed_pages_are_what_the_committed_results_give(file: Path, repository: Path, tmp_path: Path) -> None:
+    readme = shutil.copy(repository / "README.md", tmp_path)
+    docs = shutil.copytree(repository / "bundles" / file.stem / "docs", tmp_path / "docs")
+    before = {page: page.read_text() for page in (Path(readme), docs / "README.md", docs / "results.md")}
+
+    assert fill(json.loads(file.read_text()), Path(readme), docs / "README.md") == []
+
+    assert {page: page.read_text() for page in before} == before

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make results`: one small row from end to end, interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.results import main
+from medkd.phantoms.ct import write_ct_phantoms
+
+BUNDLE = "boundary_relation_ct_organs"
+
+
+def start(repository: Path, root: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "lab.results", BUNDLE, str(root / "toy"), "--root", str(root), "--workers", "2"]
+    return subprocess.Popen(
+        [*words, "--recipes", str(root / "recipes")], text=True, cwd=repository, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def write_recipe(root: Path, repository: Path) -> None:
+    shutil.copytree(repository / "results" / "recipes", root / "recipes")
+    row = {
+        "options": {
+            "out_channels": 7, "patch_size": [32, 32, 32], "spacing": [8.0, 8.0, 8.0],
+            "train#trainer#epoch_length": 1,
+            "teacher_check": {"metric": "val_mean_dice", "mode": "warn"},
+        },
+        "epochs": {"teacher": 1, "student": 1}, "val_interval": {"teacher": 1, "student": 1}, "seeds": [0, 1],
+        "ship": True, "calibrate": {"validate#inferer#overlap": [0.0, 0.25]},
+    }
+    arms = {"student_alone": {"seeds": 1}, "logits_kd": None, "features_kd": None, "method": None}
+    (root / "recipes" / f"{BUNDLE}.json").write_text(json.dumps({"default": "toy", "arms": arms, "rows": {"toy": row}}))
+
+
+@pytest.mark.timeout(900)   # 40 seconds on two idle cores
+def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundles" / BUNDLE
+    for name in ("configs", "scripts", "docs"):
+        shutil.copytree(repository / "bundles" / BUNDLE / name, bundle / name)
+    (bundle / "models").mkdir()
+    shutil.copy(repository / "README.md", tmp_path)
+    write_ct_phantoms(tmp_path / "toy", training=1, validation=1, test=1, shape=(40, 36, 32), spacing=(6.0, 6.0, 7.0))
+    write_recipe(tmp_path, repository)
+
+    with start(repository, tmp_path) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if "teacher, seed 0: finished" in line:
+                first.send_signal(signal.SIGTERM)
+    assert first.returncode == 130
+    with start(repository, tmp_path) as second:
+        said, _ = second.communicate()
+
+    assert second.returncode == 0, said
+    assert "teacher, seed 0: was finished before" in said
+    content = json.loads((tmp_path / "results" / f"{BUNDLE}.json").read_text())
+    assert content["distilled"]["seeds"] == [0, 1]
+    runs = tmp_path / "runs" / "lab"
+    for arm in (content[name] for name in ("teacher", "student_alone", "combined")):
+        for key, chosen, value in zip(arm["keys"], arm["calibrated"], arm["validation"]["runs"], strict=True):
+            (file,) = (runs / key).glob("calibration_????????????/calibrate_answer.json")
+            tried = json.loads(file.read_text())["validate#inferer#overlap"]
+            assert value == round(max(tried), 4)
+            assert chosen == {"validate#inferer#overlap": [0.0, 0.25][tried.index(max(tried))]}
+    assert content["parameters"]["teacher"] > 20 * content["parameters"]["student"]
+    assert content["seconds_per_case"]["student"] > 0
+    assert set(content["teacher"]["per_case"][0]) == {"case_002"}
+    assert len(content["teacher"]["metrics"]) >= 2
+    assert str(tmp_path) not in json.dumps(content)
+    assert (tmp_path / "results" / f"{BUNDLE}.png").exists()
+    assert "toy: 0." in (tmp_path / "README.md").read_text()
+    assert "| toy |" in (bundle / "docs" / "README.md").read_text()
+    page = (bundle / "docs" / "results.md").read_text()
+    assert "Chosen on validation, `validate#inferer#overlap`: teacher 0." in page
+    assert len(content["shipped"]["sha256"]) == 64
+    assert (bundle / "models" / "model.pt").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing", "."], "BUNDLE must be one of .*boundary_relation_ct_organs.*, got 'nothing'"),
+        ([BUNDLE, "nowhere"], "DATA must be a folder, got 'nowhere'"),
+        ([BUNDLE, ".", "--workers", "0"], "WORKERS must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert re.search(message, capsys.readouterr().err)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is looked at before a training, and how its calibrated option is chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lab.execute import Job
+from lab.recipe import Arm, Recipe, Row
+from lab.training import Run, Study, check_test_list, evaluate, find_datalist, train
+
+
+@pytest.mark.parametrize(
+    ("test", "message"), [([], "must have cases, got none"), (["b", "c"], "of its own, got 1 of another list: b")]
+)
+def test_test_cases_are_looked_at_before_anything_is_trained(tmp_path: Path, test: list[str], message: str) -> None:
+    lists = {"training": ["a"], "validation": ["b"], "test": test}
+    content = {name: [{"image": image} for image in images] for name, images in lists.items()}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        check_test_list(tmp_path / "datalist.json")
+
+
+def test_lists_that_are_made_lie_apart_by_their_data_and_options(tmp_path: Path) -> None:
+    data, lists = tmp_path / "data", tmp_path / "lists"
+    for kind in ("images", "labels", "labels_of_others"):
+        (data / kind).mkdir(parents=True)
+        for name in "ab":
+            (data / kind / f"{name}.nii.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"DATA must have a datalist.json, or images/, labels/ and splits.json"):
+        find_datalist(data, lists, {})
+    (data / "splits.json").write_text(json.dumps({"train": ["a"], "val": ["b"]}))
+
+    made = [find_datalist(data, lists, options) for options in ({}, {}, {"labels": "labels_of_others"})]
+
+    assert made[0] == made[1] != made[2]
+    assert "labels_of_others/a.nii.gz" in made[2].read_text()
+    (data / "datalist.json").write_text("{}")
+    assert find_datalist(data, lists, {}) == data / "datalist.json"
+
+
+@pytest.mark.parametrize(("higher", "chosen"), [(True, 0.4), (False, 0.3)])
+def test_the_best_value_on_validation_is_chosen_and_evaluated_with(
+    make_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, higher: bool, chosen: float
+) -> None:
+    study = make_study(row=Row("a", calibrate={"value": [0.3, 0.4, 0.5]}), higher_is_better=higher)
+    done: list[Job] = []
+
+    def do(job: Job, *_: object, **__: object) -> bool:
+        done.append(job)
+        if "calibrate" in job.commands[0]:
+            job.writes[0].write_text(json.dumps({"value": [1.0, 2.0, 2.0]}))
+            return True
+        return real(job)
+
+    real = study.executor.do
+    monkeypatch.setattr(study.executor, "do", do)
+    found = train(Run("teacher", "", 0, ("train", "teacher"), {"seed": 0}), study, {})
+
+    assert found.calibrated == {"value": chosen}
+    assert found.validation == (2.0 if higher else 1.0)
+    request = json.loads((done[1].folder / "calibrate_request.json").read_text())
+    assert request["weights"].endswith("model.pt")
+    assert (request["metric"], request["values"]) == ("dice", {"value": [0.3, 0.4, 0.5]})
+
+
+def test_an_evaluation_is_done_once_per_training_and_option(
+    make_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(row=Row("a"))
+    trained = train(Run("teacher", "", 0, ("train", "teacher"), {"seed": 0}), study, {})
+    jobs: list[Job] = []
+    monkeypatch.setattr(study.executor, "do", jobs.append)
+
+    for options in ({}, {}, {"value": 0.1}):
+        evaluate(replace(trained, calibrated=options), study)
+        assert (jobs[-1].writes[0].parent.parent, jobs[-1].writes[0].name) == (trained.folder, "scores")
+        assert json.loads(jobs[-1].commands[0][-1]).get("value") == options.get("value")
+    assert jobs[0].key == jobs[1].key != jobs[2].key
+
+
+def test_a_run_has_a_label_its_configs_and_paths_that_the_command_can_use(study: Study) -> None:
+    run = Run("logits_kd", "uniform", 2, ("train", "2d", "logits"), {"seed": 2})
+    assert run.label == "logits_kd uniform, seed 2"
+    made = study.bundle_run("evaluating", run, "evaluate", ckpt_dir=study.folder, value=3)
+    assert made.configs == ["train", "2d", "logits", "evaluate"]
+    assert made.options == {"seed": 2, "ckpt_dir": "../runs", "value": 3}
+    assert Recipe("dice", True, None, (), {"teacher": Arm()}).rows_of("x")[0].arms == {"teacher": Arm()}
