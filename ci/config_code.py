@@ -14,23 +14,18 @@ PACKAGES = STUDENT_PACKAGES | {"ignite", "medkd"}
 # MONAI runs all imports of a config before `initialize`, which puts the bundle and its copy of medkd on the path
 LATE_PACKAGES = frozenset({"medkd", "scripts"})
 # of these modules, with all that is below
-LIBRARY = (
-    "functools.partial operator.itemgetter operator.gt operator.lt itertools math os.path os.environ.get sys.argv "
-    "sys.path".split()
-)
-BUILTINS = set(
+LIBRARY = """functools.partial operator.itemgetter operator.gt operator.lt itertools math
+    os.path os.environ.get sys.argv sys.path""".split()
+BUILTINS = frozenset(
     "bool dict enumerate float int isinstance len list max min range round set sorted str sum tuple zip".split()
 )
-REFUSED = (
-    "torch.load torch.save torch.hub torch.ops.load_library torch.utils.cpp_extension monai.apps".split()
-)
+REFUSED = """torch.load torch.save torch.hub torch.ops.load_library torch.utils.cpp_extension
+    monai.apps""".split()
 REFUSED_PARTS = set("os sys subprocess shutil importlib builtins system popen eval exec pickle".split())
 REFUSED_SYNTAX = {
-    ast.Lambda: "a lambda",
-    ast.NamedExpr: "a walrus",
-    ast.Await: "an await",
-    ast.Yield: "a yield",
+    ast.Lambda: "a lambda", ast.NamedExpr: "a walrus", ast.Await: "an await", ast.Yield: "a yield",
 }
+IMPORT = re.compile(r"\$\s*(import|from)\s")
 REFERENCE = re.compile(r"@\w*(?:(?:#|::)\w*)*")
 ABSOLUTE = "must not be an absolute path; build it from @bundle_root or @dataset_dir."
 
@@ -44,9 +39,7 @@ def check_name(name: str, packages: frozenset[str], library: Sequence[str] = LIB
         known = [path for path in library if _is_below(path, [root])] or sorted(packages)
         return f"must name one of {', '.join(known)}, got {name!r}; put other code into scripts."
     if _is_below(name, REFUSED) or REFUSED_PARTS & set(parts):
-        return (
-            f"must not name {name!r}, which can run or fetch what is not in the bundle; put it into scripts."
-        )
+        return f"must not name {name!r}, which can run or fetch what is not in the bundle; put it into scripts."
     return None
 
 
@@ -110,7 +103,7 @@ class Expression(ast.NodeVisitor):
         except SyntaxError as error:
             return [f"must be a Python expression: {error.msg}."]
         stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        self.bound = {"_reference"} | {name for name in stored if not hasattr(builtins, name)}
+        self.bound = {"_reference"} | (stored - vars(builtins).keys())
         self.visit(tree)
         return list(dict.fromkeys(self.problems))
 
@@ -123,19 +116,17 @@ class Expression(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         """Check `a.b.c` as one name, or what an attribute is taken of."""
         if node.attr.startswith("_"):
-            self.problems.append(
-                f"must not use the private attribute {node.attr!r}; write a function in scripts."
-            )
-        name = _dotted(node)
-        if name is None:
+            problem = f"must not use the private attribute {node.attr!r}; write a function in scripts."
+            self.problems.append(problem)
+        path = ast.unparse(node)
+        if re.fullmatch(r"[^\W\d][\w.]*", path):
+            self._check_name(path)
+        else:
             self.generic_visit(node)
-        elif name.split(".")[0] not in self.bound:
-            self._check_name(name)
 
     def visit_Name(self, node: ast.Name) -> None:
         """Check a name that stands alone."""
-        if node.id not in self.bound and node.id not in BUILTINS:
-            self._check_name(node.id)
+        self._check_name(node.id)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         """Let `@bundle_root + '/models'` be: what follows a plus is the end of a path."""
@@ -157,13 +148,5 @@ class Expression(ast.NodeVisitor):
     def _check_name(self, name: str) -> None:
         root, _, rest = name.partition(".")
         full = self.aliases.get(root, root) + (f".{rest}" if rest else "")
-        if root not in BUILTINS and (problem := check_name(full, self.packages)):
+        if root not in self.bound | BUILTINS and (problem := check_name(full, self.packages)):
             self.problems.append(problem)
-
-
-def _dotted(node: ast.expr) -> str | None:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (start := _dotted(node.value)):
-        return f"{start}.{node.attr}"
-    return None

@@ -17,80 +17,54 @@ This finds slips in our own files; it is no sandbox for those of others.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config_code import ABSOLUTE, PACKAGES, STUDENT_PACKAGES, Expression, check_import, check_target
-from format_json import read_json
+from command import command_line
+from config_code import ABSOLUTE, IMPORT, PACKAGES, STUDENT_PACKAGES, Expression, check_import, check_target
+from configs import ABSENT, parts, read_configs, texts, walk
 
-ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 100
 RUN_IDS = {"run", "training", "evaluating"}  # an override may bring its own
-TEXT_RULES = (  # pattern of any string, what is wrong with it
-    (
-        r"%\S*\.(json|ya?ml)\b",
+TEXT_RULES = {  # pattern of any string -> what is wrong with it
+    r"%\S*\.(json|ya?ml)\b":
         "must not take text from a file, found from the working directory; copy the text here.",
-    ),
-    (r"%network(?!\w)", "must not copy the network, a second one with other weights; write @network."),
-    (r"[@%]_meta_", "must not refer to the metadata, which MONAI Label does not load; write the value here."),
-    (r"@device\s*\.", "must not use an attribute of @device, which may be a string; pass it as an argument."),
-    (r"(^|['\"\s=])(/(home|Users|root|mnt|tmp|media|scratch)/|~\w*/|[A-Za-z]:[\\/])|^/", ABSOLUTE),
-)
+    r"%network(?!\w)": "must not copy the network, a second one with other weights; write @network.",
+    r"[@%]_meta_": "must not refer to the metadata, which MONAI Label does not load; write the value here.",
+    r"@device\s*\.": "must not use an attribute of @device, which may be a string; pass it as an argument.",
+    r"(^|['\"\s=])(/(home|Users|root|mnt|tmp|media|scratch)/|~\w*/|[A-Za-z]:[\\/])|^/": ABSOLUTE,
+}
 
 
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is neither list nor dict, with its path a#b#c."""
-    if not isinstance(node, dict | list):
-        yield path, node
-        return
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield from walk(value, f"{path}#{key}" if path else str(key))
-
-
-def _is_import(value: Any) -> bool:
-    return isinstance(value, str) and re.match(r"\$\s*(import|from)\s", value) is not None
-
-
-def imported_names(config: Any, packages: frozenset[str]) -> dict[str, str]:
-    """Names that the `$import` lines of a config bring, with their full paths."""
-    names: dict[str, str] = {}
-    for _, value in walk(config):
-        if _is_import(value):
-            names |= check_import(value[1:], packages)[0]
-    return names
-
-
-def check_value(path: str, value: Any, aliases: dict[str, str], packages: frozenset[str]) -> list[str]:
-    """Problems of one value: target, expression, import line or text."""
-    problems: list[str | None] = []
+def check_value(
+    path: str, value: Any, aliases: dict[str, str], packages: frozenset[str]
+) -> Iterator[str | None]:
+    """Problems of one value: target, expression, import line or text; None is none."""
     if path.split("#")[-1] == "_target_":
-        problems.append(check_target(value, packages))
+        yield check_target(value, packages)
     if not isinstance(value, str):
-        return [problem for problem in problems if problem]
-    problems += [message for pattern, message in TEXT_RULES if re.search(pattern, value)]
-    if _is_import(value):
-        problems.append(check_import(value[1:], packages)[1])
+        return
+    yield from (message for pattern, message in TEXT_RULES.items() if re.search(pattern, value))
+    if IMPORT.match(value):
+        yield check_import(value[1:], packages)[1]
     elif re.match(r"imports#\d+$", path):
-        problems.append("must be `$import x` or `$from x import y`; MONAI does not run anything else here.")
+        yield "must be `$import x` or `$from x import y`; MONAI does not run anything else here."
     elif value.startswith("$"):
         if len(value) > LONGEST:
-            problems.append(
-                f"must have at most {LONGEST} characters, got {len(value)}; write a function in scripts."
-            )
-        problems += Expression(aliases, packages).check(value[1:])
-    return [problem for problem in problems if problem]
+            yield f"must have at most {LONGEST} characters, got {len(value)}; write a function in scripts."
+        yield from Expression(aliases, packages).check(value[1:])
 
 
 def check_override(config: dict[str, Any], base: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
     """Problems of an override of the config `name`: (key, message)."""
     for key, value in config.items():
-        path = re.split("#|::", key.removeprefix("+"))
-        known, old = _look_up(base, path)
-        if not known and key.removeprefix("+") not in RUN_IDS:
+        path, old = re.split("#|::", key.removeprefix("+")), base
+        for part in path:
+            old = parts(old).get(part, ABSENT)
+        if old is ABSENT and key.removeprefix("+") not in RUN_IDS:
             yield key, f"must be a key of {name}, as MONAI takes a slip in silence; add it there first."
         elif key.startswith("+") and not isinstance(old, list):
             yield key, "must name a list to append to; write the key without +."
@@ -100,45 +74,29 @@ def check_override(config: dict[str, Any], base: dict[str, Any], name: str) -> I
             yield key, "must not put null into a list, where it stays as an item; write the list without it."
 
 
-def _look_up(node: Any, path: Sequence[str]) -> tuple[bool, Any]:
-    for part in path:
-        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, dict) and part in node:
-            node = node[part]
-        else:
-            return False, None
-    return True, node
-
-
 def _is_section(value: Any) -> bool:
     holds_component = any("_target_" in path.split("#") for path, _ in walk(value))
     return isinstance(value, dict) and "_target_" not in value and holds_component
 
 
 def _null_in_list(value: Any) -> bool:
-    if isinstance(value, list):
-        return any(item is None or _null_in_list(item) for item in value)
-    return isinstance(value, dict) and any(map(_null_in_list, value.values()))
+    return (isinstance(value, list) and None in value) or any(map(_null_in_list, parts(value).values()))
 
 
 def lint_bundle(folder: Path) -> list[str]:
     """Check the configs of one bundle; returns a line per problem."""
     lines: list[str] = []
-    for file in sorted(folder.glob("configs/*.json")):
-        if file.name.startswith("metadata"):
-            continue
-        config = read_json(file)
+    configs = read_configs(folder)
+    for file, config in configs.items():
         is_inference = file.name.startswith("inference")
         base_file = file.with_name("inference.json" if is_inference else "train.json")
-        base = read_json(base_file) if base_file.is_file() else {}
+        base = configs.get(base_file, {})
         packages = STUDENT_PACKAGES if is_inference else PACKAGES
-        aliases = imported_names([base, config], packages)
-        found = [
-            (path, problem)
-            for path, value in walk(config)
-            for problem in check_value(path, value, aliases, packages)
-        ]
+        aliases: dict[str, str] = {}
+        for text in filter(IMPORT.match, texts([base, config])):
+            aliases |= check_import(text[1:], packages)[0]
+        found = [(path, problem) for path, value in walk(config)
+                 for problem in check_value(path, value, aliases, packages) if problem]
         found += [] if file == base_file else check_override(config, base, base_file.name)
         lines += [f"{file}: {path}: {problem}" for path, problem in found]
     return lines
@@ -146,11 +104,8 @@ def lint_bundle(folder: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check all bundles; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
-    bundles = sorted(path.parent for path in parser.parse_args(arguments).root.glob("bundles/*/configs"))
+    options = command_line(__doc__).parse_args(arguments)
+    bundles = sorted(path.parent for path in options.root.glob("bundles/*/configs"))
     try:
         lines = [line for bundle in bundles for line in lint_bundle(bundle)]
     except ValueError as error:

@@ -13,7 +13,6 @@ on every machine: fixed times, sorted, not compressed (most of it is weights, wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import stat
@@ -22,10 +21,10 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from format_json import read_json
+from command import command_line
+from configs import read_json
 from vendor import PACKAGE, named_by, needed_files
 
-ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = "MANIFEST.sha256"
 FOLDERS = ("configs", "docs", "scripts")
 STUDENT, TEACHER = "models/model.pt", "models/teacher/model.pt"
@@ -124,12 +123,9 @@ def bundles(root: Path, name: str | None = None) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Pack; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--bundle", help="name of a folder of bundles/ (default: all)")
     parser.add_argument("--teacher", action="store_true", help="pack the weights in models/teacher too")
-    parser.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
     parser.add_argument("--output", type=Path, help="folder for the zips (default: dist of the repository)")
     options = parser.parse_args(arguments)
     output = options.output or options.root / "dist"

@@ -15,10 +15,8 @@ that for yourself, take the repository away meanwhile; in its folder:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,53 +25,50 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pack_bundle import ROOT, bundles, pack
+from command import ROOT, command_line
+from pack_bundle import bundles, pack
 
 SECOND_HALF = Path(__file__).with_name("standalone_run.py")
-KINDS = "ct|em|nuclei|histology"                                   # of `medkd phantom`, as they stand in bundles' names
 CASES = ["--training", "3", "--validation", "1", "--test", "2"]
 
 
-def prepare(work: Path, name: str | None) -> None:
+def prepare(work: Path, name: str | None, root: Path = ROOT) -> None:
     """Put zips, data, a plan and the second half into `work`.
 
     Args:
         work: folder, empty or not there yet.
         name: bundle; None takes all.
+        root: repository.
 
     Raises:
-        ValueError: there is no such bundle, `work` is not empty, or a bundle's name does not tell its kind of data.
+        ValueError: there is no such bundle, or `work` is not empty.
+        subprocess.CalledProcessError: a bundle does not say which data it takes.
     """
-    chosen = bundles(ROOT, name)
+    chosen = bundles(root, name)
     if work.exists() and any(work.iterdir()):
         raise ValueError(f"--prepare must name an empty or new folder, got {work}; remove what is in it.")
     plan = []
     for bundle in chosen:
-        kind = next((part for part in bundle.name.split("_") if re.fullmatch(KINDS, part)), None)
-        if kind is None:
-            raise ValueError(f"{bundle}: its name must hold one of {KINDS.replace('|', ', ')}, got none; add it.")
-        packed, data = pack(bundle, ROOT, work / "zips"), work / "data" / kind
-        if not data.exists():
-            command = [sys.executable, "-m", "medkd", "phantom", kind, str(data), *CASES]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        plan.append({"name": bundle.name, "zip": f"zips/{packed.name}", "data": f"data/{kind}"})
+        data = work / "data" / bundle.name
+        command = [sys.executable, "-m", "medkd", "phantom", "--for", str(bundle), str(data), *CASES]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        packed = pack(bundle, root, work / "zips")
+        plan.append({"name": bundle.name, "zip": f"zips/{packed.name}", "data": f"data/{bundle.name}"})
     (work / "plan.json").write_text(json.dumps(plan))
     shutil.copy(SECOND_HALF, work)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare, and run the second half; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--bundle", help="name of a folder of bundles/ (default: all)")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="stop after the first half")
     parser.add_argument("--torch-index", metavar="URL", help="wheel index for torch alone, as in the Makefile")
     options = parser.parse_args(arguments)
     work = (options.prepare or Path(tempfile.mkdtemp(prefix="standalone_"))).resolve()
     try:
-        prepare(work, options.bundle)
-    except ValueError as error:
+        prepare(work, options.bundle, options.root)
+    except (ValueError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         if not options.prepare:
             shutil.rmtree(work)

@@ -68,34 +68,30 @@ def shared_options(root: Path, python: Path) -> list[str]:
 
 def steps(root: Path, data: Path, elsewhere: Path, options: Sequence[str] = ()) -> list[Step]:
     """All calls for one bundle, by turns from inside it and from `elsewhere`; `options` are for inference.json."""
-    run = root / "runs" / "alone"
-    weights, scores, predictions = run / "model.pt", run / "scores", run / "predictions"
-    teacher = root / "models" / "teacher" / "model.pt"
-    given = ["--dataset_dir", str(data)]
-    inside, outside = ["--bundle_root", "."], ["--bundle_root", str(root)]
-    student = ["--ckpt_dir", str(run)]
-    export = ["--net_id", "network_def", "--ckpt_file", str(weights), "--meta_file", "configs/metadata.json"]
-    export += ["--config_file", "configs/inference.json", *inside, *options]
+    alone = root / "runs" / "alone"
+    weights, scores, predictions = alone / "model.pt", alone / "scores", alone / "predictions"
+    inside, student = Path("."), ["--ckpt_dir", str(alone)]
+
+    def run(what: str, at: Path, *names: str) -> list[str]:
+        files = [str(at / "configs" / f"{name}.json") for name in names]
+        return ["run", what, "--config_file", str(files), "--bundle_root", str(at), "--dataset_dir", str(data)]
+
     found = [
-        Step("teacher", ["run", "training", *_files("configs", "train", "smoke", "teacher"), *inside, *given,
-                         "--train#trainer#max_epochs", "1"], root, teacher),
-        Step("student, from elsewhere", ["run", "training", *_files(root / "configs", "train", "smoke"), *outside,
-                                         *given, *student], elsewhere, weights),
-        Step("evaluation", ["run", "evaluating", *_files("configs", "train", "smoke", "evaluate"), *inside, *given,
-                            *student, "--output_dir", str(scores)], root, scores),
-        Step("inference, from elsewhere", ["run", "evaluating", *_files(root / "configs", "inference"), *outside,
-                                           *given, *options, "--ckpt_path", str(weights),
-                                           "--output_dir", str(predictions)], elsewhere, predictions),
-        Step("TorchScript", ["ckpt_export", "--filepath", str(run / "model.ts"), *export], root, run / "model.ts"),
+        Step("teacher", [*run("training", inside, "train", "smoke", "teacher"), "--train#trainer#max_epochs", "1"],
+             root, root / "models" / "teacher" / "model.pt"),
+        Step("student, from elsewhere", [*run("training", root, "train", "smoke"), *student], elsewhere, weights),
+        Step("evaluation", [*run("evaluating", inside, "train", "smoke", "evaluate"), *student,
+                            "--output_dir", str(scores)], root, scores),
+        Step("inference, from elsewhere", [*run("evaluating", root, "inference"), *options, "--ckpt_path",
+                                           str(weights), "--output_dir", str(predictions)], elsewhere, predictions),
     ]
+    exports = [("TorchScript", "ckpt_export", alone / "model.ts")]
     if "onnxscript" in read(root, "metadata")["required_packages_version"]:
-        onnx = run / "model.onnx"
-        found.append(Step("ONNX", ["onnx_export", "--filepath", str(onnx), *export], root, onnx))
-    return found
-
-
-def _files(folder: str | Path, *names: str) -> list[str]:
-    return ["--config_file", str([f"{folder}/{name}.json" for name in names])]
+        exports.append(("ONNX", "onnx_export", alone / "model.onnx"))
+    export = ["--net_id", "network_def", "--ckpt_file", str(weights), "--meta_file", "configs/metadata.json",
+              "--config_file", "configs/inference.json", "--bundle_root", ".", *options]
+    return found + [
+        Step(name, [what, "--filepath", str(file), *export], root, file) for name, what, file in exports]
 
 
 def requirements(root: Path) -> list[str]:

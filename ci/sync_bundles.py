@@ -21,26 +21,23 @@ relatively is there too, as bundles never import each other and inference needs 
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from format_json import dumps, in_order_of, read_json
+from command import command_line
+from configs import ABSENT, parts, read_configs, read_json, texts
+from format_json import dumps, in_order_of, inline
 from vendor import PACKAGE, needed_files
 
 OWN = "<own>"
 MORE = "<more>"
-ABSENT: Any = object()
 REFERENCE = re.compile(r"[@%]([A-Za-z_]\w*(?:(?:#|::)\w+)*)")
 ALIKE = 0.8        # how much of two items of a list is the same where one is taken for the other, with a slip in it
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = "bundles/*/scripts"
 
 
 class Difference(NamedTuple):
@@ -66,32 +63,21 @@ class Comparison:
     found: list[Difference] = field(default_factory=list)
 
     def merge(self, skeleton: Any, bundle: Any, path: str = "") -> Any:
-        """Give what the bundle should have at this path, as far as it is known.
-
-        Args:
-            skeleton: content of the skeleton.
-            bundle: content of the bundle, or ABSENT.
-            path: where both stand, `a#b#c`.
-        """
-        if _is_own(skeleton):
-            return self._own(skeleton, bundle, path)
+        """Give what the bundle should have at this path a#b#c, as far as it is known; `bundle` may be ABSENT."""
+        is_own, usual = _is_own(skeleton), _filled(skeleton)
+        if is_own and bundle is not ABSENT:
+            return bundle
         if isinstance(skeleton, dict) and isinstance(bundle, dict):
             return self._merge_dicts(skeleton, bundle, path)
         if isinstance(skeleton, list) and isinstance(bundle, list):
             return self._merge_lists(skeleton, bundle, path)
         if type(skeleton) is type(bundle) and skeleton == bundle:
             return bundle
-        filled = _filled(skeleton)
-        self._note(path, f"must be {_short(skeleton)}, got {_short(bundle)}", filled is not ABSENT)
-        return bundle if filled is ABSENT else filled
-
-    def _own(self, skeleton: Any, bundle: Any, path: str) -> Any:
-        if bundle is not ABSENT:
-            return bundle
-        filled = _filled(skeleton)
-        usual = "" if filled is ABSENT else f", such as {_short(filled)}"
-        self._note(path, f"must have a value of the bundle's own{usual}, got nothing", filled is not ABSENT)
-        return filled
+        expected = "have a value of the bundle's own" if is_own else f"be {_short(skeleton)}"
+        if is_own and usual is not ABSENT:
+            expected += f", such as {_short(usual)}"
+        self._note(path, f"must {expected}, got {_short(bundle)}", usual is not ABSENT)
+        return bundle if usual is ABSENT else usual
 
     def _merge_dicts(self, skeleton: dict[str, Any], bundle: dict[str, Any], path: str) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -111,7 +97,7 @@ class Comparison:
             return True
         if isinstance(value, list) and value and all(isinstance(v, str) and v.startswith("$") for v in value):
             return "#" not in path
-        return self.train is not None and _lies_in_own(path.removeprefix("+").split("#"), self.train)
+        return self.train is not None and _lies_in_own(path.removeprefix("+"), self.train)
 
     def _no_place(self, key: str, skeleton: dict[str, Any]) -> str:
         near = get_close_matches(key, [known for known in skeleton if known != MORE], n=1)
@@ -122,21 +108,20 @@ class Comparison:
         merged: list[Any] = []
         behind = "first"
         for row in _aligned(skeleton, bundle):
-            item = ABSENT if row.place is None else bundle[row.place]
+            item, at = (ABSENT, path) if row.place is None else (bundle[row.place], f"{path}#{row.place}")
             if row.pinned is ABSENT:
-                message = f"{_name(item)} has no place here and stays; {_way_out(skeleton)}"
-                self._note(f"{path}#{row.place}", message, False)
-            elif row.place is None:
-                item = _filled(row.pinned)
-                self._note(path, f"must have {_name(row.pinned)} {behind}, got none", item is not ABSENT)
+                self._note(at, f"{_name(item)} has no place here and stays; {_way_out(skeleton)}", False)
             elif row.pinned != MORE:
-                if row.is_moved:
-                    self._note(f"{path}#{row.place}", f"{_name(item)} must stand {behind}", True)
-                item = self.merge(row.pinned, item, f"{path}#{row.place}")
-            if item is not ABSENT:
-                merged.append(item)
-            if row.pinned is not ABSENT and row.pinned != MORE:
-                behind = f"behind {_name(row.pinned)}"
+                name = _name(row.pinned)
+                if item is ABSENT:
+                    item = _filled(row.pinned)
+                    self._note(at, f"must have {name} {behind}, got none", item is not ABSENT)
+                else:
+                    if row.is_moved:
+                        self._note(at, f"{_name(item)} must stand {behind}", True)
+                    item = self.merge(row.pinned, item, at)
+                behind = f"behind {name}"
+            merged += [] if item is ABSENT else [item]
         return merged
 
     def _note(self, path: str, message: str, repairable: bool) -> None:
@@ -153,51 +138,41 @@ class Row(NamedTuple):
 
 def _aligned(skeleton: list[Any], bundle: list[Any]) -> list[Row]:
     """Pair pinned items with a bundle's, by what they are; the rows have the order that the list should have."""
-    names = [[_name(item) for item in items] for items in (skeleton, bundle)]
+    pinned, found = [_name(item) for item in skeleton], _meant(skeleton, bundle)
     rows: list[Row] = []
-    for kind, first, last, begin, end in SequenceMatcher(None, *names, autojunk=False).get_opcodes():
-        places = list(range(begin, end))
-        if kind == "equal":
-            rows += map(Row, skeleton[first:last], places)
-        else:
-            rows += _aligned_part(skeleton[first:last], places, bundle)
+    for kind, first, last, begin, end in SequenceMatcher(None, pinned, found, autojunk=False).get_opcodes():
+        part, places = skeleton[first:last], range(begin, end)
+        if kind == "equal" or (MORE not in part and len(part) == len(places)):
+            rows += map(Row, part, places)
+            continue
+        for item in part if MORE in part else [*part, ABSENT]:
+            rows += [Row(item, place) for place in (places if item in (MORE, ABSENT) else [None])]
+    loose = [row for row in rows if row.pinned in (MORE, ABSENT)]
     for number, row in enumerate(rows):                            # what is missing here may stand elsewhere
-        stray = [one for one in rows if row.place is None and one.pinned in (ABSENT, MORE)
-                 and _name(bundle[one.place or 0]) == _name(row.pinned)]
-        if stray:
-            rows[number] = Row(row.pinned, stray[0].place, is_moved=True)
-            rows[rows.index(stray[0])] = Row(ABSENT, None)
-    return [row for row in rows if row != Row(ABSENT, None)]
+        same = [one for one in loose if row.place is None and found[one.place] == _name(row.pinned)]
+        if same:
+            rows[number] = Row(row.pinned, same[0].place, is_moved=True)
+            loose.remove(same[0])
+    moved = {row.place for row in rows if row.is_moved}
+    return [row for row in rows if row.is_moved or row.place not in moved]
 
 
-def _aligned_part(pinned: list[Any], places: list[int], bundle: list[Any]) -> list[Row]:
-    """Rows of a part in which no name is the same: items with a slip in them, own ones, missing and needless ones."""
-    if MORE not in pinned and len(pinned) == len(places):
-        return list(map(Row, pinned, places))
-    middle = pinned.index(MORE) if MORE in pinned else len(pinned)
-    front, back = _fronts(pinned[:middle], places, bundle), []
-    places = [place for place in places if place not in {row.place for row in front}]
-    if MORE in pinned:
-        back = _fronts(pinned[:middle:-1], places[::-1], bundle)[::-1]
-    taken = {row.place for row in back}
-    owner = MORE if MORE in pinned else ABSENT
-    return [*front, *(Row(owner, place) for place in places if place not in taken), *back]
-
-
-def _fronts(pinned: list[Any], places: list[int], bundle: list[Any]) -> list[Row]:
-    """Each pinned item with the next place if that holds nearly the same, else with none."""
-    rows, waiting = [], list(places)
-    for item in pinned:
-        rows.append(Row(item, waiting.pop(0) if waiting and _are_alike(item, bundle[waiting[0]]) else None))
-    return rows
+def _meant(skeleton: list[Any], bundle: list[Any]) -> list[str]:
+    """Names of a bundle's items; one that is nearly a pinned item, which is missing, has that one's name."""
+    pinned, names = ([_name(item) for item in items] for items in (skeleton, bundle))
+    for place, item in enumerate(bundle):
+        if names[place] not in pinned:
+            alike = (name for name, one in zip(pinned, skeleton, strict=True)
+                     if pinned.count(name) > names.count(name) and _are_alike(one, item))
+            names[place] = next(alike, names[place])
+    return names
 
 
 def _are_alike(first: Any, second: Any) -> bool:
-    if isinstance(first, dict) and isinstance(second, dict):
-        arguments = [{key: value for key, value in one.items() if key != "_target_"} for one in (first, second)]
-        if arguments[0] and arguments[0] == arguments[1]:
-            return True
-    return SequenceMatcher(None, _dumps(first), _dumps(second), autojunk=False).ratio() >= ALIKE
+    arguments = [{**parts(one), "_target_": None} for one in (first, second)]
+    if arguments[0] == arguments[1] != {"_target_": None}:
+        return True
+    return SequenceMatcher(None, inline(first), inline(second), autojunk=False).ratio() >= ALIKE
 
 
 def _is_own(skeleton: Any) -> bool:
@@ -217,16 +192,12 @@ def _filled(skeleton: Any) -> Any:
     return skeleton
 
 
-def _lies_in_own(parts: Sequence[str], skeleton: Any) -> bool:
+def _lies_in_own(path: str, skeleton: Any) -> bool:
     """Whether a path leads into what a config has of its own: a marked value, or a key unknown to the skeleton."""
-    for part in parts:
-        if _is_own(skeleton):
-            return True
-        if isinstance(skeleton, dict) and part not in skeleton:
-            return True                                            # lint_configs.py tells whether train.json has it
-        if not isinstance(skeleton, dict):
-            return False
-        skeleton = skeleton[part]
+    for part in path.split("#"):
+        if not isinstance(skeleton, dict) or _is_own(skeleton):
+            break
+        skeleton = skeleton.get(part, OWN)                         # lint_configs.py knows the keys of train.json
     return _is_own(skeleton)
 
 
@@ -242,28 +213,15 @@ def _name(item: Any) -> str:
     return str(item["_target_"]) if isinstance(item, dict) and "_target_" in item else _short(item)
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _short(value: Any) -> str:
-    text = "nothing" if value is ABSENT else _dumps(value)
+    text = "nothing" if value is ABSENT else inline(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def references(configs: Path) -> frozenset[str]:
-    """Paths a#b#c that the configs of a bundle refer to, the metadata aside."""
-    files = [file for file in configs.glob("*.json") if file.name != "metadata.json"]
-    texts = [text for file in files for text in _strings(read_json(file))]
-    return frozenset(name.replace("::", "#") for text in texts for name in REFERENCE.findall(text))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+def references(bundle: Path) -> frozenset[str]:
+    """Paths a#b#c that the configs of a bundle refer to."""
+    found = (name for text in texts([*read_configs(bundle).values()]) for name in REFERENCE.findall(text))
+    return frozenset(name.replace("::", "#") for name in found)
 
 
 def sync_json(skeleton: Path, target: Path, write: bool) -> list[str]:
@@ -271,7 +229,8 @@ def sync_json(skeleton: Path, target: Path, write: bool) -> list[str]:
     pinned, config = read_json(skeleton), read_json(target) if target.is_file() else {}
     is_override = any("#" in key for key in pinned)
     train = skeleton.with_name("train.json")
-    comparison = Comparison(references(target.parent), read_json(train) if is_override and train.is_file() else None)
+    own_of = read_json(train) if is_override and train.is_file() else None
+    comparison = Comparison(references(target.parents[1]), own_of)
     content = comparison.merge(pinned, config)
     is_new = dumps(content) != dumps(config)                       # to == false and 0 are the same
     if write and is_new and (target.is_file() or all(d.repairable for d in comparison.found)):
@@ -306,25 +265,16 @@ def shared_scripts(folder: Path, package: Path) -> list[tuple[Path, Path]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check or repair; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="name the differences; exit 1 if there is one")
-    mode.add_argument("--write", action="store_true", help="repair what can be; exit 1 if a difference is left")
-    parser.add_argument("--root", type=Path, default=ROOT, help="repository (default: this one)")
-    options = parser.parse_args(arguments)
+    options = command_line(__doc__, repairs=True).parse_args(arguments)
     skeletons = sorted(path for path in options.root.glob("ci/skeleton/*") if path.is_file())
     folders = sorted(options.root.glob("bundles/*/configs"))
     lines: list[str] = []
     try:
         for folder in folders:
-            for source in skeletons:
+            copies = shared_scripts(folder.with_name("scripts"), options.root / "common" / PACKAGE)
+            for source, copy in [*((source, folder / source.name) for source in skeletons), *copies]:
                 sync = sync_json if source.suffix == ".json" else sync_bytes
-                lines += sync(source, folder / source.name, options.write)
-        package = options.root / "common" / PACKAGE
-        copies = [pair for d in sorted(options.root.glob(SCRIPTS)) for pair in shared_scripts(d, package)]
-        lines += [line for source, copy in copies for line in sync_bytes(source, copy, options.write)]
+                lines += sync(source, copy, options.write)
     except ValueError as error:
         lines = [str(error)]
     print(*lines, sep="\n", end="\n" if lines else "")

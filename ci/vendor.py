@@ -10,8 +10,8 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
-from format_json import read_json
-from lint_configs import walk
+from config_code import IMPORT
+from configs import read_configs, texts
 
 PACKAGE = "medkd"
 
@@ -42,9 +42,8 @@ def needed_files(names: Iterable[tuple[Path, str]], package: Path) -> list[Path]
 
 def named_by(bundle: Path) -> Iterator[tuple[Path, str]]:
     """Dotted names below `medkd` in a bundle's configs and scripts, each with its file."""
-    for file in sorted(bundle.glob("configs/*.json")):
-        if not file.name.startswith("metadata"):
-            yield from ((file, name) for name in config_names(read_json(file), file))
+    for file, config in read_configs(bundle).items():
+        yield from ((file, name) for name in config_names(config, file))
     for file in sorted(bundle.glob("scripts/**/*.py")):
         if "_vendor" not in file.parts:
             yield from ((file, name) for name in _imported_by(file, bundle / "scripts"))
@@ -57,11 +56,11 @@ def _imported_by(file: Path, package: Path) -> Iterator[str]:
 
 def config_names(config: Any, source: Path) -> Iterator[str]:
     """Dotted names below `medkd` in a config: targets, expressions, imports."""
-    for _, value in walk(config):
-        if isinstance(value, str) and re.match(r"\$\s*(import|from)\s", value):
-            yield from imports(value[1:].strip(), source)
-        elif isinstance(value, str):
-            yield from re.findall(rf"(?<![\w./]){PACKAGE}(?:\.[A-Za-z_]\w*)+", value)
+    for text in texts(config):
+        if IMPORT.match(text):
+            yield from imports(text[1:].strip(), source)
+        else:
+            yield from re.findall(rf"(?<![\w./]){PACKAGE}(?:\.[A-Za-z_]\w*)+", text)
 
 
 def imports(code: str, source: Path, package: str = "") -> Iterator[str]:

@@ -55,12 +55,14 @@ def test_a_wrong_name_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_whose_name_does_not_tell_its_data_is_refused(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bundle_that_does_not_say_which_data_it_takes_is_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(standalone, "bundles", lambda root, name: [bundle])
-    with pytest.raises(ValueError, match="toy: its name must hold one of ct, em, nuclei, histology, got none; add it"):
-        standalone.prepare(tmp_path / "work", None)
+    assert standalone.main(["--prepare", str(tmp_path / "work")]) == 1
+    said = capfd.readouterr().err
+    assert f"modality` of {bundle / 'configs/metadata.json'} must be one of CT, EM, microscopy, got null; it" in said
+    assert "Traceback" not in said
 
 
 def test_requirements_are_what_the_metadata_lists(bundle: Path) -> None:
