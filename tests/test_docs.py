@@ -36,7 +36,8 @@ def test_examples_of_the_docstrings_run(name: str) -> None:
     assert failed == 0, f"examples of {name} failed; their output stands above"
 
 
-BUNDLE_PAGES = sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("bundles/*/docs/README.md"))
+BUNDLE_PAGES = sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("bundles/*/docs/*.md"))
+READMES = {"README.md": 150} | {page: 120 for page in BUNDLE_PAGES if page.endswith("README.md")}   # most lines
 PAGES = ["README.md", "CONTRIBUTING.md", *BUNDLE_PAGES]
 
 
@@ -57,9 +58,27 @@ def test_commands_of_a_page_exist(page: str) -> None:
     text = "\n".join(blocks(page, "sh"))
     assert [name for name in re.findall(r"^\s*make (\w+)", text, flags=re.MULTILINE) if name not in targets] == []
     assert [name for name in re.findall(r"^medkd ([\w-]+)", text, flags=re.MULTILINE) if name not in COMMANDS] == []
+    modules = re.findall(r"python -m ((?:lab|scripts)[\w.]*)", (ROOT / page).read_text())
+    assert [name for name in modules if not _is_module(folder if name.startswith("scripts") else ROOT, name)] == []
     configs = set(re.findall(r"configs/\w+\.json", text))
     bundles = [folder] if folder != ROOT else sorted((ROOT / "bundles").glob("*/"))
     assert [name for name in configs for bundle in bundles if not (bundle / name).is_file()] == []
+
+
+def _is_module(folder: Path, name: str) -> bool:
+    path = folder.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_a_readme_is_short(page: str) -> None:
+    assert len((ROOT / page).read_text().splitlines()) <= READMES[page]
+
+
+@pytest.mark.parametrize("page", BUNDLE_PAGES)
+def test_a_preset_of_inference_is_named_behind_what_it_overrides(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert text.count("configs/inference_") == text.count("['configs/inference.json','configs/inference_")
 
 
 def test_every_link_within_the_repository_leads_somewhere() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging.handlers
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -166,6 +167,21 @@ def on(event: Any, function: Callable[[Any], None]) -> Any:
     return Handler()
 
 
+class Killer:
+    """A handler that ends its process as a power cut does, in the middle of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def attach(self, engine: Any) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._kill)
+
+    def _kill(self, engine: Any) -> None:
+        if engine.state.epoch == self.epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict."""
     return {key: value.detach().clone() for key, value in module.state_dict().items()}
@@ -257,7 +273,8 @@ def start(target: Callable[..., None], *args: Any, **options: Any) -> BaseProces
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([
         "medkd.handlers.checkpoint", "medkd.handlers.distillation", "medkd.losses.features", "medkd.losses.logits",
-        "monai.handlers", "monai.losses", "monai.transforms", "monai.engines", "torch._dynamo",
+        "monai.bundle", "monai.handlers", "monai.losses", "monai.transforms", "monai.engines", "torch._dynamo",
+        "tensorboard.backend.event_processing.event_accumulator", "torch.utils.tensorboard",
     ])
     process = context.Process(target=_in_child, args=(target, *args), kwargs=options)
     process.start()

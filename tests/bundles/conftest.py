@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For the files that `test_contract.py` runs in processes of their own: the bundle of the variable MEDKD_BUNDLE."""
+"""For tests that run a bundle: that of the variable MEDKD_BUNDLE, or the one that a test file makes."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import monai.bundle
 import pytest
 import torch
-from monai.utils import set_determinism
+
+import bundle_runs
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Toy networks gain nothing from a second thread, and lose much on a busy machine."""
     before = torch.get_num_threads()
@@ -35,14 +35,4 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_bundle(bundle: Path) -> Callable[..., None]:
     """Run an id with config files by name and further options, in this process."""
-
-    def call(run_id: str, *configs: str, **options: Any) -> None:
-        files = [str(bundle / "configs" / f"{name}.json") for name in configs]
-        if configs[0] == "train":
-            options = {"train#dataset#num_workers": 0, "validate#dataset#num_workers": 0} | options
-        try:
-            monai.bundle.run(run_id, config_file=files, bundle_root=str(bundle), **options)
-        finally:
-            set_determinism(None)
-
-    return call
+    return partial(bundle_runs.run, bundle)

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from monai.bundle.config_parser import ConfigParser
 
+import toys
+from bundle_runs import run_tests
+
+TESTS = Path(__file__).parent
 BUNDLES = sorted((Path(__file__).parents[2] / "bundles").glob("*/"), key=lambda folder: folder.name)
 FILES = [
     "LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt",
@@ -61,17 +66,9 @@ def test_the_committed_student_fits_its_definition_and_holds_tensors_only(bundle
     assert (bundle / "models/model.pt").stat().st_size < 5e6
 
 
-def overridden(bundle: Path, *names: str) -> dict[str, Any]:
-    """train.json with the flat keys of overrides set."""
-    merged = config(bundle, "train")
-    for name in names:
-        for key, value in config(bundle, name).items():
-            *parents, last = key.split("#")
-            node: Any = merged
-            for part in parents:
-                node = node[int(part) if isinstance(node, list) else part]
-            node[int(last) if isinstance(node, list) else last] = value
-    return merged
+def merged(bundle: Path, *names: str) -> dict[str, Any]:
+    """Configs as MONAI merges them at the start of a run."""
+    return ConfigParser.load_config_files([str(bundle / "configs" / f"{name}.json") for name in names])
 
 
 def presets(bundle: Path) -> list[str]:
@@ -79,17 +76,38 @@ def presets(bundle: Path) -> list[str]:
     return sorted(path.stem.removeprefix("inference_") for path in (bundle / "configs").glob("inference_*.json"))
 
 
+def pairs(bundle: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Merged configs of training and of inference, by default and of each preset."""
+    yield merged(bundle, "train"), merged(bundle, "inference")
+    for name in presets(bundle):
+        yield merged(bundle, "train", name), merged(bundle, "inference", f"inference_{name}")
+
+
+def looked_up(config: dict[str, Any], key: str) -> Any:
+    """A value, or the one that it refers to."""
+    value = config.get(key)
+    return config[value[1:]] if isinstance(value, str) and value.startswith("@") else value
+
+
 def test_student_is_the_same_in_training_and_inference(bundle: Path) -> None:
-    pairs = [(overridden(bundle), "inference")]
-    pairs += [(overridden(bundle, name), f"inference_{name}") for name in presets(bundle)]
-    shared = ("spacing", "intensity_range", "patch_size", "out_channels", "decoded_offsets")
-    for train, name in pairs:
-        inference = config(bundle, name)
+    for train, inference in pairs(bundle):
         for definition in (train["network_def"], inference["network_def"]):
             for key in ("output", "offsets", "foreground"):         # what it gives of its embedding, without weights
                 definition.pop(key, None)
-        assert train["network_def"] == inference["network_def"], name
-        assert {key: train.get(key) for key in shared} == {key: inference.get(key) for key in shared}, name
+        assert train["network_def"] == inference["network_def"]
+        for key in ("spacing", "intensity_range", "patch_size", "out_channels", "decoded_offsets"):
+            assert looked_up(train, key) == looked_up(inference, key), key
+
+
+def test_steps_of_preprocessing_are_the_same_in_training_and_inference(bundle: Path) -> None:
+    for train, inference in pairs(bundle):
+        for step in ("orientation", "intensity", "crop"):
+            both = [config.get(step) for config in (train, inference)]
+            if both[1] is None or both[1]["_target_"] == "Compose":   # it has more to do to a file
+                continue
+            for one in both:
+                one["keys"] = "image"
+            assert both[0] == both[1], step
 
 
 def test_inference_of_a_preset_takes_the_weights_that_its_training_writes(bundle: Path) -> None:
@@ -161,34 +179,27 @@ def _is_ignored(path: Path) -> bool:
     return subprocess.run(["git", "check-ignore", "-q", path], cwd=path.parent, check=False).returncode == 0
 
 
-@pytest.mark.timeout(900)   # two minutes on two idle cores
+@pytest.mark.timeout(900)   # half a minute on an idle core
 @pytest.mark.parametrize("bundle_path", BUNDLES, ids=lambda folder: folder.name)
-def test_bundle_trains_evaluates_and_infers_in_a_process_of_its_own(
+def test_bundle_and_all_that_only_it_has_work_in_a_process_of_its_own(
     bundle_path: Path, tmp_path: Path, repository: Path
 ) -> None:
-    run_in_a_process_of_its_own(repository / "tests/bundles/one_bundle.py", bundle_path, tmp_path, repository)
-
-
-@pytest.mark.parametrize(
-    "checks", sorted(Path(__file__).parent.glob("*/*.py")), ids=lambda file: f"{file.parent.name}-{file.stem}"
-)
-def test_what_only_this_bundle_has_works_in_a_process_of_its_own(
-    checks: Path, tmp_path: Path, repository: Path
-) -> None:
-    run_in_a_process_of_its_own(checks, repository / "bundles" / checks.parent.name, tmp_path, repository)
-
-
-def run_in_a_process_of_its_own(checks: Path, bundle: Path, folder: Path, repository: Path) -> None:
-    """Run a test file about one bundle: two bundles in one process would share the name `scripts`."""
-    environment = os.environ | {"MEDKD_BUNDLE": str(bundle), "PYTHONPATH": str(repository / "common")}
-    command = [
-        sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(repository),
-        "-c", str(repository / "pyproject.toml"), "-o", "python_files=one_bundle.py",
-        "-o", "addopts=--import-mode=importlib",
-        "--basetemp", str(folder / "work"), "--durations=5", str(checks),
+    """Two bundles in one process would share the name `scripts`."""
+    checks = [TESTS / "one_bundle.py", *sorted((TESTS / bundle_path.name).glob("*.py"))]
+    words = [
+        "-q", "-p", "no:cacheprovider", "--rootdir", str(repository), "-c", str(repository / "pyproject.toml"),
+        "-o", "python_files=one_bundle.py", "-o", "addopts=--import-mode=importlib",
+        "--basetemp", str(tmp_path / "work"), "--durations=5", *map(str, checks),
     ]
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=880
-    )
-    print(result.stdout[-3000:])
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    process = toys.start(run_tests, bundle_path, words, tmp_path / "log.txt")
+    try:
+        process.join(timeout=880)
+        said = (tmp_path / "log.txt").read_text()
+        print(said[-3000:])
+        assert process.exitcode == 0, said[-8000:]
+    finally:
+        process.kill()
+
+
+def test_every_folder_of_tests_belongs_to_a_bundle() -> None:
+    assert {file.parent.name for file in TESTS.glob("*/*.py")} <= {bundle.name for bundle in BUNDLES}

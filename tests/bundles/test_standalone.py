@@ -13,49 +13,76 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import torch
 
 import pack_bundle
-import standalone
 import standalone_run
-from medkd.cli import main
+import toy_bundle
+import toys
+from bundle_runs import write_small_phantoms
 from medkd.verify import verify
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = pack_bundle.bundles(ROOT)
 
-# What MONAI Label's trainer does: train.json alone, its own lists of cases, no `dataset_dir`, bundle on the path.
-# It ends with an untrained teacher written, for the next run.
+# For each pair of a bundle and its data a process, forked where nothing but torch and MONAI is imported. It does what
+# MONAI Label's trainer does: train.json alone, its own lists of cases, no `dataset_dir`, bundle on the path. Then it
+# distils a student from an untrained teacher.
 LABEL_SERVER = """
-import json, sys
+import importlib.util, json, os, sys
 import torch
+import torch.utils.tensorboard
 from monai.bundle import ConfigParser, run
-root, data = sys.argv[1:]
-smoke = json.load(open(f"{root}/configs/smoke.json"))
-options = {key: value for key, value in smoke.items() if key not in ("ckpt_dir", "output_dir")}
-cases = json.load(open(f"{data}/datalist.json"))
-for part, key in (("train", "training"), ("validate", "validation")):
-    options[f"{part}#dataset#data"] = [{k: f"{data}/{v}" for k, v in case.items()} for case in cases[key]]
-files = {"meta_file": f"{root}/configs/metadata.json", "config_file": f"{root}/configs/train.json"}
-sys.path.insert(0, root)
-run(run_id="run", init_id=None, final_id=None, **files, bundle_root=root, device="cpu", **options)
-sys.path.remove(root)
-import medkd
-print("medkd from", medkd.__file__)
-parser = ConfigParser()
-parser.read_config(files["config_file"])
-parser.update({"bundle_root": root, **options})
-torch.save(parser.get_parsed_content("teacher_def")().state_dict(), sys.argv[1] + "/models/teacher.pt")
+
+def work(root, data):
+    assert importlib.util.find_spec("medkd") is None
+    train, smoke = (f"{root}/configs/{name}.json" for name in ("train", "smoke"))
+    options = {key: value for key, value in json.load(open(smoke)).items() if key not in ("ckpt_dir", "output_dir")}
+    cases = json.load(open(f"{data}/datalist.json"))
+    for part, key in (("train", "training"), ("validate", "validation")):
+        options[f"{part}#dataset#data"] = [{k: f"{data}/{v}" for k, v in case.items()} for case in cases[key]]
+    files = {"meta_file": f"{root}/configs/metadata.json", "config_file": train}
+    sys.path.insert(0, root)
+    run(run_id="run", init_id=None, final_id=None, **files, bundle_root=root, device="cpu", **options)
+    sys.path.remove(root)
+    import medkd
+    print("medkd from", medkd.__file__)
+    parser = ConfigParser()
+    parser.read_config(train)
+    parser.update({"bundle_root": root, **options})
+    os.mkdir(f"{root}/models/teacher")
+    torch.save(parser.get_parsed_content("teacher_def")().state_dict(), f"{root}/models/teacher/model.pt")
+    run(run_id="training", config_file=[train, smoke], bundle_root=root, dataset_dir=data)
+
+for root, data in zip(sys.argv[1::2], sys.argv[2::2]):
+    if os.fork() == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{root}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
+        work(root, data)
+        break
+    os.wait()
 """
 
 
-@pytest.fixture(params=BUNDLES, ids=lambda folder: folder.name)
-def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return pack_bundle.pack(request.param, ROOT, tmp_path / "zips")
+@pytest.fixture(scope="module", params=BUNDLES, ids=lambda folder: folder.name)
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_bundle.pack(request.param, ROOT, tmp_path_factory.mktemp("zips"))
 
 
 @pytest.fixture
 def unpacked(packed: Path, tmp_path: Path) -> Path:
     return standalone_run.unpack(packed, tmp_path / "alone", packed.name.rpartition("_v")[0])
+
+
+@pytest.fixture(scope="module")
+def packed_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    return pack_bundle.pack(toy_bundle.write_toy_bundle(folder / toy_bundle.NAME), ROOT, folder)
+
+
+@pytest.fixture
+def unpacked_toy(packed_toy: Path, tmp_path: Path) -> Path:
+    return standalone_run.unpack(packed_toy, tmp_path / "alone", toy_bundle.NAME)
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +99,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_without_medkd(packages: Path, words: Sequence[str], folder: Path) -> str:
     """Start Python with no packages but these; returns what it prints, and fails if it fails."""
-    environment = os.environ | {"PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-S", *words]                       # -S: no site-packages of its own
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -123,35 +150,51 @@ def test_steps_name_configs_of_the_bundle(unpacked: Path, tmp_path: Path) -> Non
             assert (step.folder / name).is_file()
 
 
-def test_packed_bundle_trains_without_medkd(unpacked: Path, packages: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name -> folder of each bundle, unpacked and trained without medkd, one after the other."""
+    folder = tmp_path_factory.mktemp("trained")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    words, bundles = ["-c", LABEL_SERVER], dict[str, Path]()
+    for bundle in BUNDLES:
+        root = standalone_run.unpack(pack_bundle.pack(bundle, ROOT, folder), folder, bundle.name)
+        data = write_small_phantoms(bundle, folder / f"{bundle.name}_data", training=2, validation=1, test=1)
+        words += [str(root), str(data)]
+        bundles[bundle.name] = root
+    run_without_medkd(packages, words, elsewhere)
+    assert os.listdir(elsewhere) == []
+    return bundles
+
+
+@pytest.mark.parametrize("name", [bundle.name for bundle in BUNDLES])
+def test_packed_bundle_trains_and_distils_without_medkd(trained: dict[str, Path], name: str) -> None:
+    root = trained[name]
+    said = root.with_suffix(".log").read_text()
+    assert f"medkd from {root / 'scripts/_vendor/medkd/__init__.py'}" in said, said[-6000:]
+    assert json.loads((root / "models/model.json").read_text())["mode"] == "supervised"
+    assert (root / "runs/smoke/model.json").is_file(), said[-6000:]
+    assert json.loads((root / "runs/smoke/model.json").read_text())["mode"] == "distilled"
+
+
+def test_packed_bundle_distils_by_the_command_line(unpacked_toy: Path, packages: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    data = tmp_path / "data"
-    kind = next(part for part in unpacked.name.split("_") if part in standalone.KINDS.split("|"))
-    assert main(["phantom", kind, str(data), "--training", "2", "--validation", "1", "--test", "1"]) == 0
-    check = "import importlib.util as u; print(u.find_spec('medkd'))"
-    assert run_without_medkd(packages, ["-c", check], elsewhere) == "None\n"
-
-    said = run_without_medkd(packages, ["-c", LABEL_SERVER, str(unpacked), str(data)], elsewhere)
-    assert f"medkd from {unpacked / 'scripts/_vendor/medkd/__init__.py'}" in said
-    assert json.loads((unpacked / "models/model.json").read_text())["mode"] == "supervised"
-
-    teacher = unpacked / "models/teacher/model.pt"
-    teacher.parent.mkdir()
-    (unpacked / "models/teacher.pt").rename(teacher)
-    student = standalone_run.steps(unpacked, data, elsewhere)[1]
+    (unpacked_toy / "models/teacher").mkdir()
+    torch.save(toys.teacher().state_dict(), unpacked_toy / "models/teacher/model.pt")
+    data = toy_bundle.write_toy_data(tmp_path / "data")
+    student = standalone_run.steps(unpacked_toy, data, elsewhere)[1]
     run_without_medkd(packages, ["-m", "monai.bundle", *student.arguments], student.folder)
     assert json.loads(student.written.with_suffix(".json").read_text())["mode"] == "distilled"
     assert os.listdir(elsewhere) == []
 
 
-def test_installed_medkd_wins_over_the_packed_one(unpacked: Path, tmp_path: Path) -> None:
-    lines = json.loads((unpacked / "configs/train.json").read_text())["initialize"][:2]
+def test_installed_medkd_wins_over_the_packed_one(unpacked_toy: Path, tmp_path: Path) -> None:
+    lines = json.loads((unpacked_toy / "configs/train.json").read_text())["initialize"][:2]
     code = "import os, sys\n" + "\n".join(line[1:].replace("@bundle_root", "sys.argv[1]") for line in lines)
     code += "\nimport medkd; print(sys.path[0], sys.path[-1], medkd.__file__, sep='\\n')"
-    command = [sys.executable, "-c", code, str(unpacked)]
+    command = [sys.executable, "-c", code, str(unpacked_toy)]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert said[:2] == [str(unpacked), str(unpacked / "scripts/_vendor")]
+    assert said[:2] == [str(unpacked_toy), str(unpacked_toy / "scripts/_vendor")]
     assert not said[2].startswith(said[0])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from bundle_runs import refused
 from medkd.phantoms.em import em_phantom
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -70,28 +71,19 @@ def test_background_one_instance_large_ids_and_missing_sections_are_trained_with
     assert np.isfinite(float((bundle / "eval/val_voi_raw.csv").read_text().splitlines()[1].split(",")[-1]))
 
 
-@pytest.mark.parametrize(("turn", "message"), [((1, 0, 2), "shape"), ((0, 2, 1), "shape")])
+@pytest.mark.parametrize("turn", [(1, 0, 2), (0, 2, 1)])
 def test_labels_with_swapped_axes_are_refused(
-    run_bundle: Callable[..., None], bundle: Path, tmp_path: Path, turn: tuple[int, ...], message: str
+    run_bundle: Callable[..., None], tmp_path: Path, turn: tuple[int, ...]
 ) -> None:
     good, bad = save(tmp_path, "good", phantom(0)), save(tmp_path, "bad", phantom(1), turn)
     folder = listing(tmp_path, [bad], [good])
-    with pytest.raises(Exception) as error:   # noqa: PT011  (MONAI wraps it; the cause is matched)
+    with refused(r"(?s)(?=.*shape)(?=.*bad_label)"):
         run_bundle("training", "train", "smoke", "teacher", dataset_dir=str(folder), ckpt_dir=str(tmp_path / "run"))
-    cause: BaseException = error.value
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    assert message in str(cause)
-    assert "bad_label" in str(cause)
 
 
 def test_labels_without_any_instance_are_refused(run_bundle: Callable[..., None], tmp_path: Path) -> None:
     image, label = phantom(0)
     empty = save(tmp_path, "empty", (image, np.zeros_like(label)))
     folder = listing(tmp_path, [empty], [save(tmp_path, "good", (image, label))])
-    with pytest.raises(Exception) as error:   # noqa: PT011
+    with refused("must mark something, got only 0"):
         run_bundle("training", "train", "smoke", "teacher", dataset_dir=str(folder), ckpt_dir=str(tmp_path / "run"))
-    cause: BaseException = error.value
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    assert "must mark something, got only 0" in str(cause)

@@ -106,15 +106,16 @@ def test_size_that_does_not_fit_is_refused_with_those_that_do(size: tuple[int, .
 
 def test_every_size_named_as_nearest_fits() -> None:
     with torch.device("meta"):
-        network = MalaUNet(**TOY)
+        network, named = MalaUNet(**TOY), set[str]()
         for length in range(200, 300):
             try:
                 network(torch.zeros(1, 1, 29, length, 214))
             except ValueError as error:
-                for nearest in str(error).split("nearest sizes are ")[1].rstrip(".").split(" and "):
-                    network(torch.zeros(1, 1, *map(int, nearest.strip("[]").split(","))))
+                named |= {*str(error).split("nearest sizes are ")[1].rstrip(".").split(" and ")}
             else:
                 assert (length - 214) % 27 == 0
+        for nearest in named:
+            network(torch.zeros(1, 1, *map(int, nearest.strip("[]").split(","))))
 
 
 @torch.no_grad()
