@@ -27,7 +27,10 @@ __all__ = [
 ]
 
 # places differ between machines, and say nothing about the result; weights come in by their hash
-_PLACES = re.compile(r"bundle_root|datalist|resume|teacher_sha256|\w+_(dir|path)")
+_PLACES = (
+    "bundle_root", "dataset_dir", "datalist", "ckpt_dir", "ckpt_path", "output_dir", "teacher_path", "teacher_sha256",
+    "resume",
+)
 # what acts only when there is a teacher to learn from
 _ONLY_DISTILLATION = (
     "distill_loss", "distill_weights", "distill_ramp", "teacher", "teacher_check", "teacher_input",
@@ -69,7 +72,7 @@ def needed_part(config: Mapping[str, Any], starts: Iterable[str], without: Seque
     waiting = list(starts)
     while waiting:
         name = waiting.pop().replace("::", "#")
-        left_out = _PLACES.fullmatch(name.split("#")[0]) or any(f"{name}#".startswith(f"{one}#") for one in without)
+        left_out = any(f"{name}#".startswith(f"{one}#") for one in (*_PLACES, *without))
         if name not in found and not left_out and (nodes := lookup(config, name)):
             (found[name],) = nodes
             waiting += _REFERENCE.findall(json.dumps(found[name]))

@@ -37,6 +37,8 @@ def test_a_key_changes_with_the_config_that_is_reached(source: Path) -> None:
     ]
     assert len({first, *(key(source, **one) for one in changed)}) == 6
     assert key(source, "other data") != first
+    own = [key(source, network_def={"weights": "@own_path"}, own_path=path) for path in ("a", "b")]
+    assert own[0] != own[1]                                 # no place of which the lab knows what lies there
 
 
 def test_without_distillation_teacher_loss_and_weights_do_not_matter(source: Path) -> None:
