@@ -108,7 +108,7 @@ class Teacher:
             )
 
 
-def teacher_image(batch: Any, key: str) -> Any:
+def teacher_image(batch: Any, key: str) -> Tensor:
     """What the teacher sees of a batch.
 
     Args:
@@ -117,11 +117,17 @@ def teacher_image(batch: Any, key: str) -> Any:
 
     Raises:
         KeyError: the batch has no such key; there is no fall-back to what the student sees.
+        TypeError: what is there is no tensor, such as a path that no transform loads.
     """
     if not isinstance(batch, Mapping) or key not in batch:
         keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise KeyError(f"`teacher_input` must be a key of the batch, got {key!r}; there are {keys}.")
-    return batch[key]
+    image = batch[key]
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"`teacher_input` must be the key of images, got {key!r} with {image!r:.80}; load it in transforms."
+        )
+    return image
 
 
 def _load_strictly(network: nn.Module, content: dict[str, Any], path: Path) -> None:

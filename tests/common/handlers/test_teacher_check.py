@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import toys
 from medkd.handlers.distillation import DistillationHandler
+from medkd.handlers.teacher import teacher_image
 from medkd.handlers.teacher_check import TeacherCheck
 from medkd.losses.logits import SoftLabelLoss
 
@@ -224,3 +225,8 @@ def test_a_check_without_the_key_that_the_teacher_sees_is_an_error() -> None:
     check = TeacherCheck(toys.make_evaluator(toys.student()), METRIC, "warn", teacher_input="image_hr")
     with pytest.raises(KeyError, match="`teacher_input` must be a key of the batch, got 'image_hr'; there are"):
         check(toys.Bright())
+
+
+def test_what_no_transform_has_loaded_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"got 'teacher_image' with \['a.nii.gz'\]; load it in transforms"):
+        teacher_image({"teacher_image": ["a.nii.gz"]}, "teacher_image")
