@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def test_a_job_that_leaves_less_than_was_asked_for_has_failed(tmp_path: Path) ->
 
 
 def test_an_interrupted_training_goes_on_and_a_changed_one_starts_anew(tmp_path: Path) -> None:
-    code = "import sys, pathlib; folder = pathlib.Path('checkpoints'); folder.mkdir(exist_ok=True)\n"
+    code = "import sys, pathlib, time; folder = pathlib.Path('checkpoints'); folder.mkdir(exist_ok=True)\n"
+    code += "time.sleep(0.2)\n"                                     # a tenth of a second is what is told
     code += "(folder / 'epoch_1.pt').touch(); pathlib.Path('made').touch(); sys.exit('--resume' not in sys.argv)"
     said: list[str] = []
 
@@ -97,6 +99,7 @@ def test_an_interruption_of_a_single_command_ends_it(tmp_path: Path, monkeypatch
         if not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             raise subprocess.TimeoutExpired("", 0)
         monkeypatch.undo()
+        time.sleep(0.2)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess.Popen, "wait", interrupt)

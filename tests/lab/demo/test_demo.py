@@ -18,6 +18,8 @@ from lab.demo.__main__ import FULL, QUICK, main, parse_options
 from lab.demo.steps import Sizes
 from medkd.phantoms.ct import CT_LABELS
 
+pytestmark = pytest.mark.timeout(900)   # a minute on two idle cores
+
 
 class Demo(NamedTuple):
     """What a run of the demo left."""
