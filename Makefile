@@ -46,9 +46,9 @@ help:  ## list the targets
 demo: $(READY)  ## phantom data, teacher, student alone, distilled student, and a report with pictures
 	$(ON_CPU) $(RUN) -m lab.demo
 
-test: $(READY)  ## all tests, each bundle in its own process; PYTEST_ARGS goes to pytest
+test: $(READY)  ## all tests in two processes, each bundle in its own; PYTEST_ARGS goes to pytest, such as -n0
 	@{ $(tree_state); } > $(VENV)/.tree
-	$(ON_CPU) $(RUN) -m pytest tests $(if $(GPU),-m "not slow") $(PYTEST_ARGS)
+	$(ON_CPU) $(RUN) -m pytest tests -n 2 --dist loadfile $(if $(GPU),-m "not slow") $(PYTEST_ARGS)
 	@$(tree_check)
 
 check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config rules, layering; a minute

@@ -32,8 +32,8 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 
 def pytest_configure() -> None:
-    """Use two threads at most, so that results and times do not depend on the machine's size."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """Use one thread per process of `make test`, two at most otherwise, whatever the machine's size."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session")
