@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = {
     "medkd.checks": "raises, or lets pass",
     "medkd.data.check": "raises, or lets pass and logs",
     "medkd.handlers.progress": "tells how far a run is",
-    "medkd.overrides": "reads the command line for misspelled options",
+    "scripts.options": "refuses wrong options, and changes none",
 }
 _REFERENCE = re.compile(r"[@%](\w+(?:(?:#|::)\w+)*)")
 _MODULE = re.compile(r"(?<![\w.#/])(?:medkd|scripts)(?:\.\w+)+")

@@ -31,6 +31,7 @@ from bundle_runs import (
     write,
     write_small_phantoms,
 )
+from medkd.inference.options import check_options
 
 SOURCE = Path(os.environ["MEDKD_BUNDLE"])
 TRAIN, EVALUATE, SMOKE = (
@@ -200,3 +201,17 @@ def test_a_teacher_is_trained_on_several_gpus_in_any_order_of_the_configs(bundle
     assert parser["network"]["_target_"] == "torch.nn.parallel.DistributedDataParallel"
     network, built = parser.get_parsed_content("network_def"), parser.get_parsed_content("teacher_def")()
     assert [p.shape for p in network.parameters()] == [p.shape for p in built.parameters()]
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in (SOURCE / "configs").glob("*.json")))
+def test_every_config_file_passes_the_check_of_options(file: str) -> None:
+    if file == "metadata":
+        pytest.skip("no config")
+    base = "inference" if file.startswith("inference") else "train"
+    config = parsed(SOURCE, *dict.fromkeys([base, file])).get()
+    check_options(config, json.loads((SOURCE / f"configs/{base}.json").read_text()), f"{base}.json")
+    for slip in ({"epohcs": 1}, {"num_workers": "two"}, {"patch_size": 64}):
+        parser = parsed(SOURCE, *dict.fromkeys([base, file]))
+        parser.update(slip)
+        with pytest.raises(ValueError, match="Option `"):
+            check_options(parser.get(), json.loads((SOURCE / f"configs/{base}.json").read_text()), f"{base}.json")

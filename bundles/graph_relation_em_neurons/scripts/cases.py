@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference over a list of cases: one that fails is named and the others go on; no result overwrites another's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from monai.data.dataset import Dataset
+from monai.data.folder_layout import FolderLayout
+from monai.engines.evaluator import SupervisedEvaluator
+from monai.transforms import Compose, SaveImage
+
+__all__ = ["CaseDataset", "CaseEvaluator", "CasesFailedError", "reason"]
+
+_FAILED = "failed_case"               # key of a batch that stands for a case which could not be read
+_PLACE = re.compile(r"^\s*(\S+\.(c|cc|cpp|cxx|h|hxx|py):\d+|Traceback|File \"|ITK ERROR|During handling|[-=~^*\s]*$)")
+_MOST = 20                            # failures that the last message spells out
+logger = logging.getLogger(__name__)
+
+
+class CasesFailedError(RuntimeError):
+    """Some cases have no result; the message lists them with the reason for each."""
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first, in one line: of the first cause, the first line that says more than a place in some code.
+
+    Example:
+        >>> reason(ValueError("itkTIFFImageIO.cxx:514:\\nITK ERROR: TIFFImageIO: 64 bits are not supported"))
+        'ITK ERROR: TIFFImageIO: 64 bits are not supported'
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if not _PLACE.match(line) or "ERROR:" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {told}" if len(told.split()) < 2 else told
+
+
+class CaseDataset(Dataset):
+    """MONAI's `Dataset` of cases to predict; one that cannot be read or prepared does not end the list.
+
+    Args:
+        data: cases, each with the path of its image, or of its channels.
+        transform: of a case.
+        key: of the image.
+
+    Raises:
+        ValueError: two predictions would have one name: images in one folder that differ only in the ending.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable[..., Any], key: str = "image") -> None:
+        super().__init__(data, transform)
+        self.key = key
+        owners: dict[str, str] = {}
+        for path in self.paths():
+            other = owners.setdefault(_stem(path), path)
+            if other != path or self.paths().count(path) > 1:
+                raise ValueError(
+                    f"`data` must have images whose predictions can have a name each, got {other} and {path}; rename "
+                    "one, put it into another folder, or predict it on its own."
+                )
+
+    def paths(self) -> list[str]:
+        """Path of each case's image; what is no path, such as an array, has none."""
+        images = [case.get(self.key) for case in self.data]
+        firsts = [image[0] if isinstance(image, (list, tuple)) and image else image for image in images]
+        return [os.fspath(image) for image in firsts if isinstance(image, (str, os.PathLike))]
+
+    def folder(self) -> str:
+        """The folder that all images lie in, directly or deeper; empty where there is none."""
+        folders = [os.path.dirname(os.path.abspath(path)) for path in self.paths()]
+        try:
+            return os.path.commonpath(folders) if folders else ""
+        except ValueError:                                         # on several drives
+            return ""
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {_FAILED: f"{self.data[index].get(self.key)}, which cannot be read: {reason(error)}"}
+
+
+class CaseEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator for a `CaseDataset`: cases that fail are named, the others are done, and the run then fails.
+
+    Predictions keep the folders of their images below the one that all have in common, so that `a/image.nii.gz` and
+    `b/image.nii.gz` become `a/image_seg.nii.gz` and `b/image_seg.nii.gz`; what lies in one folder is written into one.
+
+    Args:
+        options: of `SupervisedEvaluator`.
+
+    Raises:
+        CasesFailedError: at the end, when a case failed.
+    """
+
+    def __init__(self, *, postprocessing: Any = None, **options: Any) -> None:
+        super().__init__(postprocessing=postprocessing, **options)
+        self.failures: list[str] = []
+        dataset = getattr(self.data_loader, "dataset", None)
+        folder = dataset.folder() if isinstance(dataset, CaseDataset) else ""
+        for layout in _layouts(postprocessing):
+            layout.data_root_dir = layout.data_root_dir or folder
+
+    def run(self, global_epoch: int = 1) -> None:   # type: ignore[override]
+        """Predict all cases, then raise if one failed."""
+        self.failures.clear()
+        super().run(global_epoch)
+        if self.failures:
+            count, most = len(self.failures), self.failures[:_MOST]
+            rest = f"\n  and {count - _MOST} more" if count > _MOST else ""
+            raise CasesFailedError(
+                f"{count} of {self.state.epoch_length} cases have no result, the others are done:"
+                + "".join(f"\n  {failure}" for failure in most) + rest
+            )
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: Any) -> Any:
+        if isinstance(batchdata, Mapping) and _FAILED in batchdata:
+            return self._note(batchdata[_FAILED][0])
+        try:
+            return super()._iteration(engine, batchdata)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:   # also what compiled code raises, which is no Exception
+            return self._note(f"{_name(batchdata)}: {reason(error)}")
+
+    def _note(self, failure: str) -> dict[str, Any]:
+        logger.error("No result for %s", failure)
+        self.failures.append(failure)
+        return {}
+
+
+def _stem(path: str) -> str:
+    """The path without what a prediction does not take over: `.nii.gz`, `.png`."""
+    stem, ending = os.path.splitext(os.path.abspath(path))
+    return os.path.splitext(stem)[0] if ending == ".gz" else stem
+
+
+def _name(batch: Any) -> str:
+    """Name of a batch's first image, as far as it is known."""
+    image = batch.get("image") if isinstance(batch, Mapping) else None
+    name = getattr(image, "meta", {}).get("filename_or_obj", "a case without a name")
+    return str(name[0] if isinstance(name, (list, tuple)) else name)
+
+
+def _layouts(transform: Any) -> Iterator[FolderLayout]:
+    """How the savers among some transforms name their files."""
+    if isinstance(transform, Compose):
+        for one in transform.transforms:
+            yield from _layouts(one)
+    for value in [transform, *vars(transform).values()] if hasattr(transform, "__dict__") else ():
+        if isinstance(value, SaveImage) and isinstance(value.folder_layout, FolderLayout):
+            yield value.folder_layout
