@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference over a list of cases: one that fails is named and the others go on; no result overwrites another's."""
+"""Cases of a list: one that fails is named, in inference the others go on, and no result overwrites another's."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ignite.engine import Engine, Events
 from monai.data.dataset import Dataset
 from monai.data.folder_layout import FolderLayout
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.transforms import Compose, SaveImage
 
-__all__ = ["CaseDataset", "CaseEvaluator", "CasesFailedError", "reason"]
+__all__ = ["CaseCompose", "CaseDataset", "CaseError", "CaseEvaluator", "CaseGuard", "CasesFailedError", "case_names",
+           "reason"]
 
 _FAILED = "failed_case"               # key of a batch that stands for a case which could not be read
 _PLACE = re.compile(r"^\s*(\S+\.(c|cc|cpp|cxx|h|hxx|py):\d+|Traceback|File \"|ITK ERROR|During handling|[-=~^*\s]*$)")
 _MOST = 20                            # failures that the last message spells out
 logger = logging.getLogger(__name__)
+
+
+class CaseError(RuntimeError):
+    """Something went wrong with a case, which the message names."""
 
 
 class CasesFailedError(RuntimeError):
@@ -38,6 +44,26 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if not _PLACE.match(line) or "ERROR:" in line), lines[0] if lines else "")
     return f"{type(error).__name__}: {told}" if len(told.split()) < 2 else told
+
+
+class CaseCompose(Compose):
+    """MONAI's `Compose` for cases of files: an error names the case, where MONAI's names a transform.
+
+    Arguments: those of `Compose`. What is called with a dict that has the path of an `image`, or an image with the name
+    of its file, raises `CaseError`; all else raises what it did.
+    """
+
+    def __call__(self, input_: Any, *args: Any, **options: Any) -> Any:   # type: ignore[override]
+        """Transform a case."""
+        try:
+            return super().__call__(input_, *args, **options)
+        except CaseError:
+            raise
+        except Exception as error:
+            name = case_names(input_)
+            if not name:
+                raise
+            raise CaseError(f"{name} cannot be prepared: {reason(error)}") from error
 
 
 class CaseDataset(Dataset):
@@ -126,12 +152,45 @@ class CaseEvaluator(SupervisedEvaluator):
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:   # also what compiled code raises, which is no Exception
-            return self._note(f"{_name(batchdata)}: {reason(error)}")
+            return self._note(f"{case_names(batchdata) or 'a case without a name'}: {reason(error)}")
 
     def _note(self, failure: str) -> dict[str, Any]:
         logger.error("No result for %s", failure)
         self.failures.append(failure)
         return {}
+
+
+class CaseGuard:
+    """Raise `CaseError` with the names of the batch's cases when a step of an engine fails, where it knows them.
+
+    What is raised while the next batch is read is not about the last one, and names its case by itself (`CaseCompose`).
+    Place it first: MONAI's `StatsHandler` raises errors again as they are.
+
+    Args:
+        image_key: key of the batch whose metadata names the files.
+    """
+
+    def __init__(self, image_key: str = "image") -> None:
+        self.image_key = image_key
+        self._is_step = False
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer or evaluator."""
+        engine.add_event_handler(Events.ITERATION_STARTED, self._set, True)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._set, False)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._raise)
+
+    def _set(self, is_step: bool) -> None:
+        self._is_step = is_step
+
+    def _raise(self, engine: Any, error: BaseException) -> None:
+        batch = engine.state.batch
+        items = batch if isinstance(batch, list) else [batch]      # decollated, or not yet
+        names = ", ".join(filter(None, (case_names(item, self.image_key) for item in items))) if self._is_step else ""
+        self._is_step = False
+        if not names or isinstance(error, (CaseError, KeyboardInterrupt, SystemExit)) or names in str(error):
+            raise error
+        raise CaseError(f"Step {engine.state.iteration} failed on {names}: {reason(error)}") from error
 
 
 def _stem(path: str) -> str:
@@ -140,11 +199,11 @@ def _stem(path: str) -> str:
     return os.path.splitext(stem)[0] if ending == ".gz" else stem
 
 
-def _name(batch: Any) -> str:
-    """Name of a batch's first image, as far as it is known."""
-    image = batch.get("image") if isinstance(batch, Mapping) else None
-    name = getattr(image, "meta", {}).get("filename_or_obj", "a case without a name")
-    return str(name[0] if isinstance(name, (list, tuple)) else name)
+def case_names(batch: Any, key: str = "image") -> str:
+    """Paths of the images of a case or batch, by the metadata or as they stand in a datalist; empty if unknown."""
+    image = batch.get(key) if isinstance(batch, Mapping) else None
+    names = image if isinstance(image, (str, os.PathLike)) else getattr(image, "meta", {}).get("filename_or_obj", "")
+    return ", ".join(dict.fromkeys(map(str, names if isinstance(names, (list, tuple)) else [names])))
 
 
 def _layouts(transform: Any) -> Iterator[FolderLayout]:

@@ -21,6 +21,8 @@ from monai.bundle.config_parser import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
 
+from .cases import CaseError
+
 __all__ = ["check_options", "check_sizes", "current_parser", "prepare_run"]
 
 _TRACKING: Mapping[str, Any] = DEFAULT_MLFLOW_SETTINGS["configs"]   # type: ignore[assignment]
@@ -97,7 +99,7 @@ def current_parser() -> ConfigParser | None:
 def _end_with_cause(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
     cause: BaseException = error
-    while cause.__cause__ is not None:
+    while cause.__cause__ is not None and not isinstance(cause, CaseError):
         cause = cause.__cause__
     if cause is not error:
         sys.stderr.write(f"\nError: {cause}\n")

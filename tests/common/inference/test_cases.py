@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader
+from ignite.engine import Events
+from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, SaveImaged
 from PIL import Image
 from torch import nn
 
-from medkd.inference.cases import CaseDataset, CaseEvaluator, CasesFailedError, reason
+import toys
+from medkd.inference.cases import (
+    CaseCompose,
+    CaseDataset,
+    CaseError,
+    CaseEvaluator,
+    CaseGuard,
+    CasesFailedError,
+    reason,
+)
 
 
 def picture(path: Path, value: int = 1) -> dict[str, str]:
@@ -125,3 +135,50 @@ def test_the_reason_is_the_line_that_says_something(message: str, told: str) -> 
     last = RuntimeError("applying transform <x>")
     last.__cause__ = first
     assert reason(last) == told
+
+
+def broken(case: dict[str, Any]) -> dict[str, Any]:
+    raise ValueError("three channels instead of one")
+
+
+def test_an_error_of_a_transform_names_the_case(tmp_path: Path) -> None:
+    with pytest.raises(CaseError, match=r"a\.png cannot be prepared: three channels instead of one"):
+        CaseCompose([broken])({"image": "a.png"})
+    image = MetaTensor(torch.ones(1, 2), meta={"filename_or_obj": "b.png"})
+    with pytest.raises(CaseError, match=r"b\.png cannot be prepared"):
+        CaseCompose([CaseCompose([broken])])({"image": image})
+    with pytest.raises(CaseError, match=r"c\.png cannot be prepared: .* No such file"):
+        CacheDataset([{"image": str(tmp_path / "c.png")}], CaseCompose([LoadImaged("image")]), progress=False)
+    with pytest.raises(RuntimeError, match="applying transform"):
+        CaseCompose([broken])({"image": torch.ones(1, 2)})         # nobody knows which
+    assert CaseCompose([])({"image": "a.png"}) == {"image": "a.png"}
+
+
+class Picky(nn.Module):
+    """A toy network that takes no batch after the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.calls = toys.student(), 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise ValueError("expected 1 channel")
+        out: torch.Tensor = self.network(image)
+        return out
+
+
+def test_an_error_of_a_step_names_the_cases_of_its_batch() -> None:
+    engine = toys.make_trainer(Picky(), [CaseGuard()], data=toys.cases(4))
+    with pytest.raises(CaseError, match=r"Step 2 failed on case_\d.nii.gz, case_\d.nii.gz: expected 1 channel"):
+        engine.run()
+
+
+def test_an_error_between_steps_is_not_laid_on_the_last_cases() -> None:
+    def fail(_: Any) -> None:
+        raise ValueError("the disk is full")
+
+    engine = toys.make_trainer(toys.student(), [CaseGuard(), toys.on(Events.EPOCH_COMPLETED, fail)], data=toys.cases(2))
+    with pytest.raises(ValueError, match="^the disk is full$"):
+        engine.run()
