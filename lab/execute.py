@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_NOTES = 10.0             # what is lost of a job's time when the machine stops
 Watch = Callable[[int, dict[str, Any]], None]
 
 
@@ -116,12 +117,16 @@ class Executor:
         commands = [[*words, *(("--resume", "True") if resumed else ())] for words in job.commands]
         told = {"key": job.key, "command": " && ".join(map(show_words, commands))}
         start = time.monotonic() - (job.seconds if go_on else 0.0)
+        noted = 0.0
 
         def note(**more: Any) -> None:
+            nonlocal noted
+            noted = time.monotonic()
             write_json(job.folder / "run.json", {**told, "seconds": round(time.monotonic() - start, 1), **more})
 
         def look(number: int) -> None:
-            note()
+            if time.monotonic() - noted >= SECONDS_BETWEEN_NOTES:
+                note()
             watch(number, read_state(job.progress[number]) if number < len(job.progress) else {})
 
         note()

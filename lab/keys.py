@@ -43,6 +43,7 @@ _WITHOUT_EFFECT = {
     "medkd.data.check": "raises, or lets pass and logs",
     "medkd.handlers.progress": "tells how far a run is",
     "scripts.options": "refuses wrong options, and changes none",
+    "medkd.settings": "tells what the config says",
 }
 _REFERENCE = re.compile(r"[@%](\w+(?:(?:#|::)\w+)*)")
 _MODULE = re.compile(r"(?<![\w.#/])(?:medkd|scripts)(?:\.\w+)+")

@@ -309,10 +309,15 @@ def train_on_a_full_disk(directory: Path, log: Path) -> None:
     records = logging.handlers.BufferingHandler(10_000)
     logging.getLogger("medkd").addHandler(records)
     run = Run(directory, extra=[fill])
-    run.trainer.run()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    log.write_text("\n".join(record.getMessage() for record in records.buffer))
-    torch.save(run.result(), directory / "result.pt")
+    try:
+        run.trainer.run()
+    except OSError as error:
+        logging.getLogger("medkd").error(error)
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        log.write_text("\n".join(record.getMessage() for record in records.buffer))
+        torch.save(run.result(), directory / "result.pt")
 
 
 class Heavy(ToyNetwork):

@@ -80,7 +80,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a merged config.
 
     Example:
-        >>> flatten({"epochs": 2, "ckpt_dir": "here", "loss": {"_target_": "Dice", "weights": (1, 2.5)}, "device": "cpu"})
+        >>> flatten({"epochs": 2, "ckpt_dir": "here", "loss": {"_target_": "Dice", "weights": (1, 2.5)}})
         {'epochs': 2, 'loss#_target_': 'Dice', 'loss#weights': [1, 2.5]}
     """
     return dict(_leaves(config, ""))

@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle as a fresh clone has it."""
     source = Path(os.environ["MEDKD_BUNDLE"])
-    ignore = shutil.ignore_patterns("teacher", "checkpoints*", "logs", "runs", "eval", "__pycache__")
+    ignore = shutil.ignore_patterns("teacher", "checkpoints", "before_*", "logs", "runs", "eval", "__pycache__")
     return Path(shutil.copytree(source, tmp_path_factory.mktemp("alone") / source.name, ignore=ignore))
 
 

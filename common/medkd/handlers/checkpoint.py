@@ -3,60 +3,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ignite.distributed as idist
-import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from medkd.handlers.atomic import mark_unsaved, save_atomically, write_json
+from medkd.handlers.resuming import Resume, as_resume, load_anew, load_objects
+from medkd.handlers.run_folder import FolderInUseError, RunFolder, check_writable, newest_first
+from medkd.handlers.run_record import built_settings, describe_data, differences
+from medkd.handlers.selection import Selection
 from medkd.taps import unwrap
 from medkd.weights import load_tensors
 
 __all__ = ["CheckpointHandler", "save_atomically"]
 
 _KEPT = 2
+_ANEW = "without `--resume` a new run starts, which sets them aside"
 logger = logging.getLogger(__name__)
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """Write with `torch.save` to a temporary file beside `path`, sync it to the disk, and rename it.
-
-    At every moment `path` is either the old file or the new one, whole.
-
-    Raises:
-        OSError: the disk is full or read-only; the old file stays.
-    """
-    _write_atomically(path, lambda file: torch.save(content, file))
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":                                     # the name is in the folder: sync that, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except RuntimeError as error:                                  # how torch reports a failed write
-        raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class CheckpointHandler:
@@ -64,89 +34,166 @@ class CheckpointHandler:
 
     Checkpoints lie in `directory/checkpoints/epoch_<n>.pt`, where MONAI Label does not offer them; the newest two are
     kept, and the older one is deleted only after the new one is on the disk. `model.pt` is the student's bare state
-    dict, beside it `model.json` says how it was trained. A failed write is logged and training goes on; `saved` in
-    `model.json` is false then, with the `reason`, until a later student is saved. Place it last in the list, behind
-    validation, learning-rate schedule and `DistillationHandler`.
+    dict, beside it `model.json` says how it was trained. What an earlier run left is set aside, see `RunFolder`. Place
+    it last in the list, behind validation, learning-rate schedule and `DistillationHandler`.
+
+    A failed write is logged and training goes on; `saved` in `model.json` is false then, with the `reason`, until the
+    student is saved, which is tried again at each epoch's end. A run whose last state or best student is not on the
+    disk at its end fails.
+
+    The best student is that of the best validation. A value that is no number never chooses; when all validations gave
+    one value, or none, the last student is taken.
 
     Args:
-        directory: where weights go; `ckpt_dir` of the bundle.
-        objects: name -> module, optimizer or scheduler (or list of modules). `network` is the student. The gradient
-            scaler and the epoch are added.
+        directory: where weights go; `ckpt_dir` of the bundle. One run at a time may have it.
+        objects: name -> module, optimizer or scheduler (or list of modules). `network` is the student; losses that
+            learn or remember belong there, too. The gradient scaler and the epoch are added.
         evaluator: the validation engine, whose best metric decides on `model.pt`. None saves the last student.
-        resume: True goes on from the newest whole checkpoint, if there is one.
+        resume: true goes on from the newest whole checkpoint, if there is one, with the settings and data that it was
+            made with; 'changed' goes on with those of this run: rates, weights of terms, epochs, data. A schedule is
+            the new one then, wound forward by what is done.
+        settings: what this run was asked for, `medkd.settings.run_settings()`; None compares optimizers and schedules.
 
     Raises:
-        ValueError: `objects` without `network`; at start: a checkpoint of another run (teacher, networks, epochs).
+        ValueError: `objects` without `network`, another `resume`; at start: a checkpoint of a run with another teacher,
+            other networks, settings or data; a loss of the `DistillationHandler` that is not in `objects`.
+        OSError: at start: `directory` cannot be written to; at the end: the last state or best student is not saved.
+        FolderInUseError: at start: another run, which is alive, has `directory`.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], objects: Mapping[str, Any], evaluator: Any | None = None,
-        resume: bool = False,
+        resume: Resume | str = False, settings: Mapping[str, Any] | None = None,
     ) -> None:
         if "network" not in objects:
             raise ValueError(f"`objects` must have the key 'network', the student, got {sorted(objects)}.")
-        self.directory = Path(directory)
-        self._folder = self.directory / "checkpoints"
         self.objects = {name: _loadable(value) for name, value in objects.items()}
         self.evaluator = evaluator
-        self.resume = resume
+        self.resume = as_resume(resume)
+        self.settings = dict(settings or {})
+        self._folder = RunFolder(directory)
+        self._built = built_settings(self.objects)                 # before anything is loaded
+        self._selection = Selection(evaluator)
+        self._record: dict[str, Any] = {}
+        self._unsaved_student: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._unsaved_state: tuple[int, Sequence[Any]] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._break_off)
+
+    # ---- start -----------------------------------------------------------------------------------------------------
 
     def _start(self, engine: Any) -> None:
-        found = _newest_first(self._folder)
-        if not self.resume:
-            if found and idist.get_rank() == 0:
-                self._set_aside()
+        self._check_objects(engine)
+        self._unsaved_student = self._unsaved_state = None
+        self._record = _of_first_rank(self._describe_run(engine))
+        self._on_first_rank(self._folder.open)
+        found = self._read_newest() if self.resume else None
+        if found is not None:
+            self._restore(engine, *found)
             return
+        self._on_first_rank(self._begin)
+
+    def _begin(self) -> None:
+        self._folder.set_checkpoints_aside()
+        check_writable(self._folder.checkpoints, "ckpt_dir")
+
+    def _check_objects(self, engine: Any) -> None:
+        """Refuse losses that a resumed run would lack, and tell of what it would start anew."""
+        modules = [part for value in self.objects.values() if isinstance(value, nn.Module) for part in value.modules()]
+        for module in getattr(engine.state, "distill_modules", ()):
+            if module.state_dict() and not any(module is part for part in modules):
+                raise ValueError(
+                    f"`objects` must have the losses of the `DistillationHandler`, got no {type(module).__name__}, "
+                    "which learns or remembers: a resumed run would have it as it was before training. Add it: "
+                    '{"network": ..., "distill_loss": ..., "optimizer": ...}.'
+                )
+        for name, thing in _moved_by(engine):
+            if not any(thing is value for value in self.objects.values()):
+                logger.warning("`objects` has no %s of this trainer: a resumed run would start it anew. Add it.", name)
+
+    def _describe_run(self, engine: Any) -> dict[str, Any]:
+        validation = {} if self.evaluator is None else {"validation": self.evaluator.data_loader}
+        return {
+            "settings": self.settings,
+            "built": {"max_epochs": engine.state.max_epochs, **self._built},
+            "data": describe_data(training=engine.data_loader, **validation),
+        }
+
+    def _read_newest(self) -> tuple[dict[str, Any], Path] | None:
+        folder = self._folder.checkpoints
+        found = newest_first(folder)
         for path in found:
             try:
-                content = load_tensors(path)
+                return load_tensors(path), path
             except ValueError as error:
                 logger.warning("Passing over a checkpoint: %s", error)
-                continue
-            self._restore(engine, content, path)
-            return
         if found:
             raise ValueError(
-                f"`resume` needs a whole checkpoint with tensors only, got none of {len(found)} in {self._folder}; "
-                "start anew without `--resume`, which sets them aside."
+                f"`resume` needs a whole checkpoint with tensors only, got none of {len(found)} in {folder}; {_ANEW}."
             )
-        logger.info("No checkpoint in %s to resume from: starting at the first epoch.", self._folder)
-
-    def _set_aside(self) -> None:
-        """Keep the checkpoints of an earlier run out of this one's way: a later `resume` must not mix two runs."""
-        aside = self._folder.with_name("checkpoints_before")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(self._folder, aside)
-        logger.info(
-            "Starting anew; the checkpoints of an earlier run are now in %s. To go on with them instead, rename the "
-            "folder back to %s and give `--resume true`.", aside, self._folder.name,
-        )
+        logger.info("No checkpoint in %s to resume from: starting at the first epoch.", folder)
+        return None
 
     def _restore(self, engine: Any, content: dict[str, Any], path: Path) -> None:
-        problem = _misfit(engine, content)
-        if problem:
-            raise ValueError(f"{path} {problem}")
-        for name, target in self.objects.items():
-            if name not in content["objects"]:
-                raise ValueError(f"{path} must hold {name!r} to resume, got {sorted(content['objects'])}.")
-            try:
-                target.load_state_dict(content["objects"][name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} does not fit {name!r} of this run; it cannot be resumed: {error}") from error
+        if not isinstance(content.get("objects"), Mapping):
+            raise ValueError(f"{path} must be a checkpoint of a training run, got {sorted(content)[:5]}.")
+        self._compare(engine, content, path)
+        epoch, state = content["epoch"], engine.state
+        if self.resume == "changed":
+            state.epoch, state.iteration = epoch, epoch * state.epoch_length
+            load_anew(self.objects, content, path, state.iteration)
+        else:
+            state.epoch, state.iteration = epoch, content["iteration"]
+            load_objects(self.objects, content, path)
         self._restore_memories(content.get("memories", []))
         if getattr(engine, "scaler", None) is not None and content["scaler"]:
             engine.scaler.load_state_dict(content["scaler"])
-        engine.state.epoch, engine.state.iteration = content["epoch"], content["iteration"]
-        if self.evaluator is not None:
-            self.evaluator.state.best_metric = content["best_metric"]
-            self.evaluator.state.best_metric_epoch = content["best_metric_epoch"]
-        logger.info("Resuming after epoch %d of %d from %s", content["epoch"], engine.state.max_epochs, path)
+        self._restore_selection(content)
+        unsaved = content.get("unsaved_student")
+        self._unsaved_student = (unsaved["weights"], unsaved["description"]) if unsaved else None
+        logger.info("Resuming after epoch %d of %d from %s", epoch, state.max_epochs, path)
+
+    def _compare(self, engine: Any, content: Mapping[str, Any], path: Path) -> None:
+        """Refuse a checkpoint that was made with something else, or say what is else, if that is asked for."""
+        state, record = engine.state, content.get("record")
+        if content["epoch"] > state.max_epochs:
+            raise ValueError(
+                f"{path} has done {content['epoch']} epochs, this run ends at {state.max_epochs}; give more epochs."
+            )
+        if record is None:
+            logger.warning("%s has no record of its settings and data, which older versions did not write: they are "
+                           "taken for those of this run.", path)
+        lines = differences(record, self._record) if record else []
+        for name, new in (("teacher_sha256", _teacher(state)), ("epoch_length", state.epoch_length)):
+            if content[name] != new:
+                lines.append(f"{name}: {content[name]}, now {new}")
+        if not lines:
+            return
+        text = "\n  ".join(["", *lines])
+        if self.resume != "changed":
+            raise ValueError(
+                f"{path} must be made with the settings and data of this run to be resumed exactly, got others:{text}\n"
+                f"Give the same again; or go on with the new ones by `--resume changed`; {_ANEW}."
+            )
+        logger.warning("Going on with other settings than those of %s:%s", path, text)
+
+    def _restore_selection(self, content: Mapping[str, Any]) -> None:
+        """Go on with the best student, if this run measures by the same metric on the same cases."""
+        best = [content["best_metric"], content["best_metric_epoch"]]
+        old = {"metric": self._selection.name, "best": best, "count": 0, "first": 0.0, "differs": False, "nothing": 0}
+        old |= content.get("selection") or {}
+        validation = [(content.get("record") or self._record)["data"]["lists"].get("validation"),
+                      self._record["data"]["lists"].get("validation")]
+        if old["metric"] == self._selection.name and validation[0] == validation[1]:
+            self._selection.load_state_dict(old)
+            self._folder.go_on()
+        else:
+            logger.warning("The validation is another one than before: the best student is chosen anew.")
 
     def _restore_memories(self, memories: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Give each rank its own again; another number of ranks goes on with that of the first."""
@@ -157,6 +204,8 @@ class CheckpointHandler:
         for name, buffers in memories[idist.get_rank()].items():
             for path, value in buffers.items():
                 self.objects[name].get_buffer(path).copy_(value)
+
+    # ---- epochs ----------------------------------------------------------------------------------------------------
 
     def _memories(self) -> list[dict[str, dict[str, Tensor]]]:
         """Buffers of all modules but the network, of each rank: what their losses remember."""
@@ -172,73 +221,126 @@ class CheckpointHandler:
 
     def _end_epoch(self, engine: Any) -> None:
         memories = self._memories()                                # a matter of all ranks
+        self._selection.look(engine.state.epoch)
         if idist.get_rank() == 0:
-            if self.evaluator is not None and self._best_epoch() == engine.state.epoch:
+            if self._selection.epoch == engine.state.epoch:
                 self._write_student(engine)
+            elif self._unsaved_student is not None:
+                self._try_to_save(*self._unsaved_student)
             self._write_checkpoint(engine, memories)
-
-    def _best_epoch(self) -> int:
-        return int(self.evaluator.state.best_metric_epoch) if self.evaluator is not None else -1
-
-    def _finish(self, engine: Any) -> None:
-        if idist.get_rank() == 0 and self._best_epoch() < 1:
-            logger.info("No validation took place: the last student is saved.")
-            self._write_student(engine)
 
     def _write_student(self, engine: Any) -> None:
         state = self.objects["network"].state_dict()
-        path = self.directory / "model.pt"
+        self._try_to_save({key: value.detach().cpu() for key, value in state.items()}, self._describe(engine))
+
+    def _try_to_save(self, weights: dict[str, Tensor], description: dict[str, Any]) -> None:
+        path = self._folder.student
         try:
-            save_atomically({key: value.detach().cpu() for key, value in state.items()}, path)
-            _write_json(self._describe(engine), path.with_suffix(".json"))
+            self._folder.set_student_aside()
+            save_atomically(weights, path)
+            write_json(description, self._folder.description)
+            self._unsaved_student = None
         except OSError as error:
             logger.error("The student was NOT saved to %s: %s. Training goes on; free some space.", path, error)
-            _mark_unsaved(path.with_suffix(".json"), str(error))
+            if self._folder.student_is_own:
+                mark_unsaved(self._folder.description, str(error))
+            if self._unsaved_student is None or self._unsaved_student[0] is not weights:
+                self._unsaved_student = {key: value.clone() for key, value in weights.items()}, description
 
     def _describe(self, engine: Any) -> dict[str, Any]:
         run = {"saved": True, **getattr(engine.state, "distillation", {"mode": "supervised"})}
         run["weights"] = getattr(engine.state, "distill_weights", {}) if run["mode"] == "distilled" else {}
         run["epoch"], run["max_epochs"] = engine.state.epoch, engine.state.max_epochs
-        if self._best_epoch() >= 1:
-            state = self.evaluator.state   # type: ignore[union-attr]
-            run["validation"] = {state.key_metric_name: float(state.best_metric)}
+        if self._selection.epoch >= 1:
+            run["validation"] = {self._selection.name: self._selection.metric}
         return run
 
     def _write_checkpoint(self, engine: Any, memories: Sequence[Any]) -> None:
-        path = self._folder / f"epoch_{engine.state.epoch:05d}.pt"
-        best = self.evaluator.state if self.evaluator is not None else None
-        scaler = getattr(engine, "scaler", None)
+        path = self._folder.checkpoints / f"epoch_{engine.state.epoch:05d}.pt"
+        scaler, unsaved = getattr(engine, "scaler", None), self._unsaved_student
         content = {
             "objects": {name: value.state_dict() for name, value in self.objects.items()},
             "memories": list(memories),
             "scaler": scaler.state_dict() if scaler is not None else {},
             **{name: getattr(engine.state, name) for name in ("epoch", "iteration", "epoch_length")},
-            "best_metric": float(best.best_metric) if best is not None else -1.0,
-            "best_metric_epoch": self._best_epoch(),
-            "teacher_sha256": getattr(engine.state, "distillation", {}).get("teacher_sha256"),
+            "best_metric": self._selection.metric,
+            "best_metric_epoch": self._selection.epoch,
+            "selection": self._selection.state_dict(),
+            "unsaved_student": unsaved and {"weights": unsaved[0], "description": unsaved[1]},
+            "teacher_sha256": _teacher(engine.state),
+            "record": self._record,
         }
         try:
             save_atomically(content, path)
         except OSError as error:
+            self._unsaved_state = engine.state.iteration, memories
             logger.error("Checkpoint %s was NOT saved: %s. The previous one is whole; training goes on.", path, error)
             return
-        for old in _newest_first(self._folder)[_KEPT:]:
+        self._unsaved_state = None
+        for old in newest_first(self._folder.checkpoints)[_KEPT:]:
             old.unlink(missing_ok=True)
 
+    # ---- end -------------------------------------------------------------------------------------------------------
 
-def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    def _finish(self, engine: Any) -> None:
+        if idist.get_rank() != 0:
+            return
+        reason = self._selection.verdict()
+        if reason is not None:
+            level = logging.INFO if self.evaluator is None else logging.WARNING
+            logger.log(level, "%s: the last student is saved.", reason)
+            self._write_student(engine)
+        self._refuse_losses(engine)
+        self._compare_with_earlier()
+        self._folder.close()
+
+    def _refuse_losses(self, engine: Any) -> None:
+        """Try once more to save what is not on the disk; a run that cannot keep what it has worked out has failed."""
+        if self._unsaved_student is not None:
+            self._try_to_save(*self._unsaved_student)
+        if self._unsaved_state is not None and self._unsaved_state[0] == engine.state.iteration:
+            self._write_checkpoint(engine, self._unsaved_state[1])
+        unsaved = {"its student": self._unsaved_student, "its last state": self._unsaved_state}
+        lost = [name for name, thing in unsaved.items() if thing is not None]
+        if lost:
+            raise OSError(
+                f"`ckpt_dir` must hold what the run ends with, got no room for {' and '.join(lost)} in "
+                f"{self._folder.directory} (see the errors above); free some space, and go on with `--resume true`."
+            )
+
+    def _compare_with_earlier(self) -> None:
+        """Say where a better student lies than this run's, if it replaced one."""
+        name, best = self._selection.name, None
+        for value, path in self._folder.earlier_students(name) if name is not None else ():
+            if self._selection.is_better(value, self._selection.metric if best is None else best[0]):
+                best = value, path
+        if best is not None:
+            logger.warning("%s: an earlier student had %s %.4f, this run's has %.4f; the earlier one is kept there.",
+                           best[1], name, best[0], self._selection.metric)
+
+    def _break_off(self, _engine: Any, error: BaseException) -> None:
+        self._folder.close()
+        raise error                                                # ignite would go on
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Do something on the first rank; where it fails, all ranks end with the same error, and none waits."""
+        failed: Exception | None = None
+        if idist.get_rank() == 0:
+            try:
+                action()
+            except (OSError, FolderInUseError) as error:
+                failed = error
+        failed = _of_first_rank(failed)
+        if failed is not None:
+            raise failed
 
 
-def _mark_unsaved(path: Path, reason: str) -> None:
-    """Say in the description of the older weights that better ones are lost; a disk too full for that loses it."""
-    try:
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        _write_json({**before, "saved": False, "reason": reason}, path)
-    except (OSError, ValueError):
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+def _of_first_rank(value: Any) -> Any:
+    """What the first rank has for it."""
+    shared = [value]
+    if idist.get_world_size() > 1:
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _loadable(value: Any) -> Any:
@@ -248,24 +350,18 @@ def _loadable(value: Any) -> Any:
     return unwrap(value) if isinstance(value, nn.Module) else value
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch_*.pt"), reverse=True)
+def _teacher(state: Any) -> str | None:
+    """Hash of the teacher's weights."""
+    sha256: str | None = getattr(state, "distillation", {}).get("teacher_sha256")
+    return sha256
 
 
-def _misfit(engine: Any, content: Mapping[str, Any]) -> str | None:
-    """Say why a checkpoint is not of this run, if so."""
-    if not isinstance(content.get("objects"), Mapping):
-        return f"must be a checkpoint of a training run, got {sorted(content)[:5]}."
-    old, run = content["teacher_sha256"], engine.state
-    teacher = getattr(run, "distillation", {}).get("teacher_sha256")
-    if old != teacher:
-        return (
-            f"was trained with the teacher {old}, this run has {teacher}; resume with the same teacher and "
-            "weights, or start anew without `--resume`."
-        )
-    steps, epoch, own = content["epoch_length"], content["epoch"], run.epoch_length
-    if steps != own:
-        return f"has {steps} steps per epoch, this run {own}; resume with the same data and batch size."
-    if epoch > run.max_epochs:
-        return f"has done {epoch} epochs, this run ends at {run.max_epochs}; give more epochs."
-    return None
+def _moved_by(engine: Any) -> Iterator[tuple[str, Any]]:
+    """What a trainer steps: its optimizer, and the schedules of its handlers."""
+    if getattr(engine, "optimizer", None) is not None:
+        yield "optimizer", engine.optimizer
+    for event in (Events.EPOCH_COMPLETED, Events.ITERATION_COMPLETED):
+        for handler, *_ in engine._event_handlers[event]:          # ignite has no public list of its handlers
+            schedule = getattr(handler, "lr_scheduler", None)
+            if schedule is not None:
+                yield "lr_scheduler", schedule

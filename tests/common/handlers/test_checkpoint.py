@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def run(folder: Path, epochs: int = 2, resume: bool = False, handlers: Any = (), **options: Any) -> Any:
+def run(folder: Path, epochs: int = 2, resume: Any = False, handlers: Any = (), **options: Any) -> Any:
     """Train with a checkpoint handler that has no validation; the engine, its network at `engine.network`."""
     network = toys.student()
     parameters = list(network.parameters())
@@ -139,10 +139,11 @@ def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(
     with caplog.at_level(logging.INFO, "medkd"):
         run(tmp_path, epochs=1)
     assert names(tmp_path / "checkpoints") == ["epoch_00001.pt"]
-    assert names(tmp_path / "checkpoints_before") == ["epoch_00004.pt", "epoch_00005.pt"]
-    assert "checkpoints of an earlier run are now in" in caplog.text
+    assert names(tmp_path / "before_1/checkpoints") == ["epoch_00004.pt", "epoch_00005.pt"]
+    assert f"checkpoints of an earlier run are now in {tmp_path / 'before_1'}" in caplog.text
     run(tmp_path, epochs=2)
-    assert names(tmp_path / "checkpoints_before") == ["epoch_00001.pt"]
+    assert names(tmp_path / "before_2/checkpoints") == ["epoch_00001.pt"]
+    assert names(tmp_path / "before_1/checkpoints") == ["epoch_00004.pt", "epoch_00005.pt"]
 
 
 def test_a_rank_that_is_not_the_first_writes_nothing_and_moves_nothing(
@@ -210,9 +211,11 @@ def test_a_checkpoint_of_more_ranks_is_resumed_with_the_memory_of_the_first(
     assert toys.same(resumed.result()["distill_loss"], content["objects"]["distill_loss"])
 
 
-def test_resuming_with_more_epochs_goes_on(tmp_path: Path) -> None:
+def test_resuming_with_more_epochs_goes_on_where_that_is_asked_for(tmp_path: Path) -> None:
     run(tmp_path, epochs=2)
-    assert run(tmp_path, epochs=3, resume=True).state.iteration == 6
+    with pytest.raises(ValueError, match=r"max_epochs: 2, now 3\nGive the same again; or go on .* `--resume changed`"):
+        run(tmp_path, epochs=3, resume=True)
+    assert run(tmp_path, epochs=3, resume="changed").state.iteration == 6
     assert names(tmp_path / "checkpoints") == ["epoch_00002.pt", "epoch_00003.pt"]
 
 
@@ -222,17 +225,18 @@ def test_resuming_with_another_teacher_is_refused(tmp_path: Path) -> None:
         torch.save(toys.teacher(seed).state_dict(), path)
         return [DistillationHandler(Teacher(toys.teacher, path), SoftLabelLoss())]
 
-    run(tmp_path, epochs=1, handlers=with_teacher(1))
-    message = r"epoch_00001.pt was trained with the teacher [0-9a-f]{64}, this run has [0-9a-f]{64}; resume with"
+    run(tmp_path, handlers=with_teacher(1))
+    message = r"epoch_00002.pt must be made with .* got others:\n  teacher_sha256: [0-9a-f]{64}, now [0-9a-f]{64}\nGive"
     with pytest.raises(ValueError, match=message):
         run(tmp_path, resume=True, handlers=with_teacher(2))
-    with pytest.raises(ValueError, match="this run has None"):
+    with pytest.raises(ValueError, match="teacher_sha256: [0-9a-f]{64}, now None"):
         run(tmp_path, resume=True)
+    run(tmp_path, epochs=3, resume="changed", handlers=with_teacher(2))
 
 
 def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="epoch_00001.pt has 2 steps per epoch, this run 3; resume with the same data"):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="\n  training data: 4 cases, now 6\n  epoch_length: 2, now 3\n"):
         run(tmp_path, resume=True, data=toys.cases(6))
 
 
@@ -243,16 +247,16 @@ def test_resuming_with_fewer_epochs_is_refused(tmp_path: Path) -> None:
 
 
 def test_resuming_with_another_student_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, epochs=1)
+    run(tmp_path)
     saver = CheckpointHandler(tmp_path, {"network": toys.teacher()}, resume=True)
-    with pytest.raises(ValueError, match="epoch_00001.pt does not fit 'network' of this run"):
+    with pytest.raises(ValueError, match="epoch_00002.pt does not fit 'network' of this run"):
         toys.make_trainer(toys.student(), [saver]).run()
 
 
 def test_resuming_with_an_object_that_was_not_saved_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, epochs=1)
+    run(tmp_path)
     saver = CheckpointHandler(tmp_path, {"network": toys.student(), "bank": toys.student()}, resume=True)
-    with pytest.raises(ValueError, match=r"epoch_00001.pt must hold 'bank' to resume, got \['network', 'optimizer'\]"):
+    with pytest.raises(ValueError, match=r"epoch_00002.pt must hold 'bank' to resume, got \['network', 'optimizer'\]"):
         toys.make_trainer(toys.student(), [saver]).run()
 
 
@@ -321,10 +325,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> N
 
 def test_a_full_disk_keeps_the_last_whole_checkpoint_and_training_goes_on(tmp_path: Path) -> None:
     full, free, log = tmp_path / "full", tmp_path / "free", tmp_path / "log.txt"
-    toys.finish(toys.start(toys.train_on_a_full_disk, full, log), toys.start(toys.train, free))
+    starved, whole = toys.start(toys.train_on_a_full_disk, full, log), toys.start(toys.train, free)
+    starved.join()
+    assert starved.exitcode == 1                                   # in the end, it has failed
+    toys.finish(whole)
     assert names(full / "checkpoints") == ["epoch_00001.pt"]
     assert load_tensors(full / "checkpoints" / "epoch_00001.pt")["epoch"] == 1
     assert names(full) == ["checkpoints", "model.json", "model.pt", "result.pt"]
+    assert "`ckpt_dir` must hold what the run ends with, got no room for its student and its last state in" in (
+        log.read_text()
+    )
     told = json.loads((full / "model.json").read_text())
     assert (told["epoch"], told["saved"]) == (1, False)
     assert "File too large" in told["reason"]
@@ -347,12 +357,14 @@ def test_a_student_that_could_not_be_saved_is_told_until_a_later_one_is(
 
     with monkeypatch.context() as broken:
         broken.setattr("medkd.handlers.checkpoint.save_atomically", fail)
-        run(tmp_path, epochs=2)
+        with pytest.raises(OSError, match="got no room for its student and its last state in"):
+            run(tmp_path, epochs=2)
         told = json.loads((tmp_path / "model.json").read_text())
         assert (told["saved"], told["reason"], told["epoch"]) == (False, "disk full", 1)
-        broken.setattr("medkd.handlers.checkpoint._write_atomically", fail)
-        run(tmp_path, epochs=2)
-        assert names(tmp_path) == ["checkpoints_before", "model.pt"]   # nothing tells of success
+        broken.setattr("medkd.handlers.atomic._write_atomically", fail)
+        with pytest.raises(OSError, match="got no room for its student and its last state in"):
+            run(tmp_path, epochs=2)
+        assert names(tmp_path) == ["before_1", "before_2", "checkpoints", "model.pt"]   # nothing tells of success
     run(tmp_path, epochs=2)
     told = json.loads((tmp_path / "model.json").read_text())
     assert (told["saved"], told["epoch"], "reason" in told) == (True, 2, False)
