@@ -20,7 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "taps": {"checks"},
     "weights": {"checks"},
     "losses": {"checks", "ops", "weights"},
-    "handlers": {"checks", "ops", "taps", "weights", "losses"},
+    "handlers": {"checks", "ops", "taps", "weights", "settings", "losses"},
     COPIED: set(),
 }
 SHARED_BY_LOSSES = {"base", "boundary_head", "relation_bank"}

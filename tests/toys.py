@@ -168,17 +168,22 @@ def on(event: Any, function: Callable[[Any], None]) -> Any:
 
 
 class Killer:
-    """A handler that ends its process as a power cut does, in the middle of an epoch."""
+    """A handler that ends its process as a power cut does, in the middle of an epoch; not that of a resumed run."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
+        self.is_resumed = False
 
     def attach(self, engine: Any) -> None:
-        """Register on a trainer."""
+        """Register on a trainer, behind what resumes it."""
+        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._kill)
 
+    def _start(self, engine: Any) -> None:
+        self.is_resumed = engine.state.epoch > 0
+
     def _kill(self, engine: Any) -> None:
-        if engine.state.epoch == self.epoch:
+        if engine.state.epoch == self.epoch and not self.is_resumed:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

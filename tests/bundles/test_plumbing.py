@@ -138,16 +138,20 @@ def test_killed_run_resumes_bit_identical(
 
     whole = start("whole")
     handlers = json.loads((bundle / "configs/train.json").read_text())["train"]["handlers"]
-    killed = start("killed", **{"train#handlers": [*handlers, {"_target_": "toys.Killer", "epoch": 3}]})
+    deadly = {"train#handlers": [*handlers, {"_target_": "toys.Killer", "epoch": 3}]}
+    killed = start("killed", **deadly)
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     assert (tmp_path / "killed/checkpoints/epoch_00002.pt").exists()
     assert not (tmp_path / "killed/checkpoints/epoch_00003.pt").exists()
-    toys.finish(whole, start("killed", resume=True))
-    states = [
+    toys.finish(whole, start("killed", resume=True, **deadly))
+    whole_state, state = (
         torch.load(tmp_path / name / "checkpoints/epoch_00006.pt", weights_only=True) for name in ("whole", "killed")
-    ]
-    assert toys.same(*states)
+    )
+    asked = [one["record"].pop("settings") for one in (whole_state, state)]
+    assert toys.same(whole_state, state)
+    assert {key for key in asked[1] if key not in asked[0]} == {"train#handlers#6#_target_", "train#handlers#6#epoch"}
+    assert asked[0]["learning_rate"] == 0.05
 
 
 @pytest.mark.parametrize(
