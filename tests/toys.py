@@ -149,12 +149,14 @@ def make_trainer(
     return SupervisedTrainer("cpu", epochs, loader, network, train_handlers=list(handlers), **options)
 
 
-def make_evaluator(network: nn.Module, count: int = 2, workers: int = 0, **options: Any) -> SupervisedEvaluator:
-    """An evaluator with the Dice of the squares, `val_mean_dice`."""
+def make_evaluator(
+    network: nn.Module, count: int = 2, workers: int = 0, metric: Any = None, **options: Any
+) -> SupervisedEvaluator:
+    """An evaluator with the Dice of the squares, `val_mean_dice`, or another metric under that name."""
     loader = DataLoader(Dataset(cases(count, seed=9)), batch_size=1, num_workers=workers)
     options.setdefault("postprocessing", AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2))
     dice = MeanDice(include_background=False, output_transform=from_engine(["pred", "label"]))
-    return SupervisedEvaluator("cpu", loader, network, key_val_metric={"val_mean_dice": dice}, **options)
+    return SupervisedEvaluator("cpu", loader, network, key_val_metric={"val_mean_dice": metric or dice}, **options)
 
 
 def on(event: Any, function: Callable[[Any], None]) -> Any:
@@ -213,6 +215,7 @@ class Run:
         directory: where weights and checkpoints go.
         extra: handlers before the checkpoint's.
         memory: a third loss, that remembers past images.
+        metric: of the validation, instead of the Dice.
     """
 
     def __init__(
@@ -225,6 +228,7 @@ class Run:
         extra: Sequence[Any] = (),
         wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
         memory: bool = False,
+        metric: Any = None,
         **options: Any,
     ) -> None:
         network = wrap(student())
@@ -233,7 +237,7 @@ class Run:
         parameters = list(trainable_parameters(network, self.losses))
         self.optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=epochs)
-        self.evaluator = make_evaluator(network)
+        self.evaluator = make_evaluator(network, metric=metric)
         saver = CheckpointHandler(directory, self._objects(), self.evaluator, resume=resume)
         handlers = [*self._handlers(seed), *extra, saver]
         self.trainer = make_trainer(

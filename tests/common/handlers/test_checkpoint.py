@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import json
 import logging
-import random
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ignite.engine import Events
+from monai.handlers.lr_schedule_handler import LrScheduleHandler
 from torch import nn
 
 import toys
-from medkd.handlers.checkpoint import CheckpointHandler, save_atomically
+from medkd.handlers.checkpoint import CheckpointHandler
 from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.teacher import Teacher
 from medkd.losses.logits import SoftLabelLoss
@@ -267,6 +266,87 @@ def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path: Path) -> Non
         run(tmp_path, resume=True)
 
 
+def test_a_checkpoint_says_with_which_settings_it_was_made(tmp_path: Path) -> None:
+    def settled(resume: Any = False, epochs: int = 2, **settings: Any) -> None:
+        network = toys.student()
+        saver = CheckpointHandler(tmp_path, {"network": network}, resume=resume, settings=settings)
+        toys.make_trainer(network, [saver], epochs=epochs).run()
+
+    settled(rate=0.1, spacing=[1, 2], seed=0)
+    record = load_tensors(tmp_path / "checkpoints/epoch_00002.pt")["record"]
+    assert record["settings"] == {"rate": 0.1, "spacing": [1, 2], "seed": 0}
+    assert record["built"]["max_epochs"] == 2
+    message = (
+        r"epoch_00002.pt must be made with the settings and data of this run to be resumed exactly, got others:\n"
+        r"  spacing: \[1, 2\], now \[1, 3\]\n  seed: 0, now 1\nGive the same again; or go on with the new ones by "
+        r"`--resume changed`; without `--resume` a new run starts, which sets them aside."
+    )
+    with pytest.raises(ValueError, match=message):
+        settled(resume=True, rate=0.1, spacing=[1, 3], seed=1)
+    settled(resume="changed", epochs=3, rate=0.1, spacing=[1, 3], seed=1)
+    settled(resume=True, epochs=3, rate=0.1, spacing=[1, 3], seed=1)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_as_before_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = toys.Run(tmp_path, epochs=2)
+    whole.trainer.run()
+    path = tmp_path / "checkpoints/epoch_00002.pt"
+    content = load_tensors(path)
+    new = {"record", "selection", "unsaved_student"}
+    torch.save({key: value for key, value in content.items() if key not in new}, path)
+    resumed = toys.Run(tmp_path, epochs=2, resume=True)
+    resumed.trainer.run()
+    assert toys.same(whole.result(), resumed.result())
+    assert caplog.text.count("epoch_00002.pt has no record of its settings and data") == 1
+
+
+# ---- what has to be in it ------------------------------------------------------------------------------------------
+
+
+class Publisher:
+    """Says which losses are at work, as the `DistillationHandler` does."""
+
+    def __init__(self, *losses: nn.Module) -> None:
+        self.losses = list(losses)
+
+    def attach(self, engine: Any) -> None:
+        engine.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "distill_modules", self.losses))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_loss_that_learns_or_remembers_has_to_be_saved(tmp_path: Path, nested: bool) -> None:
+    learning, remembering, plain = toys.hint_loss(), toys.memory_loss(), SoftLabelLoss()
+    network = toys.student()
+
+    def train(**objects: Any) -> None:
+        saver = CheckpointHandler(tmp_path, {"network": network, **objects})
+        toys.make_trainer(network, [Publisher(learning, remembering, plain), saver], epochs=1).run()
+
+    message = r"`objects` must have the losses of the `DistillationHandler`, got no HintLoss, .* Add it: \{\"network"
+    with pytest.raises(ValueError, match=message):
+        train()
+    with pytest.raises(ValueError, match="got no GraphRelationLoss"):
+        train(distill_loss=learning)
+    train(distill_loss=nn.ModuleList([learning, remembering]) if nested else [plain, remembering, learning])
+
+
+def test_an_optimizer_or_schedule_that_is_not_saved_is_told_in_one_line_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = toys.Run(tmp_path, epochs=1)
+    whole.trainer.run()
+    assert "a resumed run would start it anew" not in caplog.text
+    network = toys.student()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedule = LrScheduleHandler(torch.optim.lr_scheduler.ConstantLR(optimizer), print_lr=False)
+    saver = CheckpointHandler(tmp_path, {"network": network})
+    toys.make_trainer(network, [schedule, saver], optimizer=optimizer, epochs=1).run()
+    for name in ("optimizer", "lr_scheduler"):
+        assert f"`objects` has no {name} of this trainer: a resumed run would start it anew. Add it." in caplog.messages
+
+
 class Attack:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -293,110 +373,3 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, cap
     assert "Passing over a checkpoint" in caplog.text
     assert "epoch_00003.pt` must be a whole weights file" in caplog.text
     load_tensors(path)
-
-
-# ---- whatever happens ----------------------------------------------------------------------------------------------
-
-
-def test_a_file_is_whole_on_the_disk_before_it_takes_its_name_and_its_folder_is_after(
-    tmp_path: Path, disk: list[tuple[str, int, int]]
-) -> None:
-    run(tmp_path, epochs=1)
-    for name in ("checkpoints/epoch_00001.pt", "model.pt", "model.json"):
-        file, folder = (tmp_path / name).stat(), (tmp_path / name).parent.stat()
-        synced = disk.index(("synced", file.st_ino, file.st_size))
-        assert disk[synced + 1] == ("renamed", file.st_ino, file.st_size)
-        assert disk[synced + 2] == ("folder synced", folder.st_ino, 0)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    save_atomically({"a": torch.ones(2)}, path)
-
-    class Unwritable:
-        def __reduce__(self) -> tuple[Any, ...]:
-            raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        save_atomically({"a": Unwritable()}, path)
-    assert toys.same(load_tensors(path), {"a": torch.ones(2)})
-    assert names(tmp_path) == ["model.pt"]
-
-
-def test_a_full_disk_keeps_the_last_whole_checkpoint_and_training_goes_on(tmp_path: Path) -> None:
-    full, free, log = tmp_path / "full", tmp_path / "free", tmp_path / "log.txt"
-    starved, whole = toys.start(toys.train_on_a_full_disk, full, log), toys.start(toys.train, free)
-    starved.join()
-    assert starved.exitcode == 1                                   # in the end, it has failed
-    toys.finish(whole)
-    assert names(full / "checkpoints") == ["epoch_00001.pt"]
-    assert load_tensors(full / "checkpoints" / "epoch_00001.pt")["epoch"] == 1
-    assert names(full) == ["checkpoints", "model.json", "model.pt", "result.pt"]
-    assert "`ckpt_dir` must hold what the run ends with, got no room for its student and its last state in" in (
-        log.read_text()
-    )
-    told = json.loads((full / "model.json").read_text())
-    assert (told["epoch"], told["saved"]) == (1, False)
-    assert "File too large" in told["reason"]
-    assert toys.same(torch.load(full / "result.pt"), torch.load(free / "result.pt"))
-    text = log.read_text()
-    assert text.count("The student was NOT saved to") >= 1
-    for epoch in range(2, 6):
-        assert f"epoch_0000{epoch}.pt was NOT saved: [Errno 27] File too large. The previous one is whole" in text
-    toys.finish(toys.start(toys.train, full, resume=True))
-    assert toys.same(torch.load(full / "result.pt"), torch.load(free / "result.pt"))
-
-
-def test_a_student_that_could_not_be_saved_is_told_until_a_later_one_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path, epochs=1)
-
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as broken:
-        broken.setattr("medkd.handlers.checkpoint.save_atomically", fail)
-        with pytest.raises(OSError, match="got no room for its student and its last state in"):
-            run(tmp_path, epochs=2)
-        told = json.loads((tmp_path / "model.json").read_text())
-        assert (told["saved"], told["reason"], told["epoch"]) == (False, "disk full", 1)
-        broken.setattr("medkd.handlers.atomic._write_atomically", fail)
-        with pytest.raises(OSError, match="got no room for its student and its last state in"):
-            run(tmp_path, epochs=2)
-        assert names(tmp_path) == ["before_1", "before_2", "checkpoints", "model.pt"]   # nothing tells of success
-    run(tmp_path, epochs=2)
-    told = json.loads((tmp_path / "model.json").read_text())
-    assert (told["saved"], told["epoch"], "reason" in told) == (True, 2, False)
-
-
-def killed_while_saving(folder: Path, delay: float) -> list[str]:
-    """Let a process save until `delay` seconds after its first checkpoint, kill it, and say what lies there."""
-    before = {path.name for path in folder.glob("epoch_*.pt")}
-    process = toys.start(toys.save_for_ever, folder.parent)
-    try:
-        while not {path.name for path in folder.glob("epoch_*.pt")} - before:
-            assert process.is_alive()
-            time.sleep(0.002)
-        time.sleep(delay)
-    finally:
-        process.kill()
-        process.join()
-    return names(folder)
-
-
-def test_a_whole_checkpoint_is_there_after_each_of_fifty_kills(tmp_path: Path) -> None:
-    folder, newest, torn = tmp_path / "checkpoints", 0, 0
-    moments = random.Random(0)
-    for _ in range(50):
-        found = killed_while_saving(folder, moments.uniform(0.0, 0.06))
-        torn += any(name.endswith(".tmp") for name in found)
-        whole = [name for name in found if not name.endswith(".tmp")]
-        assert whole                                               # more than two, when killed before old ones go
-        for name in whole:
-            content = load_tensors(folder / name)
-            assert name == f"epoch_{content['epoch']:05d}.pt"
-            assert bool((content["objects"]["network"]["ballast"] == content["epoch"]).all())
-        assert content["epoch"] > newest                           # it went on from the last one
-        newest = content["epoch"]
-    assert torn > 0                                                # some kills came in the middle of a write

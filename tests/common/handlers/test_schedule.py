@@ -16,12 +16,15 @@ from medkd.handlers.schedule import WeightSchedule
 from medkd.losses.logits import SoftLabelLoss
 
 
-def factors_of(*schedules: WeightSchedule, epochs: int = 5, extra: tuple[Any, ...] = ()) -> list[dict[str, float]]:
+def factors_of(
+    *schedules: WeightSchedule, epochs: int = 5, extra: tuple[Any, ...] = (), losses: Any = None
+) -> list[dict[str, float]]:
     """The factors of each step, at the moment when the terms are added; two steps per epoch."""
+    losses = losses or [SoftLabelLoss(), toys.hint_loss()]
     seen: list[dict[str, float]] = []
     note = toys.on(DistillationEvents.TERMS_COMPLETED, lambda engine: seen.append(dict(engine.state.distill_factors)))
     weights = {"logits": 1.0, "features": 1.0}
-    handler = DistillationHandler(toys.teacher(), [SoftLabelLoss(), toys.hint_loss()], weights)
+    handler = DistillationHandler(toys.teacher(), losses, weights)
     toys.make_trainer(toys.student(), [handler, *schedules, note, *extra], epochs=epochs).run()
     return seen
 
@@ -61,12 +64,13 @@ def test_a_resumed_run_goes_on_with_the_same_factors(tmp_path: Path) -> None:
     def stop(engine: Any) -> None:
         raise KeyboardInterrupt
 
-    objects = {"network": toys.student()}
+    losses = [SoftLabelLoss(), toys.hint_loss()]
+    objects = {"network": toys.student(), "distill_loss": losses}
     extra = CheckpointHandler(tmp_path, objects), toys.on(Events.EPOCH_STARTED(once=3), stop)
     with pytest.raises(KeyboardInterrupt):
-        factors_of(WeightSchedule(1.0), extra=extra)
+        factors_of(WeightSchedule(1.0), extra=extra, losses=losses)
     extra = (CheckpointHandler(tmp_path, objects, resume=True),)
-    assert factors_of(WeightSchedule(1.0), extra=extra) == whole[4:]
+    assert factors_of(WeightSchedule(1.0), extra=extra, losses=losses) == whole[4:]
 
 
 def test_the_ramp_takes_a_twentieth_of_the_steps_unless_told_otherwise() -> None:
