@@ -100,7 +100,7 @@ class CheckpointHandler:
 
     def _begin(self) -> None:
         self._folder.set_checkpoints_aside()
-        check_writable(self._folder.checkpoints, "ckpt_dir")
+        check_writable(self._folder.checkpoints, "`ckpt_dir`")
 
     def _check_objects(self, engine: Any) -> None:
         """Refuse losses that a resumed run would lack, and tell of what it would start anew."""

@@ -13,6 +13,8 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
+from medkd.handlers.run_folder import check_writable
+
 __all__ = ["ProgressFile"]
 
 
@@ -21,11 +23,14 @@ class ProgressFile:
 
     `epoch` and `step` are those that are done or under way, from 1 on, 0 before the first; `steps` is that of one
     epoch; `done` says that the run came to its end. The file is replaced as a whole, by the first rank alone. A disk
-    that is full stops no run: the file is old then.
+    that gets full stops no run: the file is old then.
 
     Args:
         path: of the file.
         minimum_seconds: least time between two writes; start and end are always written.
+
+    Raises:
+        OSError: at start: the folder of `path` cannot be written to, so that the run would not keep its results.
     """
 
     def __init__(self, path: str | os.PathLike[str], minimum_seconds: float = 1.0) -> None:
@@ -35,9 +40,14 @@ class ProgressFile:
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer or an evaluator."""
-        engine.add_event_handler(Events.STARTED, self._write)
+        engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
         engine.add_event_handler(Events.COMPLETED, self._write, done=True)
+
+    def _start(self, engine: Any) -> None:
+        if idist.get_rank() == 0:
+            check_writable(self.path.parent, "The folder of the results")
+        self._write(engine)
 
     def _step(self, engine: Any) -> None:
         if time.monotonic() - self._written >= self.minimum_seconds:
@@ -52,7 +62,6 @@ class ProgressFile:
         content = {"epoch": state.epoch, "epochs": state.max_epochs, "step": step, "steps": steps, "done": done}
         draft = self.path.with_name(f".{self.path.name}.tmp")
         with suppress(OSError):
-            draft.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(json.dumps(content) + "\n")
             os.replace(draft, self.path)
         self._written = time.monotonic()

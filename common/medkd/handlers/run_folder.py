@@ -31,12 +31,12 @@ class FolderInUseError(RuntimeError):
     """Another run, which is alive, writes to the folder."""
 
 
-def check_writable(folder: Path, option: str) -> None:
+def check_writable(folder: Path, what: str) -> None:
     """Make a folder, write a file of 64 KiB in it and remove it.
 
     Args:
         folder: where a run is going to write.
-        option: name of the option that gives it.
+        what: name of the option that gives it, in backticks.
 
     Raises:
         OSError: that failed; the message names the folder.
@@ -49,7 +49,7 @@ def check_writable(folder: Path, option: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(
-            f"`{option}` must be a folder that can be written to, got {folder}: {error.strerror or error}; "
+            f"{what} must be a folder that can be written to, got {folder}: {error.strerror or error}; "
             "free some space, correct the permissions, or give another folder."
         ) from error
 
@@ -93,14 +93,14 @@ class RunFolder:
             OSError: it cannot be written to.
             FolderInUseError: another run owns it.
         """
-        check_writable(self.directory, "ckpt_dir")
+        check_writable(self.directory, "`ckpt_dir`")
         for file in (self.student, self.description):
             if file.is_dir():
                 raise IsADirectoryError(f"`ckpt_dir` must have room for the file {file}, got a folder of that name.")
         self._release = _own(self.directory / ".owner")
         self._aside, self.student_is_own = None, False
         if self.checkpoints.exists():
-            check_writable(self.checkpoints, "ckpt_dir")
+            check_writable(self.checkpoints, "`ckpt_dir`")
 
     def close(self) -> None:
         """Let others have the folder."""

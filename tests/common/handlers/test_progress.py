@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,25 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "progress.json").exists()
 
 
-def test_a_file_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    trainer = toys.make_trainer(toys.student(), [ProgressFile(tmp_path / "file" / "progress.json")], epochs=1)
+def test_a_file_that_cannot_be_written_any_more_stops_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def take_away(_: Any) -> None:
+        shutil.rmtree(folder)
+        folder.touch()
+
+    handlers = [ProgressFile(folder / "progress.json", 0.0), toys.on(Events.EPOCH_STARTED(once=2), take_away)]
+    trainer = toys.make_trainer(toys.student(), handlers, epochs=2)
     trainer.run()
-    assert trainer.state.epoch == 1
+    assert trainer.state.epoch == 2
+
+
+def test_results_that_could_not_be_written_are_not_worked_out(tmp_path: Path) -> None:
+    (tmp_path / "eval").touch()
+    seen: list[int] = []
+    count = toys.on(Events.ITERATION_STARTED, lambda _: seen.append(1))
+    progress = ProgressFile(tmp_path / "eval/progress.json")
+    message = rf"The folder of the results must be a folder that can be written to, got {tmp_path}/eval: File exists"
+    with pytest.raises(OSError, match=message):
+        toys.make_evaluator(toys.student(), val_handlers=[count, progress]).run()
+    assert seen == []

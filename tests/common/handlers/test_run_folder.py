@@ -293,5 +293,5 @@ def test_a_folder_without_rights_or_room_is_found_at_the_start(train: Any, reaso
 
 
 def test_the_check_leaves_nothing(tmp_path: Path) -> None:
-    check_writable(tmp_path / "a/b", "output_dir")
+    check_writable(tmp_path / "a/b", "`output_dir`")
     assert list(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a/b"]
