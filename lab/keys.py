@@ -41,6 +41,7 @@ _WITHOUT_EFFECT = {
     "medkd": "the version",
     "medkd.checks": "raises, or lets pass",
     "medkd.data.check": "raises, or lets pass and logs",
+    "medkd.handlers.curves": "tells how the losses went",
     "medkd.handlers.progress": "tells how far a run is",
     "scripts.options": "refuses wrong options, and changes none",
     "medkd.settings": "tells what the config says",

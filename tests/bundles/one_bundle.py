@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,34 @@ def test_training_distils_and_leaves_the_teacher_as_it_is(distilled: Path, teach
 
 def test_same_seed_gives_the_same_student(run: Run, distilled: Path, tmp_path: Path) -> None:
     assert toys.same(weights(distilled), weights(run("training", "train", "smoke", ckpt_dir=str(tmp_path))))
+
+
+def test_a_run_is_resumed_with_what_it_was_made_with_or_with_other_settings_on_request(
+    run: Run, distilled: Path, teacher: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(distilled, tmp_path / "run")
+    weights = {name: weight / 2 for name, weight in TRAIN["distill_weights"].items()}
+    other = {"learning_rate": 0.001, "epochs": 3, "seed": 5, "distill_weights": weights}
+    told = "".join(rf"(?=.*\n  {name}[^\n]*: \S+, now )" for name in other)
+    with refused(rf"(?s)epoch_00002.pt must be made with the settings and data of this run{told}.*`--resume changed`"):
+        run("training", "train", "smoke", ckpt_dir=str(folder), resume="true", **other)
+    run("training", "train", "smoke", ckpt_dir=str(folder), resume="changed", **other)
+    content = torch.load(folder / "checkpoints/epoch_00003.pt", weights_only=True)
+    (group,) = content["objects"]["optimizer"]["param_groups"]
+    assert (group["initial_lr"], content["objects"]["lr_scheduler"]["T_max"]) == (0.001, 3)
+    assert group["lr"] == pytest.approx(0.0, abs=1e-9)             # the end of the new cosine
+    assert {str(path.name) for path in folder.iterdir()} >= {"model.pt", "model.json", "checkpoints"}
+    assert not list(folder.glob("before_*"))
+
+
+def test_other_data_are_named_at_a_resumption(run: Run, data: Path, distilled: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(data, tmp_path / "data")
+    listing = json.loads((moved / "datalist.json").read_text())
+    gone = listing["training"].pop()["image"]
+    (moved / "datalist.json").write_text(json.dumps(listing))
+    options = {"dataset_dir": str(moved), "resume": True, "ckpt_dir": str(shutil.copytree(distilled, tmp_path / "run"))}
+    with refused(rf"got others:\n  training data: {Path(gone)} is missing\n"):
+        run("training", "train", "smoke", **options)
 
 
 def test_every_parameter_that_the_optimizer_has_is_trained(distilled: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,68 @@ def test_killed_run_resumes_bit_identical(
     assert toys.same(whole_state, state)
     assert {key for key in asked[1] if key not in asked[0]} == {"train#handlers#6#_target_", "train#handlers#6#epoch"}
     assert asked[0]["learning_rate"] == 0.05
+
+
+def command(bundle: Path, data: Path, folder: Path, *options: str) -> list[str]:
+    """A training as a user starts it."""
+    return [
+        sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", "configs/train.json",
+        "--bundle_root", ".", "--dataset_dir", str(data), "--ckpt_dir", str(folder), *options,
+    ]
+
+
+def test_options_of_a_command_line_win_or_are_refused_by_name_when_a_run_goes_on(
+    bundle: Path, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    def start(*options: str) -> subprocess.CompletedProcess[str]:
+        words = command(bundle, data, tmp_path / "run", *options)
+        return subprocess.run(words, cwd=bundle, capture_output=True, text=True, check=False)
+
+    assert start().returncode == 0
+    student = weights(tmp_path / "run")
+    refused_one = start("--resume", "true", "--epochs", "4", "--learning_rate", "0.01")
+    assert refused_one.returncode == 1
+    end = refused_one.stderr[refused_one.stderr.rindex("\nError: ") :]
+    assert "epoch_00002.pt must be made with the settings and data of this run" in end
+    assert "\n  epochs: 2, now 4\n  learning_rate: 0.05, now 0.01\nGive the same again; or go on with the new " in end
+    assert toys.same(weights(tmp_path / "run"), student)
+    assert start("--resume", "changed", "--epochs", "4", "--learning_rate", "0.01").returncode == 0
+    content = torch.load(tmp_path / "run/checkpoints/epoch_00003.pt", weights_only=True)["objects"]
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 * (1 - 0.5**0.5) / 2)   # 3 of 4 epochs
+    assert start("--resume", "true", "--epochs", "4", "--learning_rate", "0.01").returncode == 0   # it is of that now
+    assert start("--resume", "no").returncode == 1
+
+
+def test_a_second_run_into_the_folder_of_a_living_one_ends_with_its_owner(
+    bundle: Path, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    first = subprocess.Popen(
+        command(bundle, data, tmp_path, "--epochs", "100000"), cwd=bundle, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not list(tmp_path.glob("checkpoints/*.pt")):
+            assert first.poll() is None
+            time.sleep(0.05)
+        words = command(bundle, data, tmp_path)
+        second = subprocess.run(words, cwd=bundle, capture_output=True, text=True, check=False)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 1
+    end = second.stderr[second.stderr.rindex("Error: ") :]
+    assert f"belongs to a run that is alive (process {first.pid} on " in end
+    assert not list(tmp_path.glob("before_*"))
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_run_at_its_start(
+    bundle: Path, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file/run"
+    result = subprocess.run(command(bundle, data, place), cwd=bundle, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"must be a folder that can be written to, got {place}/logs: Not a directory" in result.stderr
 
 
 @pytest.mark.parametrize(
