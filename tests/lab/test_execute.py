@@ -111,6 +111,18 @@ def test_an_interruption_of_a_single_command_ends_it(tmp_path: Path, monkeypatch
     assert make_job(tmp_path, code).seconds > 0
 
 
+def test_a_job_is_looked_at_often_and_noted_seldom(tmp_path: Path) -> None:
+    written: list[int] = []
+    note = tmp_path / "job/run.json"
+
+    Executor().do(make_job(tmp_path, "import time; time.sleep(2.2); open('made', 'w')"),
+                  watch=lambda *_: written.append(note.stat().st_mtime_ns))
+
+    assert len(written) >= 3
+    assert len(set(written)) == 1
+    assert make_job(tmp_path, "").seconds > 2                      # at the end it is
+
+
 def test_stopping_ends_what_runs_and_refuses_what_comes(tmp_path: Path) -> None:
     executor, begun = Executor(), threading.Event()
     failures: list[BaseException] = []

@@ -82,6 +82,8 @@ def _entries(case: Any) -> Iterator[tuple[str, str, int | None]]:
 
 def _size(path: Path) -> int | None:
     """Bytes of a file; of a folder, such as a zarr or a DICOM series, the number of its entries."""
+    if not path.suffix and not path.is_absolute():                 # a word, even if something here has that name
+        return None
     try:
         return len(os.listdir(path)) if path.is_dir() else path.stat().st_size
     except (OSError, ValueError):                                  # no file: some other text

@@ -156,6 +156,17 @@ def test_folders_wrappers_and_lists_of_files_are_cases_too(tmp_path: Path) -> No
     ]]
 
 
+def test_a_word_is_no_file_even_where_something_has_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p1").mkdir()
+    (case,) = write(tmp_path / "set", "a")
+    found = described([{**case, "patient": "p1"}])
+    assert found["root"] == str(tmp_path / "set")
+    assert found["lists"]["training"][0][-1] == ["patient", "p1", None]
+
+
 def test_data_without_files_are_compared_by_their_number() -> None:
     assert told(described(toys.cases(4)), described(toys.cases(4, seed=1))) == []
     assert told(described(toys.cases(4)), described(toys.cases(6))) == ["training data: 4 cases, now 6"]

@@ -49,6 +49,14 @@ def test_a_run_of_two_ranks_is_resumed_to_the_same_end_each_with_its_memory(tmp_
         assert later_cases == cases[len(later_cases) :]
 
 
+def test_all_ranks_end_where_the_first_finds_no_place_to_write(tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    ranks = [toys.start(toys.train_one_rank, rank, 2, tmp_path, tmp_path / "weights") for rank in range(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [1, 1]
+
+
 TWO_HEADS = """
 import torch
 import toys
