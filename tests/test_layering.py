@@ -17,10 +17,11 @@ COPIED = "inference"  # its files are scripts of bundles, too, where there may b
 LAYERS: dict[str, set[str]] = {
     "checks": set(),
     "ops": {"checks"},
-    "taps": {"checks"},
+    "outputs": {"checks"},
+    "taps": {"checks", "outputs"},
     "weights": {"checks"},
     "losses": {"checks", "ops", "weights"},
-    "handlers": {"checks", "ops", "taps", "weights", "settings", "losses"},
+    "handlers": {"checks", "ops", "outputs", "taps", "weights", "settings", "losses"},
     COPIED: set(),
 }
 SHARED_BY_LOSSES = {"base", "boundary_head", "relation_bank"}

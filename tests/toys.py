@@ -137,13 +137,18 @@ def make_trainer(
     epochs: int = 2,
     **options: Any,
 ) -> SupervisedTrainer:
-    """An unmodified trainer on toy cases, two per batch; `options` go to it, but for `workers` and `sampler`."""
+    """An unmodified trainer on toy cases, two per batch; `options` go to it, but for `workers` and `sampler`.
+
+    The optimizer holds the network and the learnable heads of the handlers' losses, or the `parameters` given.
+    """
     dataset = Dataset(cases() if data is None else data, transform=random_transforms() if data is None else None)
     sampler = options.pop("sampler", lambda _: None)(dataset)
     loader = DataLoader(
         dataset, batch_size=2, shuffle=sampler is None, sampler=sampler, num_workers=options.pop("workers", 0)
     )
-    parameters = list(network.parameters()) if parameters is None else parameters
+    if parameters is None:
+        losses = [loss for one in handlers if isinstance(one, DistillationHandler) for loss in one.losses]
+        parameters = [*network.parameters(), *trainable_parameters(losses)]
     options.setdefault("loss_function", DiceCELoss(to_onehot_y=True, softmax=True))
     options.setdefault("optimizer", torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01))
     return SupervisedTrainer("cpu", epochs, loader, network, train_handlers=list(handlers), **options)

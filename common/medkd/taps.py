@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medkd.checks import suggest
+from medkd.outputs import MainOutput, plain_tensor
 
 __all__ = ["FeatureTaps", "plain_tensor", "unwrap"]
 
@@ -23,11 +24,6 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = network._orig_mod   # type: ignore[assignment]
         else:
             return network
-
-
-def plain_tensor(value: Tensor) -> Tensor:
-    """Strip the metadata of a MONAI `MetaTensor`; the values and the graph stay."""
-    return value.as_subclass(Tensor) if type(value) is not Tensor else value
 
 
 class FeatureTaps:
@@ -65,6 +61,10 @@ class FeatureTaps:
         self._layers = [path for path in self.paths if path in modules]
         for path in self.paths:
             self._refuse_unknown(path, modules)
+        self._main = {
+            path: MainOutput(f"Tap {path!r} of the {role}", "name a layer inside it", equal_heads=False)
+            for path in self._layers
+        }
         self._outputs: dict[str, tuple[Tensor, int]] = {}
         self._hooks = [modules[path].register_forward_hook(partial(self._record, path)) for path in self._layers]
 
@@ -80,18 +80,13 @@ class FeatureTaps:
     def _record(self, path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if not self.recording:
             return
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"Tap {path!r} of the {self.role} must give one tensor, got {type(output).__name__}; "
-                "name a layer inside it."
-            )
+        tensor = self._main[path](output)
         if path in self._outputs:
             raise RuntimeError(
                 f"Tap {path!r} of the {self.role} fired twice in one forward pass; name a layer that runs once, "
                 "and use an inferer that calls the network once per training step."
             )
-        output = plain_tensor(output)
-        self._outputs[path] = (output, output._version)
+        self._outputs[path] = (tensor, tensor._version)
 
     def open(self) -> None:
         """Forget what was recorded and record from now on."""

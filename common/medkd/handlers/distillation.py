@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from medkd.checks import suggest
 from medkd.handlers.cpu_autocast import cpu_autocast
-from medkd.handlers.teacher import Teacher, teacher_image
+from medkd.handlers.start_checks import check_optimizer, with_state
+from medkd.handlers.step_checks import TermCheck, refuse_deaf
+from medkd.handlers.teacher import Teacher, TeacherView
 from medkd.handlers.teacher_check import TeacherCheck
 from medkd.losses.base import DistillationLoss, TapPair, distils
-from medkd.taps import FeatureTaps, plain_tensor
+from medkd.outputs import MainOutput, plain_tensor
+from medkd.taps import FeatureTaps, unwrap
 
 __all__ = ["DistillationEvents", "DistillationHandler"]
 
+_WAY_OUT = "wrap the network so that `forward` returns the prediction alone, shape (B, K, *S)"
 logger = logging.getLogger(__name__)
 
 
@@ -47,19 +51,26 @@ class DistillationHandler:
     calls backward. With all weights 0 no teacher is built and training equals plain training bit for bit.
 
     What it leaves on the trainer: `state.distill_weights` (term -> weight; fixed), `state.distill_factors` (term ->
-    factor, 1.0; schedules write here at `ITERATION_STARTED`), `state.distillation` (mode, teacher, hash), and in
-    `state.output`: `supervised_loss` and the unweighted `kd/<term>`.
+    factor, 1.0; schedules write here at `ITERATION_STARTED`), `state.distillation` (mode, teacher, hash),
+    `state.distill_modules` (losses in use that a checkpoint must hold), and in `state.output`: `supervised_loss` and
+    the unweighted `kd/<term>`. A trainer takes one handler.
+
+    A network may give the heads of deep supervision as a list: the one of full resolution is distilled.
 
     Args:
         teacher: the teacher by reference, or a ready network.
         loss: one loss, or a list of losses with distinct terms.
         weights: term -> weight; terms not named weigh 0. None takes the losses' `preset_weights`.
-        teacher_input: key of the batch that the teacher sees, in training and in its check, shape (B, C, *S).
+        teacher_input: key of the batch that the teacher sees, in training and in its check, shape (B, C, *S). For
+            `image` it is what `prepare_batch` gave the student's network.
         validator: an evaluator without handlers for the teacher's check; None only warns.
         teacher_check: `{"metric": name, "mode": "refuse" | "warn" | "off"}`; None is off.
 
     Raises:
-        ValueError: unknown weight, two losses with one term, wrong tap path (at start), refused teacher (at start).
+        ValueError: unknown weight, two losses with one term, a second handler on the trainer; at start: a wrong tap
+            path, a refused teacher or one that shares parts with the student, learnable heads that are not in the
+            optimizer.
+        RuntimeError: in a step: a tap of the student or a term without a gradient.
 
     Example:
         >>> from medkd.losses.logits import SoftLabelLoss
@@ -77,14 +88,29 @@ class DistillationHandler:
         self.losses = [loss] if isinstance(loss, DistillationLoss) else list(loss)
         self.weights = _resolve_weights(self.losses, weights)
         self.teacher_input = teacher_input
+        self._view = TeacherView(teacher_input)
         self.check = _make_check(validator, teacher_check, teacher_input)
         self._callables: list[nn.Module] = []
         self._network: nn.Module | None = None
         self._taps: tuple[FeatureTaps, FeatureTaps] | None = None
+        self._main: tuple[MainOutput, ...] = ()
+        self._terms = TermCheck()
         self._sums: dict[str, float] = {}
+        self._running: SupervisedTrainer | None = None
 
     def attach(self, engine: SupervisedTrainer) -> None:
-        """Register on a trainer; `compile` and several GPUs are the trainer's affair."""
+        """Register on a trainer; `compile` and several GPUs are the trainer's affair.
+
+        Raises:
+            ValueError: the trainer has a handler already.
+        """
+        if getattr(engine.state, "distillation_handler", None) is not None:
+            raise ValueError(
+                "`engine` must have one DistillationHandler, got a second; put all losses into one handler, `loss` takes "
+                "a list. Several teachers (one for each organ group, say) become one network that runs them and joins "
+                "their outputs along the channels, each with taps below its name."
+            )
+        engine.state.distillation_handler = self
         engine.register_events(*DistillationEvents)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_STARTED, self._open_taps)
@@ -95,10 +121,13 @@ class DistillationHandler:
 
     def _start(self, engine: SupervisedTrainer) -> None:
         self._finish(engine)                                       # hooks of a run that broke off
+        self._running = engine
+        self._view.start()
         state = engine.state
         state.distill_weights = dict(self.weights)
         state.distill_factors = dict.fromkeys(self.weights, 1.0)
         state.distillation = {"mode": "supervised", "teacher": None, "teacher_sha256": None}
+        state.distill_modules = []
         self._sums = {}
         if not distils(self.weights):
             logger.info("All distillation weights are 0: plain supervised training.")
@@ -106,36 +135,49 @@ class DistillationHandler:
         if self.teacher.is_missing and self.teacher.may_be_missing:
             self.teacher.allow_missing()
             return
-        self._network = self.teacher.load(state.device)
+        active = [loss for loss in self.losses if any(self.weights[term] for term in loss.terms)]
+        check_optimizer(engine.optimizer, engine.network, active)
+        heads = {f"the loss {type(loss).__name__}": loss for loss in active}
+        self._network = self.teacher.load(state.device, apart_from={"the student": engine.network, **heads})
         if self.check is not None:
             self.check(self._network)
-        pairs = self._activate_losses(state.device)
+        pairs = self._activate_losses(active, state.device)
         self._taps = (
             FeatureTaps(engine.network, [student for student, _ in pairs], "student"),
             FeatureTaps(self._network, [teacher for _, teacher in pairs], "teacher"),
         )
+        state.distill_modules = with_state(active)
         path, sha256 = self.teacher.path, self.teacher.file_sha256
         state.distillation = {"mode": "distilled", "teacher": path and str(path), "teacher_sha256": sha256}
 
-    def _activate_losses(self, device: torch.device) -> list[TapPair]:
+    def _activate_losses(self, active: Sequence[DistillationLoss], device: torch.device) -> list[TapPair]:
         """Ready the losses that have a weight, and collect the taps that they read."""
-        active = [loss for loss in self.losses if any(self.weights[term] for term in loss.terms)]
         for loss in active:
             loss.activate(term for term in loss.terms if self.weights[term])
             loss.to(device).train()
         self._callables = [_distributed(loss, device) for loss in active]
+        self._main = tuple(MainOutput(f"The {role}", _WAY_OUT) for role in ("student", "teacher"))
+        self._terms = TermCheck(term for loss in active for term in loss.active_terms)
         return [pair for loss in active for pair in loss.tap_pairs]
 
     def _open_taps(self, engine: SupervisedTrainer) -> None:
+        if self._running is not engine:
+            raise RuntimeError(
+                "The DistillationHandler must belong to one run at a time, got a trainer whose handler another one has "
+                "started in the meantime, so that this one would no longer distil; give each trainer its own handler."
+            )
         if self._taps is not None:
             self._taps[0].open()
+            self._view.remember(engine.state.batch)
 
     def _run_teacher(self, engine: SupervisedTrainer) -> None:
         if self._taps is None or self._network is None:
             return
+        output = engine.state.output
         student = self._taps[0].close()
-        student["pred"] = plain_tensor(engine.state.output["pred"])
-        image = plain_tensor(teacher_image(engine.state.batch, self.teacher_input)).to(
+        student["pred"] = self._main[0](output["pred"], output["image"].dim())
+        refuse_deaf(student)
+        image = plain_tensor(self._view.image(engine.state.batch, output["image"])).to(
             device=engine.state.device, dtype=self.teacher.dtype, non_blocking=engine.non_blocking
         )
         self._network.eval()
@@ -143,7 +185,7 @@ class DistillationHandler:
         with torch.no_grad(), cpu_autocast(engine):
             pred = self._network(image)
         teacher = self._taps[1].close()
-        teacher["pred"] = plain_tensor(pred)
+        teacher["pred"] = self._main[1](pred, image.dim())
         engine.state.student, engine.state.teacher = student, teacher
         engine.fire_event(DistillationEvents.TEACHER_COMPLETED)
 
@@ -156,7 +198,9 @@ class DistillationHandler:
         label = plain_tensor(label) if isinstance(label, Tensor) else None
         parts: dict[str, Tensor] = {}
         for loss in self._callables:
-            for term, value in loss(engine.state.student, engine.state.teacher, label).items():
+            values = loss(engine.state.student, engine.state.teacher, label)
+            self._terms(values, unwrap(loss))
+            for term, value in values.items():
                 output[f"kd/{term}"] = value.detach()
                 parts[f"part/{term}"] = self.weights[term] * engine.state.distill_factors[term] * value
         output["loss"] = sum(parts.values(), output["loss"])
@@ -181,11 +225,12 @@ class DistillationHandler:
             engine.state.epoch, engine.state.max_epochs, mean["loss"], mean["supervised_loss"], terms,
         )
         self._sums = {}
+        self._terms.end_epoch()
 
     def _finish(self, engine: SupervisedTrainer) -> None:
         for taps in self._taps or ():
             taps.remove()
-        self._taps = self._network = None
+        self._taps = self._network = self._running = None
 
 
 def _resolve_weights(losses: Sequence[DistillationLoss], weights: Mapping[str, float] | None) -> dict[str, float]:

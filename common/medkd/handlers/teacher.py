@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from medkd.handlers.randomness import preserved_random_state
+from medkd.handlers.start_checks import refuse_shared
 from medkd.losses.base import distils
 from medkd.weights import load_tensors
 
-__all__ = ["Teacher", "teacher_image"]
+__all__ = ["Teacher", "TeacherView", "teacher_image"]
 
 _NESTED_KEYS = ("state_dict", "model", "network")
 logger = logging.getLogger(__name__)
@@ -79,16 +80,23 @@ class Teacher:
                 "No teacher at %s: this run fine-tunes the student with labels only, it does NOT distil.", self.path
             )
 
-    def load(self, device: torch.device | str = "cpu") -> nn.Module:
+    def load(
+        self, device: torch.device | str = "cpu", apart_from: Mapping[str, nn.Module] | None = None
+    ) -> nn.Module:
         """Build the network, load it strictly, freeze it and put it into eval mode on `device`.
+
+        Args:
+            device: where it runs.
+            apart_from: modules that are trained, by what to call them; the teacher must share no part with them.
 
         Raises:
             FileNotFoundError: the file is missing.
-            ValueError: other hash, not only tensors, or weights of another architecture.
+            ValueError: other hash, not only tensors, weights of another architecture, or a part that is shared.
         """
         self._refuse_missing()
         with preserved_random_state():
             network = self._network if isinstance(self._network, nn.Module) else self._network()
+        refuse_shared(network, apart_from or {})                   # before anything is loaded into it or frozen
         if self.path is not None:
             self._check_hash(self.path)
             _load_strictly(network, load_tensors(self.path), self.path)
@@ -128,6 +136,65 @@ def teacher_image(batch: Any, key: str) -> Tensor:
             f"`teacher_input` must be the key of images, got {key!r} with {image!r:.80}; load it in transforms."
         )
     return image
+
+
+class TeacherView:
+    """What the teacher sees of each training step: for `image` what the student's network was given.
+
+    With another key the teacher has an image of its own, which `prepare_batch` does not know: if it changes the
+    student's `image` (augmentation on the device), the two would see different things, and that is refused. It is
+    looked at in every step as long as that is free, and by the values in the first steps of a run.
+
+    Args:
+        key: `teacher_input` of the config.
+        steps: how many steps are looked at by their values where the image was moved to another device.
+    """
+
+    def __init__(self, key: str, steps: int = 8) -> None:
+        self.key = key
+        self.steps = steps
+        self._looked = 0
+        self._before: tuple[Tensor, int] | None = None
+
+    def start(self) -> None:
+        """Begin a run."""
+        self._looked, self._before = 0, None
+
+    def remember(self, batch: Any) -> None:
+        """Keep what the loader gave, before `prepare_batch` sees it."""
+        image = batch.get("image") if isinstance(batch, Mapping) and self.key != "image" else None
+        self._before = (image, image._version) if isinstance(image, Tensor) and not image.is_inference() else None
+
+    def image(self, batch: Any, given: Any) -> Tensor:
+        """The teacher's image.
+
+        Args:
+            batch: of the data loader.
+            given: what `prepare_batch` made of `image` for the student.
+
+        Raises:
+            KeyError, TypeError: as `teacher_image`.
+            ValueError: `prepare_batch` changes the student's image.
+        """
+        if self.key == "image":
+            return teacher_image({"image": given}, "image")
+        image = teacher_image(batch, self.key)
+        before, self._before = self._before, None
+        if before is not None and isinstance(given, Tensor) and self._is_changed(*before, given):
+            raise ValueError(
+                f"`prepare_batch` must leave the image as the loader gave it when `teacher_input` is {self.key!r}, got "
+                "another one: the teacher would not see what the student sees. Augment in the transforms, with both "
+                "keys, or take `teacher_input` 'image', for which the teacher sees what the network was given."
+            )
+        return image
+
+    def _is_changed(self, before: Tensor, version: int, given: Tensor) -> bool:
+        if before._version != version or before.shape != given.shape:
+            return True
+        if before.data_ptr() == given.data_ptr() and before.stride() == given.stride():
+            return False
+        self._looked += 1
+        return self._looked <= self.steps and not torch.equal(before.to(given).as_subclass(Tensor), given)
 
 
 def _load_strictly(network: nn.Module, content: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from medkd.checks import suggest
 from medkd.handlers.randomness import preserved_random_state
 from medkd.handlers.teacher import teacher_image
+from medkd.outputs import MainOutput
 
 __all__ = ["CheckMode", "TeacherCheck"]
 
@@ -67,13 +68,21 @@ class TeacherCheck:
         prepare_batch = self.validator.prepare_batch
 
         def prepare(batch: Any, *args: Any, **options: Any) -> Any:
-            image = teacher_image(batch, self.teacher_input)
-            return prepare_batch({**batch, "image": image}, *args, **options)
+            if self.teacher_input != "image":
+                batch = {**batch, "image": teacher_image(batch, self.teacher_input)}
+            return prepare_batch(batch, *args, **options)
 
         with preserved_random_state(), _replaced(self.validator, prepare_batch=prepare):
             logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
             channels: list[int] = []
-            hook = teacher.register_forward_hook(lambda _net, _inputs, pred: channels.append(pred.shape[1]))
+            main = MainOutput("The teacher", "wrap it so that `forward` returns the prediction alone")
+
+            def take_main(_network: nn.Module, inputs: Any, output: Any) -> Tensor:
+                pred = main(output, inputs[0].dim() if inputs else None)
+                channels.append(pred.shape[1])
+                return output if isinstance(output, Tensor) and not output.is_inference() else pred
+
+            hook = teacher.register_forward_hook(take_main)
             try:
                 value = self._validate(teacher)
             finally:
