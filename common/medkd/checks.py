@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
-__all__ = ["check_label", "check_maps", "check_same_grid", "suggest"]
+__all__ = ["check_classes", "check_label", "check_maps", "check_same_grid", "suggest"]
 
 
 def check_maps(name: str, value: Tensor) -> None:
@@ -26,6 +26,16 @@ def check_label(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"`{name}` must have shape (B, 1, *S) with B = {like.shape[0]} and {like.dim() - 2} spatial axes, "
             f"got {tuple(value.shape)}; add a channel axis or use class indices instead of one-hot maps."
+        )
+
+
+def check_classes(name: str, value: Tensor, classes: int) -> None:
+    """Raise `ValueError` unless every label is a class below `classes` or negative, which means ignored."""
+    largest = int(value.max()) if value.numel() else 0
+    if largest >= classes:
+        raise ValueError(
+            f"`{name}` must be class indices below {classes}, the network's channels, or negative where a voxel is to be "
+            f"ignored, got {largest}; if that stands for unknown voxels (255 often does), map it to -1."
         )
 
 

@@ -88,7 +88,7 @@ def affinity_distance(
     teacher: Tensor,
     label: Tensor | None = None,
     lengths: Sequence[int] = (1, 2, 4),
-    ignore: int = 255,
+    ignore: int = -1,
     divergence: str = "squared",
 ) -> Tensor:
     """Balanced mean of (a^S - a^T)^2 with a = 1 - maximum on the path, by slices and autograd; a scalar.
@@ -138,7 +138,7 @@ def affinity_distance_by_loops(
     teacher: np.ndarray,
     label: np.ndarray | None = None,
     lengths: Sequence[int] = (1, 2, 4),
-    ignore: int = 255,
+    ignore: int = -1,
 ) -> float:
     """The same for maps (B, *S), one pair at a time."""
     sums: dict[bool, list[float]] = {True: [], False: []}
@@ -169,7 +169,7 @@ def majority_label(label: Tensor, grid: Sequence[int], classes: int) -> Tensor:
 
 
 def majority_label_by_loops(
-    label: np.ndarray, grid: Sequence[int], ignore: int = 255
+    label: np.ndarray, grid: Sequence[int], ignore: int = -1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Majority and valid share of one sample, (*S) -> (*grid); a voxel i belongs to cell floor(i * grid / size)."""
     winner = np.full(tuple(grid), ignore)

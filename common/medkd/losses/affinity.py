@@ -17,6 +17,7 @@ from medkd.ops.embedding import (
     pairs_of_background,
     weighted_targets,
 )
+from medkd.ops.ignored import ignored_voxels
 from medkd.ops.instances import instance_numbers
 
 __all__ = ["AffinityLoss"]
@@ -40,7 +41,8 @@ class AffinityLoss(nn.Module):
             background.
 
     Shape:
-        embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background. Result: a scalar, float32.
+        embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background, negative is ignored: pairs with
+        such a voxel do not count, and means are over what is left. Result: a scalar, float32.
 
     Raises:
         ValueError: unknown option, offsets of another rank than the embeddings, labels that are not whole numbers.
@@ -86,11 +88,14 @@ class AffinityLoss(nn.Module):
             weight, target = weighted_targets(numbers, self.offsets, self.background, self.balance)
             loss = (weight * (affinity - target).square()).sum()
             if self.background_weight:
-                loss = loss + self.background_weight * _off_axis(embeddings, numbers == 0)
+                loss = loss + self.background_weight * _off_axis(embeddings, numbers)
             return loss
 
 
-def _off_axis(embeddings: Tensor, is_background: Tensor) -> Tensor:
+def _off_axis(embeddings: Tensor, numbers: Tensor) -> Tensor:
     """Mean squared difference of the cosine with the first axis from 1 on background, else from 0."""
     cosine = background_cosine(embeddings)                         # (B, 1, *S)
-    return (cosine - is_background.to(cosine)).square().mean()
+    squares = (cosine - (numbers == 0).to(cosine)).square()
+    if (ignored := ignored_voxels(numbers)) is None:
+        return squares.mean()
+    return squares.masked_fill(ignored, 0.0).sum() / (~ignored).sum().clamp(min=1)

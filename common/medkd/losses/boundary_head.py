@@ -127,10 +127,10 @@ class PairLabelLoss(nn.Module):
 
     Args:
         pair_lengths: path lengths in cells of the boundary's grid.
-        ignore_label: label of voxels that do not count.
+        ignore_label: one more label that does not count, besides negative ones, which never do; None for no other.
     """
 
-    def __init__(self, pair_lengths: Sequence[int] = (1, 2, 4), ignore_label: int = 255) -> None:
+    def __init__(self, pair_lengths: Sequence[int] = (1, 2, 4), ignore_label: int | None = None) -> None:
         super().__init__()
         self.pair_lengths = tuple(pair_lengths)
         self.ignore_label = ignore_label

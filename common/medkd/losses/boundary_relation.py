@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.checks import check_label, check_maps
 from medkd.losses.base import DistillationLoss, tap_pairs
 from medkd.losses.boundary_head import BoundaryHead, TeacherHead
+from medkd.losses.predictions import Predictions
 from medkd.ops.affinity import AffinityDivergence, affinity_distance, feature_contrast
 from medkd.ops.border import border_auc
 from medkd.ops.graph import (
@@ -24,8 +24,9 @@ from medkd.ops.graph import (
     softmax_relation_distance,
     unit_vectors,
 )
+from medkd.ops.ignored import IGNORED
+from medkd.ops.prediction import Activation, TeacherOutput, hard_labels, probabilities
 from medkd.ops.resample import majority_label, pool_average, pool_or_interpolate
-from medkd.ops.voxel_weight import two_class_logits
 
 __all__ = ["BoundaryMap", "BoundaryRelationLoss", "RelationBalance", "boundary_grid"]
 
@@ -84,7 +85,11 @@ class BoundaryRelationLoss(DistillationLoss):
         min_boundary_auc: the teacher's boundary map is compared with the borders of the labels in the first batches
             (area under the ROC curve), and a value below 0.6 is a warning: it teaches wrong boundaries. Below this
             argument training stops; 0 never stops.
-        ignore_label: label of voxels that do not count.
+        ignore_label: one more label that does not count, besides negative ones, which never do; None for no other.
+        activation: `sigmoid` when `pred` has regions that overlap; a combination of regions is then a class, and the
+            label may have a channel for each region, (B, K, *S). See `SoftLabelLoss`.
+        teacher_output: `logits`, or `probabilities`; matters where the teacher's prediction is read: without labels,
+            and for the map `prob`.
 
     Raises:
         ValueError: unknown preset, map or balance, no tap, no heads for `head`; a label of another shape than the
@@ -118,7 +123,9 @@ class BoundaryRelationLoss(DistillationLoss):
         relation_cells: int | None = None,
         relation_balance: RelationBalance | None = None,
         min_boundary_auc: float = 0.6,
-        ignore_label: int = 255,
+        ignore_label: int | None = None,
+        activation: Activation = "softmax",
+        teacher_output: TeacherOutput = "logits",
     ) -> None:
         if preset not in _PRESETS:
             raise ValueError(f"`preset` must be one of {list(_PRESETS)}, got {preset!r}.")
@@ -141,6 +148,8 @@ class BoundaryRelationLoss(DistillationLoss):
         self.pair_lengths = tuple(pair_lengths)
         self.boundary_cells = boundary_cells
         self.ignore_label = ignore_label
+        self.activation: Activation = activation
+        self._predictions = Predictions(activation, teacher_output)
         self.head = None if heads is None else heads[0]
         self.teacher_head = None if heads is None else heads[1]
         self._frozen_head: list[BoundaryHead] = []                 # a list keeps it out of optimizer and checkpoint
@@ -167,8 +176,8 @@ class BoundaryRelationLoss(DistillationLoss):
     ) -> dict[str, Tensor]:
         """Give `boundary` and `relation`; without labels the teacher's prediction takes their place as weights."""
         if label is None:
-            label = two_class_logits(teacher["pred"]).max(dim=1, keepdim=True).indices
-        check_label("label", label, student["pred"])
+            label = hard_labels(self._predictions.teacher(teacher["pred"]), self.activation)
+        label = self._classes(label, student["pred"])
         terms = {}
         if "boundary" in self.active_terms:
             terms["boundary"] = self._boundary(student, teacher, label)
@@ -177,19 +186,27 @@ class BoundaryRelationLoss(DistillationLoss):
             terms["relation"] = torch.stack(values).mean()
         return terms
 
+    def _classes(self, label: Tensor, pred: Tensor) -> Tensor:
+        if self.ignore_label is not None:
+            label = label.long().masked_fill(label == self.ignore_label, IGNORED)
+        label = self._predictions.classes(label, pred)
+        check_label("label", label, pred)
+        return label
+
     def _boundary(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor) -> Tensor:
         mine, other = self._levels(student, 0), self._levels(teacher, 1)
         grid = boundary_grid(mine, self.boundary_cells)
-        labels, _ = majority_label(label, grid, self.ignore_label)
+        labels, _ = majority_label(label, grid)
         with torch.no_grad():
             target = _boundary_map(other, grid, self._load_teacher_head(other[0].device))   # (B, 1, *grid)
-        self._check(target, labels, self.ignore_label)
+        self._check(target, labels)
         boundary = _boundary_map(mine, grid, self.head)
-        return affinity_distance(boundary, target, labels, self.pair_lengths, self.ignore_label, self.divergence)
+        return affinity_distance(boundary, target, labels, self.pair_lengths, divergence=self.divergence)
 
     def _levels(self, maps: Mapping[str, Tensor], role: int) -> list[Tensor]:
         if self.boundary_map == "prob":
-            return [F.softmax(two_class_logits(maps["pred"]), dim=1).clamp(min=1e-12).sqrt()]
+            read = self._predictions.teacher if role else self._predictions.student
+            return [probabilities(read(maps["pred"]), self.activation).clamp(min=1e-12).sqrt()]
         return [maps[pair[role]] for pair in self.boundary_pairs]
 
     def _relation(self, student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
@@ -202,7 +219,7 @@ class BoundaryRelationLoss(DistillationLoss):
                 "Relation taps of %s cells are average-pooled to %s: `relation_cells` is %d.",
                 *("x".join(map(str, one)) for one in (shared, grid)), self.relation_cells,
             )
-        labels, share = majority_label(label, grid, self.ignore_label)
+        labels, share = majority_label(label, grid)
         valid = share.flatten(1) >= 0.5
         weight = class_balance_weight(labels.flatten(1), valid, self.relation_balance == "class")
         return self.relation_distance(_nodes(student, grid), _nodes(teacher, grid), weight).mean().to(student.dtype)
@@ -216,10 +233,10 @@ class _BoundaryCheck:
         self.batches = batches
         self.values: list[float] = []
 
-    def __call__(self, boundary: Tensor, label: Tensor, ignore: int) -> None:
+    def __call__(self, boundary: Tensor, label: Tensor) -> None:
         if len(self.values) == self.batches:
             return
-        value = border_auc(boundary, label, ignore)
+        value = border_auc(boundary, label)
         if math.isnan(value):
             return                                                 # no border in this batch
         self.values.append(value)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from medkd.checks import check_maps
 from medkd.losses.base import DistillationLoss, pointwise_convolution, tap_pairs
+from medkd.losses.predictions import Predictions
+from medkd.ops.ignored import ignored_voxels
+from medkd.ops.prediction import Activation, TeacherOutput
 from medkd.ops.resample import pool_average
 from medkd.ops.voxel_weight import VoxelWeighting, voxel_weight
 
@@ -30,6 +33,10 @@ class HintLoss(DistillationLoss):
         weighting: `uniform`, as published, or `foreground`: voxels by the teacher's foreground probability, averaged
             over the block that a feature voxel stands for (ours).
         seed: of the projector's first values.
+        activation: what the teacher's prediction is read with under `foreground`, as in `SoftLabelLoss`.
+        teacher_output: likewise.
+
+    Voxels with a negative label are ignored: a feature voxel weighs as much as the part of its block that is not.
 
     Raises:
         ValueError: as many `channels` as `taps` are needed; features of other channel numbers than promised.
@@ -48,13 +55,15 @@ class HintLoss(DistillationLoss):
 
     terms = ("features",)
 
-    def __init__(
+    def __init__(   # noqa: PLR0913 - options of a config, each with a default
         self,
         taps: Sequence[str | Sequence[str]],
         channels: Sequence[Sequence[int]],
         spatial_dims: int = 3,
         weighting: VoxelWeighting = "uniform",
         seed: int = 0,
+        activation: Activation = "softmax",
+        teacher_output: TeacherOutput = "logits",
     ) -> None:
         super().__init__(tap_pairs(taps, "taps"))
         if len(channels) != len(self.tap_pairs) or any(len(pair) != 2 for pair in channels):
@@ -66,6 +75,8 @@ class HintLoss(DistillationLoss):
         if spatial_dims not in (2, 3):
             raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims}.")
         self.weighting: VoxelWeighting = weighting
+        self.activation: Activation = activation
+        self._predictions = Predictions(activation, teacher_output)
         self.preset_weights = {"features": 1.0}
         generator = torch.Generator().manual_seed(seed)
         self.projectors = nn.ModuleList(
@@ -75,10 +86,11 @@ class HintLoss(DistillationLoss):
     def compute_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
     ) -> dict[str, Tensor]:
-        """Give `features`; the labels are not used."""
+        """Give `features`; the labels tell which voxels are ignored."""
         if "features" not in self.active_terms:
             return {}
-        weight = voxel_weight(teacher["pred"], self.weighting)
+        pred = teacher["pred"] if self.weighting == "uniform" else self._predictions.teacher(teacher["pred"])
+        weight = voxel_weight(pred, self.weighting, activation=self.activation, ignored=ignored_voxels(label))
         errors = [
             self._error(cast(nn.Conv3d, projector), student[s], teacher[t], weight, (s, t))
             for projector, (s, t) in zip(self.projectors, self.tap_pairs, strict=True)

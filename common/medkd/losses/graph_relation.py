@@ -16,11 +16,13 @@ from medkd.ops.embedding import (
     AffinityBalance,
     background_cosine,
     offset_affinity,
+    pair_mask,
     pairs_of_background,
     pooled_directions,
     weighted_targets,
 )
 from medkd.ops.graph import unit_vectors
+from medkd.ops.ignored import ignored_voxels
 from medkd.ops.instances import (
     consecutive_labels,
     instance_numbers,
@@ -64,7 +66,8 @@ class _Level:
 class GraphRelationLoss(DistillationLoss):
     """Distil the graph of instances and the affinities of embeddings, within images and across them.
 
-    `pred` of both networks is an embedding map (B, C, *S) of the same C; the label holds instance numbers.
+    `pred` of both networks is an embedding map (B, C, *S) of the same C; the label holds instance numbers, 0 is
+    background. Voxels with a negative label are ignored by all terms.
 
     * `node`: distance of the mean embeddings of each instance.
     * `edge`: squared difference of the cosines of all pairs of these nodes.
@@ -167,9 +170,10 @@ class GraphRelationLoss(DistillationLoss):
         _check_embeddings(mine, other)
         label = mine.new_zeros(len(mine), 1, *mine.shape[2:]) if label is None else label
         numbers = _small(instance_numbers(label, mine, self.widen))
+        ignored = ignored_voxels(numbers)
         values = {term: mine.new_zeros(()) for term in self.terms if term in self.active_terms}
         graph = self._within(values, mine, other, numbers, mine, None)
-        self._across(values, mine, other, graph)
+        self._across(values, mine, other, graph, ignored)
         for level, projection in zip(self.levels, self.projections, strict=True):
             self._at_level(values, student[level.taps[0]], teacher[level.taps[1]], numbers, level, projection)
         return values
@@ -199,7 +203,7 @@ class GraphRelationLoss(DistillationLoss):
             squares = (offset_affinity(mine, self.offsets) - offset_affinity(other, self.offsets)).square()
             values["affinity"] = values["affinity"] + self._mean_over_pairs(squares, numbers, level)
             if self.background_weight and level is None:
-                axis = (background_cosine(mine) - background_cosine(other)).square().mean()
+                axis = _mean(ignored_voxels(numbers), (background_cosine(mine) - background_cosine(other)).square())
                 values["affinity"] = values["affinity"] + self.background_weight * axis
         needs_graph = {"node", "edge"} if level is not None else {"node", "edge", "inter_edge"}
         if not needs_graph & values.keys():
@@ -219,6 +223,8 @@ class GraphRelationLoss(DistillationLoss):
     def _mean_over_pairs(self, squares: Tensor, numbers: Tensor, level: _Level | None) -> Tensor:
         """Sum over offsets of means over voxels of (B, O, *S)."""
         if self.balance == "none" or level is not None:
+            if (ignored := ignored_voxels(numbers)) is not None:
+                return (pair_mask(ignored, self.offsets) * squares).sum() / (~ignored).sum().clamp(min=1)
             return squares.sum() / (len(squares) * squares[0, 0].numel())
         background = pairs_of_background(squares.dim() - 2)
         return (weighted_targets(numbers, self.offsets, background, self.balance)[0] * squares).sum()
@@ -230,20 +236,25 @@ class GraphRelationLoss(DistillationLoss):
         lengths: Tensor = torch.linalg.vector_norm(difference, dim=2)
         return lengths.sum(1)
 
-    def _across(self, values: dict[str, Tensor], mine: Tensor, other: Tensor, graph: _Graph | None) -> None:
+    def _across(
+        self, values: dict[str, Tensor], mine: Tensor, other: Tensor, graph: _Graph | None, ignored: Tensor | None
+    ) -> None:
         """Add the terms across images, and keep this batch for later ones."""
         if not {"inter_edge", "inter_affinity"} & values.keys():
             return
         voxel_moment, node_moment = self.bank.draw()
         blank = other.new_zeros(len(other), other.shape[1], other.shape[1])
         moments, has_nodes = [blank, blank], torch.zeros(len(other), dtype=torch.bool, device=other.device)
+        scale = None if ignored is None else _block_scale(ignored, self.pooling)
         if "inter_affinity" in values:
             with torch.no_grad():
-                directions = pooled_directions(other, self.pooling)              # (B, N, C)
+                directions = pooled_directions(other, self.pooling, ignored)     # (B, N, C)
                 moments[0] = second_moment(directions)
+                moments[0] = moments[0] if scale is None else moments[0] * scale.reshape(-1, 1, 1)
             if voxel_moment is not None:
-                own = pooled_directions(mine, self.pooling)
-                values["inter_affinity"] = moment_distance(own, directions, voxel_moment).mean()
+                own = pooled_directions(mine, self.pooling, ignored)
+                distance = moment_distance(own, directions, voxel_moment)
+                values["inter_affinity"] = (distance if scale is None else distance * scale).mean()
         if "inter_edge" in values and graph is not None:
             units = unit_vectors(graph.teacher, dim=2)
             count = graph.present.sum(1)
@@ -253,7 +264,8 @@ class GraphRelationLoss(DistillationLoss):
                 distance = moment_distance(unit_vectors(graph.student, dim=2), units, node_moment)
                 values["inter_edge"] = (distance * padding).mean()
         if self.training:
-            self.bank.enqueue(moments[0], moments[1], has_nodes)
+            kept = slice(None) if scale is None else scale > 0     # an image of ignored voxels alone is none
+            self.bank.enqueue(moments[0][kept], moments[1][kept], has_nodes[kept])
 
 
 @dataclass(frozen=True)
@@ -287,7 +299,21 @@ def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
 
 def _small(numbers: Tensor) -> Tensor:
     """The same instances with numbers that are small enough to index nodes by."""
-    return consecutive_labels(numbers) if int(numbers.max()) > _MANY or int(numbers.min()) < 0 else numbers
+    return consecutive_labels(numbers) if int(numbers.max()) > _MANY else numbers
+
+
+def _mean(ignored: Tensor | None, squares: Tensor) -> Tensor:
+    if ignored is None:
+        return squares.mean()
+    return squares.masked_fill(ignored, 0.0).sum() / (~ignored).sum().clamp(min=1)
+
+
+def _block_scale(ignored: Tensor, pooling: Sequence[int]) -> Tensor:
+    """What makes a mean over all blocks of a sample, (B,), one over those with a voxel that counts; 0 without any."""
+    ones = (~ignored).float()
+    counted = pooled_directions(ones, pooling, ignored)[..., 0] > 0              # (B, N)
+    found = counted.sum(1)
+    return torch.where(found > 0, counted.shape[1] / found.clamp(min=1), 0.0)
 
 
 def _overlap(

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from medkd.checks import check_maps, check_same_grid
 from medkd.losses.base import DistillationLoss
-from medkd.ops.voxel_weight import VoxelWeighting, two_class_logits, voxel_weight
+from medkd.losses.predictions import Predictions
+from medkd.ops.ignored import ignored_voxels
+from medkd.ops.prediction import Activation, TeacherOutput, log_probabilities
+from medkd.ops.voxel_weight import VoxelWeighting, voxel_weight
 
 __all__ = ["SoftLabelLoss"]
 
@@ -20,16 +23,21 @@ class SoftLabelLoss(DistillationLoss):
     """Kullback-Leibler divergence from the student's to the teacher's softened class probabilities.
 
     `T^2 * sum_v w_v KL(softmax(z^T_v / T) || softmax(z^S_v / T)) / sum_v w_v`; the factor T^2 keeps the gradient's
-    size when T changes.
+    size when T changes. Voxels with a negative label are ignored. With `sigmoid`, for regions that overlap, it is the
+    sum over regions of the divergences of two coins that show a voxel to be in the region, softened likewise.
 
     Args:
         temperature: T, softens both distributions; above 0.
         weighting: `uniform`, as published, or `foreground`: by the teacher's foreground probability (ours; in CT
             the foreground is under 1 % of the voxels, and uniform weighting teaches air).
         floor: weight added to every voxel under `foreground`.
+        activation: `softmax` for one class per voxel (one channel is a sigmoid output), or `sigmoid` for regions.
+        teacher_output: `logits`, or `probabilities` of a teacher that ends in that activation; these are softened to
+            p^(1/T), scaled to sum to 1. Outputs that are not what this says are refused in the first batches.
 
     Raises:
-        ValueError: wrong temperature, weighting or floor; student and teacher of different grids or classes.
+        ValueError: unknown option or wrong number; student and teacher of different grids or classes; probabilities in
+            the place of logits, or the other way round; a label that is no class.
 
     Reference:
         Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
@@ -48,7 +56,8 @@ class SoftLabelLoss(DistillationLoss):
     terms = ("logits",)
 
     def __init__(
-        self, temperature: float = 2.0, weighting: VoxelWeighting = "uniform", floor: float = 0.02
+        self, temperature: float = 2.0, weighting: VoxelWeighting = "uniform", floor: float = 0.02,
+        activation: Activation = "softmax", teacher_output: TeacherOutput = "logits",
     ) -> None:
         super().__init__()
         if temperature <= 0 or floor < 0:
@@ -58,12 +67,14 @@ class SoftLabelLoss(DistillationLoss):
         self.temperature = temperature
         self.weighting: VoxelWeighting = weighting
         self.floor = floor
+        self.activation: Activation = activation
+        self._predictions = Predictions(activation, teacher_output)
         self.preset_weights = {"logits": 1.0}
 
     def compute_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
     ) -> dict[str, Tensor]:
-        """Give `logits`; the labels are not used."""
+        """Give `logits`; the labels tell which voxels are ignored."""
         if "logits" not in self.active_terms:
             return {}
         mine, other = student["pred"], teacher["pred"]
@@ -73,8 +84,12 @@ class SoftLabelLoss(DistillationLoss):
             raise ValueError(
                 f"`student['pred']` must have the teacher's {other.shape[1]} classes, got {mine.shape[1]}."
             )
-        soft_student = F.log_softmax(two_class_logits(mine) / self.temperature, dim=1)
-        soft_teacher = F.log_softmax(two_class_logits(other) / self.temperature, dim=1)
+        mine, other = self._predictions.student(mine), self._predictions.teacher(other)
+        if label is not None and label.shape[1] == 1:
+            self._predictions.classes(label, mine)
+        soft_student = log_probabilities(mine / self.temperature, self.activation)
+        soft_teacher = log_probabilities(other / self.temperature, self.activation)
         divergence = F.kl_div(soft_student, soft_teacher, reduction="none", log_target=True).sum(1, keepdim=True)
-        weight = voxel_weight(other, self.weighting, self.floor)   # (B, 1, *S), mean 1
+        ignored = ignored_voxels(label)
+        weight = voxel_weight(other, self.weighting, self.floor, self.activation, ignored)   # (B, 1, *S), mean 1
         return {"logits": self.temperature**2 * (weight * divergence).mean()}

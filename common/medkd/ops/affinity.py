@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_label, check_maps, check_same_grid
+from medkd.ops.ignored import is_ignored
 from medkd.ops.precision import at_least_float32
 
 __all__ = ["AffinityDivergence", "affinity_distance", "feature_contrast", "half_directions", "path_affinity"]
@@ -210,7 +211,7 @@ def affinity_distance(
     teacher: Tensor,
     label: Tensor | None = None,
     lengths: Sequence[int] = (1, 2, 4),
-    ignore: int = 255,
+    ignore: int | None = None,
     divergence: AffinityDivergence = "squared",
 ) -> Tensor:
     """Difference of two networks' pair affinities, balanced between crossing and other pairs.
@@ -226,7 +227,7 @@ def affinity_distance(
         teacher: boundary map, same shape; never receives a gradient.
         label: class indices on the same grid, shape (B, 1, *S), whole numbers; None averages over all pairs.
         lengths: ascending path lengths, in voxels.
-        ignore: label of voxels that do not count.
+        ignore: one more label that does not count, besides negative ones, which never do.
         divergence: of one pair: `squared`, (a_S - a_T)^2, or `binary_kl`, the Kullback-Leibler divergence of two coins
             that show a_T and a_S; affinities are then clamped to [1e-5, 1 - 1e-5], with no gradient beyond.
 
@@ -335,10 +336,12 @@ class _PairWeights:
         paths: the directions along which a pair fits, each with its longest length.
     """
 
-    def __init__(self, like: Tensor, label: Tensor | None, lengths: tuple[int, ...], ignore: int) -> None:
+    def __init__(self, like: Tensor, label: Tensor | None, lengths: tuple[int, ...], ignore: int | None) -> None:
         self.paths: list[tuple[tuple[int, ...], int]] = []
         self.kinds: dict[tuple[tuple[int, ...], int], Tensor] = {}
-        label = torch.full_like(like, ignore - 1) if label is None else label
+        unlabeled = label is None
+        label = torch.zeros_like(like) if label is None else label
+        ignored = is_ignored(label, None if unlabeled else ignore).flatten()
         label = label.to(torch.int16)
         same = crossing = torch.zeros((), dtype=torch.int64, device=like.device)
         for direction in half_directions(like.dim() - 2):
@@ -346,7 +349,7 @@ class _PairWeights:
             if not fitting:
                 continue
             self.paths.append((direction, fitting[-1]))
-            steps = _kinds_of_steps(label, direction, ignore)
+            steps = _kinds_of_steps(label, ignored, direction)
             longer = _running_maximum(steps, _stride(like, direction), fitting[-1] - 1)
             for length, kinds in enumerate(chain([steps], longer), start=1):
                 if length in fitting:
@@ -369,13 +372,12 @@ class _PairWeights:
 _SAME, _CROSSING, _NO_PAIR = 0, 1, 2                               # the maximum along a path decides
 
 
-def _kinds_of_steps(label: Tensor, direction: tuple[int, ...], ignore: int) -> Tensor:
+def _kinds_of_steps(label: Tensor, ignored: Tensor, direction: tuple[int, ...]) -> Tensor:
     """Kind of each single step of a direction, flat, uint8; no pair where it leaves the volume or is ignored."""
     stride = _stride(label, direction)
     leaves = torch.ones_like(label, dtype=torch.bool)
     _existing(leaves, direction, 1).fill_(False)
     flat = label.flatten()
-    ignored = flat == ignore
     dropped = leaves.flatten()[:-stride] | ignored[:-stride] | ignored[stride:]
     changes = flat[:-stride] != flat[stride:]
     return torch.maximum(changes.to(torch.uint8) * _CROSSING, dropped.to(torch.uint8) * _NO_PAIR)

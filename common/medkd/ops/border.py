@@ -10,12 +10,13 @@ from torch import Tensor
 
 from medkd.checks import check_label, check_maps, check_same_grid
 from medkd.ops.affinity import half_directions, path_affinity
+from medkd.ops.ignored import is_ignored
 
 __all__ = ["border_auc", "label_border", "pair_label_loss"]
 
 
 def pair_label_loss(
-    boundary: Tensor, label: Tensor, lengths: Sequence[int] = (1, 2, 4), ignore: int = 255, eps: float = 1e-5
+    boundary: Tensor, label: Tensor, lengths: Sequence[int] = (1, 2, 4), ignore: int | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Fit a boundary map to labels through pairs of voxels, without ever making a boundary map of the labels.
 
@@ -28,7 +29,7 @@ def pair_label_loss(
         boundary: shape (B, 1, *S), range [0, 1].
         label: class indices on the same grid, shape (B, 1, *S), 0 is background.
         lengths: path lengths in voxels.
-        ignore: label of voxels that do not count.
+        ignore: one more label that does not count, besides negative ones, which never do.
         eps: keeps the logarithm finite.
 
     Returns:
@@ -41,8 +42,8 @@ def pair_label_loss(
     check_maps("boundary", boundary)
     check_label("label", label, boundary)
     check_same_grid("boundary", boundary, "label", label)
+    ignored = is_ignored(label, ignore).to(boundary.dtype)
     label = label.to(boundary.dtype)
-    ignored = (label == ignore).to(boundary.dtype)
     sums, counts = boundary.new_zeros(3), boundary.new_zeros(3)
     for direction in half_directions(boundary.dim() - 2):
         for length in lengths:
@@ -60,12 +61,12 @@ def pair_label_loss(
     return loss
 
 
-def label_border(label: Tensor, ignore: int = 255) -> tuple[Tensor, Tensor]:
+def label_border(label: Tensor, ignore: int | None = None) -> tuple[Tensor, Tensor]:
     """Mark the voxels on both sides of a change of label: borders are two voxels thick.
 
     Args:
         label: class indices, shape (B, 1, *S).
-        ignore: label of voxels that do not count.
+        ignore: one more label that does not count, besides negative ones, which never do.
 
     Returns:
         Border and validity, bool, both of shape (B, 1, *S); a voxel is valid when it is not ignored.
@@ -76,23 +77,24 @@ def label_border(label: Tensor, ignore: int = 255) -> tuple[Tensor, Tensor]:
         [False, True, True, False, False]
     """
     border = torch.zeros_like(label, dtype=torch.bool)
-    valid = label != ignore
+    valid = ~is_ignored(label, ignore)
     for axis in range(2, label.dim()):
         low, high = (slice(None, -1), slice(1, None))
         first, second = (label.movedim(axis, 0)[part] for part in (low, high))
-        changes = (first != second) & (first != ignore) & (second != ignore)
+        count = valid.movedim(axis, 0)
+        changes = (first != second) & count[low] & count[high]
         for part in (low, high):
             border.movedim(axis, 0)[part] |= changes
     return border, valid
 
 
-def border_auc(boundary: Tensor, label: Tensor, ignore: int = 255) -> float:
+def border_auc(boundary: Tensor, label: Tensor, ignore: int | None = None) -> float:
     """Tell how well a boundary map separates the borders of a label map from all else: area under the ROC curve.
 
     Args:
         boundary: shape (B, 1, *S), any range.
         label: class indices on the same grid, shape (B, 1, *S).
-        ignore: label of voxels that do not count.
+        ignore: one more label that does not count, besides negative ones, which never do.
 
     Returns:
         1 is perfect, 0.5 is chance, below is inverted; ties count half. NaN without a border, or with nothing else.

@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from medkd.checks import check_maps
 from medkd.ops.graph import unit_vectors
+from medkd.ops.ignored import ignored_voxels
 from medkd.ops.precision import at_least_float32
 
 __all__ = [
     "AffinityBalance", "BackgroundPairs", "background_cosine", "label_affinity", "offset_affinity", "offset_mask",
-    "pairs_of_background", "pooled_directions", "target_balance_weight", "weighted_targets", "widen_borders",
+    "pair_mask", "pairs_of_background", "pooled_directions", "target_balance_weight", "weighted_targets", "widen_borders",
 ]
 
 AffinityBalance = Literal["sample", "channel", "none"]
@@ -103,13 +104,14 @@ def _inner_product(first: Tensor, second: Tensor) -> Tensor:
     return total
 
 
-def pooled_directions(embeddings: Tensor, cells: Sequence[int]) -> Tensor:
+def pooled_directions(embeddings: Tensor, cells: Sequence[int], ignored: Tensor | None = None) -> Tensor:
     """Unit embeddings, averaged over blocks of voxels and not scaled to length 1 again.
 
     Args:
         embeddings: shape (B, C, *S), floating; computed in at least float32.
         cells: voxels of a block along each axis of S; blocks at the far border are as large as what is left. All 1
             leaves the unit embeddings as they are.
+        ignored: voxels that are left out of the averages, shape (B, 1, *S), bool; a block of nothing else is 0.
 
     Returns:
         Shape (B, N, C), N the number of blocks. Kept for backward: a number per voxel.
@@ -130,7 +132,12 @@ def pooled_directions(embeddings: Tensor, cells: Sequence[int]) -> Tensor:
         raise ValueError(f"`cells` must be {embeddings.dim() - 2} numbers of voxels of at least 1, got {list(cells)}.")
     wide = at_least_float32(embeddings)
     block = tuple(min(pair) for pair in zip(block, wide.shape[2:], strict=True))
+    if ignored is not None:
+        wide = wide.masked_fill(ignored, 0.0)                      # of no length: no direction, no gradient
     pooled = _PooledDirections.apply(wide, block)   # type: ignore[no-untyped-call]
+    if ignored is not None:
+        share = _pool((~ignored).to(pooled), block)
+        pooled = torch.where(share > 0, pooled / share.clamp(min=1e-9), 0.0)
     return pooled.flatten(2).transpose(1, 2)   # type: ignore[no-any-return]
 
 
@@ -142,9 +149,7 @@ class _PooledDirections(torch.autograd.Function):
         inverse = _inverse_length(embeddings)
         ctx.save_for_backward(embeddings, inverse)
         ctx.block = block
-        unit = embeddings * inverse
-        pool = F.avg_pool2d if len(block) == 2 else F.avg_pool3d
-        return unit if max(block) == 1 else pool(unit, block, block, ceil_mode=True)
+        return _pool(embeddings * inverse, block)
 
     @staticmethod
     @once_differentiable
@@ -153,6 +158,12 @@ class _PooledDirections(torch.autograd.Function):
         pull = _spread(grad, embeddings.shape[2:], ctx.block)
         along = _inner_product(pull, embeddings).mul_(inverse.pow(3))
         return pull.mul_(inverse).addcmul_(embeddings, along, value=-1.0), None
+
+
+def _pool(maps: Tensor, block: tuple[int, ...]) -> Tensor:
+    """Averages over blocks; those at the far border are as large as what is left."""
+    pool = F.avg_pool2d if len(block) == 2 else F.avg_pool3d
+    return maps if max(block) == 1 else pool(maps, block, block, ceil_mode=True)
 
 
 def _spread(blocks: Tensor, size: Sequence[int], block: Sequence[int]) -> Tensor:
@@ -200,18 +211,41 @@ def offset_mask(size: Sequence[int], offsets: Sequence[Sequence[int]], device: t
     return mask
 
 
+def pair_mask(ignored: Tensor, offsets: Sequence[Sequence[int]]) -> Tensor:
+    """Tell which pairs (p, p + offset) lie inside and touch no ignored voxel.
+
+    Args:
+        ignored: shape (B, 1, *S), bool.
+        offsets: as in `offset_affinity`.
+
+    Returns:
+        Mask of shape (B, O, *S), bool, at the voxel p of each pair.
+
+    Example:
+        >>> pair_mask(torch.tensor([[[[False, True, False, False]]]]), [(0, -1)]).flatten().tolist()
+        [False, False, False, True]
+    """
+    steps = _check_offsets(offsets, ignored.dim() - 2)
+    mask = torch.zeros(len(ignored), len(steps), *ignored.shape[2:], dtype=torch.bool, device=ignored.device)
+    for channel, offset in enumerate(steps):
+        here, there = _pairs(ignored.shape[2:], offset)
+        _at(mask, here)[:, channel] = ~(_at(ignored, here) | _at(ignored, there))[:, 0]
+    return mask
+
+
 def label_affinity(
     label: Tensor, offsets: Sequence[Sequence[int]], background: BackgroundPairs = "same"
 ) -> Tensor:
     """Targets of `offset_affinity`: 1 where both voxels of a pair are of one instance.
 
     Args:
-        label: instance numbers, shape (B, 1, *S), integer of any size; 0 is background.
+        label: instance numbers, shape (B, 1, *S), integer of any size; 0 is background, negative is ignored.
         offsets: as in `offset_affinity`; every one is followed to its full length, along every axis.
         background: two voxels of background are the `same` object (2-D presets), or `different` (3-D presets).
 
     Returns:
-        Targets of shape (B, O, *S), float32, 0 or 1; 0 where p + offset lies outside.
+        Targets of shape (B, O, *S), float32, 0 or 1; 0 where p + offset lies outside or a voxel of the pair is ignored
+        (see `pair_mask`).
 
     Reference:
         Liu et al., arXiv 2401.06370; for offsets of several sections the released code takes the target of one section,
@@ -233,8 +267,8 @@ def label_affinity(
     for channel, offset in enumerate(steps):
         here, there = _pairs(size, offset)
         mine = _at(label, here)[:, 0]
-        is_same = mine == _at(label, there)[:, 0]
-        _at(target, here)[:, channel] = (is_same if background == "same" else is_same & (mine != 0)).float()
+        is_same = (mine == _at(label, there)[:, 0]) & (mine >= 0 if background == "same" else mine > 0)
+        _at(target, here)[:, channel] = is_same.float()
     return target
 
 
@@ -277,7 +311,7 @@ def weighted_targets(
     """Give the weights of pairs in L_aff, and their targets.
 
     Args:
-        numbers: instance numbers, shape (B, 1, *S), integer; 0 is background.
+        numbers: instance numbers, shape (B, 1, *S), integer; 0 is background, negative is ignored.
         offsets: as in `offset_affinity`.
         background: two voxels of background are the `same` object, or `different`.
         balance: weights of the rarer target by its share in the `sample` (2-D code), in each `channel` of it (3-D
@@ -286,14 +320,17 @@ def weighted_targets(
     Returns:
         Two tensors of shape (B, O, *S), float32. The sum of the weights times squared differences is the sum over
         offsets of means over images and voxels: all voxels in 2-D (pairs that leave the image add 0), the pairs inside
-        in 3-D, as in the code.
+        in 3-D, as in the code. Pairs that touch an ignored voxel weigh nothing, and means are over what is left of all
+        images together.
 
     Reference:
         Liu et al., arXiv 2401.06370, L_aff.
     """
     size = numbers.shape[2:]
-    mask = offset_mask(size, offsets, numbers.device)
     target = label_affinity(numbers, offsets, background)
+    if (ignored := ignored_voxels(numbers)) is not None:
+        return _weights_of_counted(ignored, target, offsets, balance), target
+    mask = offset_mask(size, offsets, numbers.device)
     weight = mask.expand_as(target).float()
     if balance == "sample":                                        # pairs that leave the image count as ones here
         weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
@@ -304,14 +341,29 @@ def weighted_targets(
     return weight / share.reshape(-1, *[1] * len(size)), target
 
 
+def _weights_of_counted(
+    ignored: Tensor, target: Tensor, offsets: Sequence[Sequence[int]], balance: AffinityBalance
+) -> Tensor:
+    """The weights where some voxels are ignored, as if what is left were the images."""
+    mask, counted = pair_mask(ignored, offsets), ~ignored
+    weight = mask.float()
+    if balance == "sample":
+        weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0), counted)
+    elif balance == "channel":
+        weight = weight * target_balance_weight(target, mask, per_channel=True)
+    rank = target.dim() - 2
+    total = mask.transpose(0, 1).flatten(1).sum(1) if rank == 3 else counted.sum()
+    return weight / total.clamp(min=1).reshape(-1, *[1] * rank)
+
+
 def widen_borders(label: Tensor) -> Tensor:
     """Make background of every voxel with two instances in the 3 x 3 window around it, section by section.
 
     Args:
-        label: instance numbers, shape (..., H, W), integer of any size; 0 is background.
+        label: instance numbers, shape (..., H, W), integer of any size; 0 is background, negative is ignored.
 
     Returns:
-        Same shape and type. Exact for every number, unlike pooling in floating point.
+        Same shape and type; ignored voxels stay and widen nothing. Exact for every number, unlike pooling in floating point.
 
     Reference:
         Widened borders of the EM targets in the code of arXiv 2401.06370.
@@ -322,7 +374,7 @@ def widen_borders(label: Tensor) -> Tensor:
     """
     largest = _in_window(label, torch.maximum)
     smallest = _in_window(torch.where(label > 0, label, torch.iinfo(label.dtype).max), torch.minimum)
-    return torch.where(largest == smallest, label, 0)
+    return torch.where((largest == smallest) | (label < 0), label, 0)
 
 
 def _in_window(values: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from medkd.checks import check_label, check_maps
 from medkd.ops.embedding import widen_borders
 from medkd.ops.graph import unit_vectors
+from medkd.ops.ignored import IGNORED
 from medkd.ops.precision import at_least_float32
 
 __all__ = [
@@ -17,7 +18,7 @@ __all__ = [
 
 
 def consecutive_labels(label: Tensor) -> Tensor:
-    """Number the instances of a batch 1 to K without gaps; 0, background, stays 0.
+    """Number the instances of a batch 1 to K without gaps; 0, background, stays 0, and negative, ignored, becomes -1.
 
     Args:
         label: any shape, integer of any size.
@@ -30,15 +31,15 @@ def consecutive_labels(label: Tensor) -> Tensor:
         [2, 0, 1, 2]
     """
     found, numbers = torch.unique(label, return_inverse=True)
-    places = numbers + 1 - ((label > 0) & (found == 0).any()).long()   # 0 takes a place before positive ids alone
-    return torch.where(label == 0, 0, places)
+    places = numbers + 1 - (found <= 0).sum()                      # 0 and what is ignored come before positive ids
+    return torch.where(label <= 0, label.long().clamp(min=IGNORED), places)
 
 
 def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor:
     """Instance numbers as integers.
 
     Args:
-        label: shape (B, 1, *S), whole numbers of any type, 0 is background; 16-bit floats are too coarse for numbers.
+        label: shape (B, 1, *S), whole numbers of any type, 0 is background, negative is ignored; 16-bit floats are too coarse for numbers.
         like: map of shape (B, C, *S).
         widen: see `widen_borders`.
 
@@ -68,7 +69,7 @@ def segment_mean(maps: Tensor, label: Tensor, background: bool = False) -> tuple
 
     Args:
         maps: shape (B, C, *S), floating; added up in at least float32.
-        label: instance numbers, shape (B, 1, *S), integer, small (see `consecutive_labels`).
+        label: instance numbers, shape (B, 1, *S), integer, small (see `consecutive_labels`); negative is ignored.
         background: whether label 0 is a node too.
 
     Returns:
@@ -88,6 +89,8 @@ def segment_mean(maps: Tensor, label: Tensor, background: bool = False) -> tuple
     wide = at_least_float32(maps)
     index = label.flatten(1).long()                                # (B, N)
     count = int(index.max()) + 1
+    if count < 1 or int(index.min()) < 0:
+        return _mean_of_counted(maps, label, max(count, 1), background)
     sums = wide.new_zeros(*wide.shape[:2], count)
     sums = sums.scatter_add(2, index.unsqueeze(1).expand(-1, wide.shape[1], -1), wide.flatten(2))   # (B, C, K)
     sizes = wide.new_zeros(len(wide), count).scatter_add_(1, index, wide.new_ones(index.shape))
@@ -96,6 +99,12 @@ def segment_mean(maps: Tensor, label: Tensor, background: bool = False) -> tuple
         present[:, 0] = False
     means = sums.transpose(1, 2) / sizes.clamp(min=1.0).unsqueeze(2)
     return torch.where(present.unsqueeze(2), means, 0.0), present
+
+
+def _mean_of_counted(maps: Tensor, label: Tensor, count: int, background: bool) -> tuple[Tensor, Tensor]:
+    """The same where some voxels are ignored: they make a node of their own, which is taken out."""
+    nodes, present = segment_mean(maps.masked_fill(label < 0, 0.0), label.where(label >= 0, count), background)
+    return nodes[:, :count], present[:, :count]
 
 
 def relation_edges(nodes: Tensor) -> Tensor:

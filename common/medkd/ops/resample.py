@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.checks import check_maps
+from medkd.ops.ignored import IGNORED, is_ignored
 
 __all__ = ["majority_label", "pool_average", "pool_or_interpolate"]
 
@@ -75,7 +76,7 @@ def pool_average(maps: Tensor, grid: Sequence[int]) -> Tensor:
     return F.adaptive_avg_pool3d(maps, grid) if len(grid) == 3 else F.adaptive_avg_pool2d(maps, grid)   # type: ignore[arg-type]
 
 
-def majority_label(label: Tensor, grid: Sequence[int], ignore: int = 255) -> tuple[Tensor, Tensor]:
+def majority_label(label: Tensor, grid: Sequence[int], ignore: int | None = None) -> tuple[Tensor, Tensor]:
     """Reduce a label map to a coarser grid by majority vote; ties go to the higher label.
 
     Ignored voxels do not vote, and a block without votes is ignored. Nearest-neighbor reduction would delete
@@ -85,10 +86,10 @@ def majority_label(label: Tensor, grid: Sequence[int], ignore: int = 255) -> tup
     Args:
         label: class indices, shape (B, 1, *S), any dtype that holds whole numbers.
         grid: spatial shape of the result.
-        ignore: label of voxels that do not count.
+        ignore: one more label that does not count, besides negative ones, which never do.
 
     Returns:
-        Labels of shape (B, 1, *grid), int64, `ignore` where no voxel voted; and the share of each block's voxels
+        Labels of shape (B, 1, *grid), int64, `ignore` (or -1) where no voxel voted; and the share of each block's voxels
         that are not ignored, same shape, float32.
     """
     label = label.long()
@@ -97,8 +98,8 @@ def majority_label(label: Tensor, grid: Sequence[int], ignore: int = 255) -> tup
     if finer != size:
         label = F.interpolate(label.double(), size=finer, mode="nearest-exact").long()
     if finer == grid:
-        return label, (label != ignore).float()
-    valid = label != ignore
+        return label, (~is_ignored(label, ignore)).float()
+    valid = ~is_ignored(label, ignore)
     classes = int(torch.where(valid, label, 0).max()) + 1
     cells = label.shape[0] * math.prod(grid)
     if _blocks_are_equal(finer, grid):
@@ -110,7 +111,7 @@ def majority_label(label: Tensor, grid: Sequence[int], ignore: int = 255) -> tup
         block = torch.bincount(cell.flatten(), minlength=cells)
     total = votes.sum(0)
     ranked = votes * classes + torch.arange(classes, device=label.device).unsqueeze(1)
-    winner = torch.where(total > 0, ranked.amax(0) % classes, ignore)
+    winner = torch.where(total > 0, ranked.amax(0) % classes, IGNORED if ignore is None else ignore)
     shape = (label.shape[0], 1, *grid)
     return winner.view(shape), (total / block).float().view(shape)
 

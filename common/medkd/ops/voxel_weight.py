@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medkd.ops.ignored import on_grid
+from medkd.ops.prediction import Activation, two_class_logits
+
 __all__ = ["VoxelWeighting", "two_class_logits", "voxel_weight"]
 
 VoxelWeighting = Literal["uniform", "foreground"]
 
 
-def two_class_logits(logits: Tensor) -> Tensor:
-    """Give a one-channel (sigmoid) output its background channel, so that softmax equals (1 - p, p)."""
-    return torch.cat([torch.zeros_like(logits), logits], dim=1) if logits.shape[1] == 1 else logits
-
-
-def voxel_weight(teacher_logits: Tensor, weighting: VoxelWeighting, floor: float = 0.02) -> Tensor:
+def voxel_weight(
+    teacher_logits: Tensor, weighting: VoxelWeighting, floor: float = 0.02, activation: Activation = "softmax",
+    ignored: Tensor | None = None,
+) -> Tensor:
     """Weight voxels alike, or by the teacher's foreground probability.
 
     In CT the foreground is often under 1 % of the voxels: averaged uniformly, a voxel-wise term teaches air.
@@ -28,6 +29,9 @@ def voxel_weight(teacher_logits: Tensor, weighting: VoxelWeighting, floor: float
         teacher_logits: shape (B, K, *S), channel 0 is background; one channel is a sigmoid output.
         weighting: `uniform`, or `foreground` for `1 - p(background) + floor`.
         floor: weight of certain background; keeps the teacher's silence part of the lesson.
+        activation: `sigmoid` when the channels are regions that may overlap and none is background; the foreground
+            probability is then that of the likeliest one.
+        ignored: voxels that weigh nothing, shape (B, C, *s), bool, of any grid; None for none.
 
     Returns:
         Weights of shape (B, 1, *S), float32, with mean 1 over the batch.
@@ -36,6 +40,13 @@ def voxel_weight(teacher_logits: Tensor, weighting: VoxelWeighting, floor: float
         Ours; see the results protocol of the bundles' README.
     """
     if weighting == "uniform":
-        return torch.ones_like(teacher_logits[:, :1], dtype=torch.float32)
-    weight = 1.0 - F.softmax(two_class_logits(teacher_logits.float()), dim=1)[:, :1] + floor
+        weight = torch.ones_like(teacher_logits[:, :1], dtype=torch.float32)
+        if ignored is None:
+            return weight
+    elif activation == "sigmoid":
+        weight = teacher_logits.float().sigmoid().amax(1, keepdim=True) + floor
+    else:
+        weight = 1.0 - F.softmax(two_class_logits(teacher_logits.float()), dim=1)[:, :1] + floor
+    if ignored is not None:
+        weight = weight.masked_fill(on_grid(ignored, weight.shape[2:]), 0.0)
     return weight / weight.mean().clamp(min=torch.finfo(weight.dtype).tiny)   # all zero under a floor of 0: stays zero

@@ -136,8 +136,8 @@ def test_a_cell_counts_when_at_least_half_of_its_voxels_do() -> None:
     student, teacher = ({"e": torch.randn(1, c, 1, 3, dtype=torch.float64), "pred": pred} for c in (3, 5))
     found = []
     for column in (6, 5, 4):
-        label[..., 0, 4:] = 1 if column == 6 else 255
-        label[..., 1, 4:] = torch.tensor([1, 1]) if column > 4 else torch.tensor([255, 1])
+        label[..., 0, 4:] = 1 if column == 6 else -1
+        label[..., 1, 4:] = torch.tensor([1, 1]) if column > 4 else torch.tensor([-1, 1])
         found.append(BoundaryRelationLoss(["e"], ["e"])(student, teacher, label)["relation"].item())
     classes = torch.tensor([0, 1, 1]).view(1, 1, 1, 3)
     whole = dense_relation(student["e"], teacher["e"], classes).item()
@@ -199,16 +199,16 @@ def test_a_volume_of_depth_one_equals_two_dimensions() -> None:
 
 def test_another_label_may_be_the_ignored_one() -> None:
     student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
-    label[:, :, :5] = 255                                          # the third row of cells is ignored by half
+    label[:, :, :5] = -1                                          # the third row of cells is ignored by half
     expected = a_loss()(student, teacher, label)
-    torch.testing.assert_close(a_loss(ignore_label=7)(student, teacher, label.where(label != 255, 7)), expected)
+    torch.testing.assert_close(a_loss(ignore_label=7)(student, teacher, label.where(label != -1, 7)), expected)
 
 
 def test_changes_at_ignored_voxels_do_not_count() -> None:
     size = (12, 12)
     maps, pred = torch.randn(2, 1, 3, *size, dtype=torch.float64), torch.zeros(1, 2, *size)
     label = torch.randint(0, 2, (1, 1, *size))
-    label[..., 6:, :] = 255
+    label[..., 6:, :] = -1
     loss = BoundaryRelationLoss(["e"], ["e"])
     near, far = maps[0].clone(), maps[0].clone()
     near[..., 6:, :] = torch.randn(1, 3, 6, 12)                    # the first of these rows touches a valid one
@@ -228,7 +228,7 @@ def test_degenerate_input_gives_finite_values_and_gradients(size: tuple[int, ...
     if case == "no foreground":
         label = torch.zeros_like(label)
     elif case == "everything ignored":
-        label = torch.full_like(label, 255)
+        label = torch.full_like(label, -1)
     elif case == "teacher zero":
         teacher = {name: torch.zeros_like(value) for name, value in teacher.items()}
     else:
@@ -263,7 +263,7 @@ def test_relation_of_a_batch_is_the_mean_of_its_samples_and_boundary_pools_the_p
 
 def test_numbering_the_classes_otherwise_changes_nothing() -> None:
     student, teacher, label = features((8, 12), (3, 4)), features((8, 12), (5, 6)), blocks((8, 12))
-    renamed = torch.tensor([4, 0, 2])[label]
+    renamed = torch.tensor([2, 0, 1])[label]
     torch.testing.assert_close(a_loss()(student, teacher, renamed), a_loss()(student, teacher, label))
 
 
@@ -541,7 +541,7 @@ def test_every_kind_stays_finite_on_degenerate_input(kind: str, case: str) -> No
         factor = {"constant": 0, "zero": 0, "large": 1e4}[case]
         student = {name: value * factor + (case == "constant") for name, value in student.items()}
     else:
-        label = torch.full_like(label, 0 if case == "no foreground" else 255)
+        label = torch.full_like(label, 0 if case == "no foreground" else -1)
     student = with_gradient(student)
     terms = a_kind(kind)(student, teacher, label)
     sum(terms.values()).backward()

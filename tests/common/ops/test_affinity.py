@@ -31,7 +31,7 @@ def affinities(boundary: Tensor, direction: tuple[int, ...], lengths: tuple[int,
 
 def labels_with_ignored_voxels(*shape: int) -> Tensor:
     label = torch.randint(0, 3, (2, 1, *shape))
-    label[torch.rand(label.shape) < 0.05] = 255
+    label[torch.rand(label.shape) < 0.05] = -1
     return label
 
 
@@ -369,7 +369,7 @@ def test_pairs_are_pooled_over_the_batch() -> None:
     assert abs(single.mean() - expected) > 1e-6
 
 
-@pytest.mark.parametrize("label", [torch.full((1, 1, 4, 4), 255), torch.full((1, 1, 4, 4), 255).float()])
+@pytest.mark.parametrize("label", [torch.full((1, 1, 4, 4), -1), torch.full((1, 1, 4, 4), -1).float()])
 def test_nothing_but_ignored_voxels_gives_zero_with_zero_gradient(label: Tensor) -> None:
     student = torch.rand(1, 1, 4, 4, requires_grad=True)
     distance = affinity_distance(student, torch.rand(1, 1, 4, 4), label)

@@ -84,9 +84,9 @@ def test_the_majority_wins_and_a_tie_goes_to_the_higher_label() -> None:
 
 
 def test_ignored_voxels_do_not_vote_and_a_block_without_votes_is_ignored() -> None:
-    label = torch.tensor([[[[255, 255, 255, 255], [255, 3, 255, 255]]]])
+    label = torch.tensor([[[[-1, -1, -1, -1], [-1, 3, -1, -1]]]])
     majority, share = majority_label(label, (1, 2))
-    assert majority.flatten().tolist() == [3, 255]
+    assert majority.flatten().tolist() == [3, -1]
     assert share.flatten().tolist() == [0.25, 0]
 
 
@@ -118,7 +118,7 @@ def test_majority_equals_one_hot_average_pooling(size: tuple[int, ...], grid: tu
 
 
 def test_labels_are_repeated_along_an_axis_on_which_the_grid_is_finer() -> None:
-    majority, share = majority_label(torch.tensor([[[[1, 1, 2, 255]]]]), (2, 2))
+    majority, share = majority_label(torch.tensor([[[[1, 1, 2, -1]]]]), (2, 2))
     assert majority.flatten().tolist() == [1, 2, 1, 2]
     assert share.flatten().tolist() == [1, 0.5, 1, 0.5]
 
@@ -147,13 +147,13 @@ def test_more_than_a_byte_of_classes_are_counted() -> None:
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 3)])
 def test_a_map_of_ignored_voxels_stays_ignored(size: tuple[int, int]) -> None:
-    majority, share = majority_label(torch.full((1, 1, *size), 255), (2, 2))
-    assert (majority == 255).all()
+    majority, share = majority_label(torch.full((1, 1, *size), -1), (2, 2))
+    assert (majority == -1).all()
     assert not share.any()
 
 
 def test_labels_on_the_grid_stay_as_they_are() -> None:
-    label = torch.tensor([[[[0, 255], [3, 1]]]])
+    label = torch.tensor([[[[0, -1], [3, 1]]]])
     majority, share = majority_label(label, (2, 2))
     assert majority.tolist() == label.tolist()
     assert share.flatten().tolist() == [1, 0, 1, 1]
