@@ -89,7 +89,8 @@ class DistillationHandler:
         self.weights = _resolve_weights(self.losses, weights)
         self.teacher_input = teacher_input
         self._view = TeacherView(teacher_input)
-        self.check = _make_check(validator, teacher_check, teacher_input)
+        regions = any(getattr(one, "activation", "softmax") == "sigmoid" for one in self.losses)
+        self.check = _make_check(validator, teacher_check, teacher_input, regions)
         self._callables: list[nn.Module] = []
         self._network: nn.Module | None = None
         self._taps: tuple[FeatureTaps, FeatureTaps] | None = None
@@ -248,14 +249,14 @@ def _resolve_weights(losses: Sequence[DistillationLoss], weights: Mapping[str, f
 
 
 def _make_check(
-    validator: SupervisedEvaluator | None, options: Mapping[str, Any] | None, teacher_input: str
+    validator: SupervisedEvaluator | None, options: Mapping[str, Any] | None, teacher_input: str, regions: bool
 ) -> TeacherCheck | None:
     if options is None:
         return None
     unknown = set(options) - {"metric", "mode"}
     if unknown or "metric" not in options:
         raise ValueError(f"`teacher_check` must have the keys 'metric' and 'mode', got {sorted(options)}.")
-    return TeacherCheck(validator, teacher_input=teacher_input, **options)
+    return TeacherCheck(validator, teacher_input=teacher_input, regions=regions, **options)
 
 
 def _distributed(loss: DistillationLoss, device: torch.device) -> nn.Module:

@@ -34,6 +34,8 @@ class TeacherCheck:
         metric: name of the metric in the validator.
         mode: `refuse` raises when the teacher is not better, `warn` logs it, `off` does not check.
         teacher_input: key of the batch that the teacher sees; it takes the place of the validator's `image`.
+        regions: whether the channels are regions that may overlap: then none and all of them everywhere are constant
+            predictions, too.
 
     Raises:
         ValueError: unknown mode.
@@ -41,7 +43,7 @@ class TeacherCheck:
 
     def __init__(
         self, validator: SupervisedEvaluator | None, metric: str, mode: CheckMode = "refuse",
-        teacher_input: str = "image",
+        teacher_input: str = "image", regions: bool = False,
     ) -> None:
         if mode not in get_args(CheckMode):
             raise ValueError(f"`teacher_check#mode` must be one of {get_args(CheckMode)}, got {mode!r}.")
@@ -49,6 +51,7 @@ class TeacherCheck:
         self.metric = metric
         self.mode = mode
         self.teacher_input = teacher_input
+        self.regions = regions
 
     def __call__(self, teacher: nn.Module) -> float | None:
         """Log the teacher's metric, and judge it.
@@ -92,7 +95,8 @@ class TeacherCheck:
             "Teacher %s on the validation data: %.4f (best constant prediction: %s everywhere, %.4f)",
             self.metric, value, constant, best,
         )
-        if math.isnan(value) or not self.validator.metric_cmp_fn(value, best):
+        proves = not math.isnan(value) and (math.isnan(best) or self.validator.metric_cmp_fn(value, best))
+        if not proves:
             self._judge(value, constant, best)
         return value
 
@@ -102,6 +106,12 @@ class TeacherCheck:
             f"{value:.4f}; it is untrained, or trained for other data or another preprocessing. "
             "Set teacher_check#mode to 'warn' to distil from it all the same."
         )
+        if math.isnan(value) and math.isnan(best):
+            text = (
+                f"The metric {self.metric} must have a value on the validation data, got none for the teacher and for "
+                "every constant prediction: no label there has anything that it counts. Give validation cases with "
+                "labels; set teacher_check#mode to 'warn' to distil from an unproven teacher."
+            )
         if self.mode == "refuse":
             raise ValueError(text)
         logger.warning(text)
@@ -116,28 +126,34 @@ class TeacherCheck:
                 f"`teacher_check#metric` must be a metric of the validation, got {self.metric!r}; "
                 f"{suggest(self.metric, metrics)}"
             )
+        details = getattr(validator.state, "metric_details", {}).get(self.metric)
+        if isinstance(details, Tensor) and details.numel() and bool(details.isnan().all()):
+            return math.nan                                        # MONAI's mean of no value is 0
         return float(metrics[self.metric])
 
     def _best_constant(self, channels: int) -> tuple[str, float]:
         validator: Any = self.validator
         constant, best = "", math.nan
-        for name, candidate in _constants(validator.inferer, channels):
+        for name, candidate in _constants(validator.inferer, channels, self.regions):
             with _replaced(validator, inferer=candidate):
                 value = self._validate(validator.network)
-            if math.isnan(best) or validator.metric_cmp_fn(value, best):
+            if not constant or not math.isnan(value) and (math.isnan(best) or validator.metric_cmp_fn(value, best)):
                 constant, best = name, value
         return constant, best
 
 
-def _constants(inferer: Any, channels: int) -> Iterator[tuple[str, Inferer]]:
+def _constants(inferer: Any, channels: int, regions: bool) -> Iterator[tuple[str, Inferer]]:
     """Constant predictions: every class; or, where an inferer has `constants` and `channels`, those values."""
     if hasattr(inferer, "constants"):
         for value in inferer.constants:
             yield f"the value {value:g}", _Constant([float(value)] * inferer.channels)
         return
+    if regions and channels > 1:
+        yield "no region", _Constant([-10.0] * channels)
+        yield "all regions", _Constant([10.0] * channels)
     for index in range(max(channels, 2)):                          # certain logits; one channel is a sigmoid output
         certain = [20.0 * index - 10.0] if channels == 1 else [10.0 if k == index else -10.0 for k in range(channels)]
-        yield f"class {index}", _Constant(certain)
+        yield f"{'region' if regions and channels > 1 else 'class'} {index}", _Constant(certain)
 
 
 class _Constant(Inferer):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.data.dataloader import DataLoader
+from monai.handlers.mean_dice import MeanDice
+from monai.handlers.utils import from_engine
 from monai.inferers.inferer import SimpleInferer
 from monai.transforms.post.dictionary import AsDiscreted
 from torch import Tensor, nn
@@ -230,3 +232,52 @@ def test_a_check_without_the_key_that_the_teacher_sees_is_an_error() -> None:
 def test_what_no_transform_has_loaded_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"got 'teacher_image' with \['a.nii.gz'\]; load it in transforms"):
         teacher_image({"teacher_image": ["a.nii.gz"]}, "teacher_image")
+
+
+# ---- regions, and metrics that say nothing -------------------------------------------------------------------------
+
+
+class Regions(toys.Bright):
+    """Two regions that are the same."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image)[:, 1:].expand(-1, 2, -1, -1)
+
+
+def region_check(**options: Any) -> TeacherCheck:
+    twice = AsDiscreted("pred", threshold=0.0)
+    dice = MeanDice(include_background=True, output_transform=from_engine(["pred", "label"]))
+
+    def post(data: Any) -> Any:
+        return twice({**data, "label": data["label"].repeat(2, 1, 1)})
+
+    evaluator = toys.make_evaluator(toys.student(), postprocessing=post)
+    dice.attach(evaluator, "regions")
+    return TeacherCheck(evaluator, "regions", **options)
+
+
+def test_regions_everywhere_are_a_constant_prediction_too() -> None:
+    """Each region alone has half of the Dice of both."""
+    message = f"must be better than that of all regions everywhere, {ALL_FOREGROUND:.4f}, got {ALL_FOREGROUND:.4f}"
+    with pytest.raises(ValueError, match=message):
+        region_check(regions=True)(Regions(threshold=-9.0))
+    value = region_check(regions=True)(Regions())
+    assert value is not None
+    assert value > 0.95
+
+
+def test_a_loss_of_regions_tells_the_check_so() -> None:
+    check = {"metric": METRIC}
+    for activation, expected in (("sigmoid", True), ("softmax", False)):
+        loss = SoftLabelLoss(activation=activation)   # type: ignore[arg-type]
+        handler = DistillationHandler(toys.Bright(), loss, teacher_check=check)
+        assert handler.check is not None
+        assert handler.check.regions is expected
+
+
+def test_where_no_label_has_anything_the_metric_and_not_the_teacher_is_blamed() -> None:
+    check = a_check(postprocessing=AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=2))
+    for case in check.validator.data_loader.dataset.data:   # type: ignore[union-attr]
+        case["label"] = case["label"] * 0
+    with pytest.raises(ValueError, match="The metric val_mean_dice must have a value on the validation data, got none"):
+        check(toys.Bright())

@@ -124,8 +124,8 @@ def test_a_student_that_equals_its_teacher_has_neither_loss_nor_gradient(
     assert student.grad.abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("first", [2**40, 513, -1])
-def test_numbers_of_instances_do_not_matter_and_may_be_large_or_negative(first: int) -> None:
+@pytest.mark.parametrize("first", [2**40, 513])
+def test_numbers_of_instances_do_not_matter_and_may_be_large(first: int) -> None:
     student, teacher, label = maps((9, 9)), maps((9, 9)), labels((9, 9))
     others = torch.where(label > 0, first - label, 0)
     results = []

@@ -78,7 +78,8 @@ def test_background_alone_has_no_node_and_no_gradient() -> None:
 def test_numbers_become_consecutive_and_background_stays() -> None:
     assert consecutive_labels(torch.tensor([0, 9, 70_000, 9])).tolist() == [0, 1, 2, 1]
     assert consecutive_labels(torch.tensor([9, 2**40])).tolist() == [1, 2]
-    assert consecutive_labels(torch.tensor([-7, 0, 9, -1])).tolist() == [1, 0, 3, 2]
+    assert consecutive_labels(torch.tensor([-7, 0, 9, -1])).tolist() == [-1, 0, 1, -1]   # ignored stays ignored
+    assert consecutive_labels(torch.tensor([-7, 9, 8])).tolist() == [-1, 2, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.float64])
