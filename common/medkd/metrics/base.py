@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from monai.utils.type_conversion import convert_to_numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medkd.ops.ignored import is_ignored
+
 __all__ = ["CaseMetric", "Mask", "bounding_box", "spacing_of"]
 
 Mask = NDArray[np.bool_]
@@ -28,25 +31,37 @@ class CaseMetric(IgniteMetricHandler):
 
     A subclass gives `measure`, which is costly and does not depend on arguments, and `score`, which makes the value of
     it. Metrics on one engine whose `measure` is the same function measure each case once between them. NaN is no
-    value: it counts nothing in the mean.
+    value: it counts nothing in the mean. Voxels with a negative label, in any channel, are ignored; where fewer than
+    two voxels are left there is no value.
 
     Args:
         output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), 2-D or 3-D, from the
             engine's output. The spacing comes from the affine of each label; without one, voxels have 1 mm.
         save_details: keep the values per case and class for `MetricsSaver`.
+        include_background: True gives channel 0 a value, too: for regions, which may overlap and have no background.
+
+    Raises:
+        ValueError: in `update`, channels that are not one-hot, as those of regions, without `include_background`.
     """
 
     blocks: tuple[int, ...] | None = None   # into how many an axis is divided; each has a value
     _takes = "one-hot of one shape (K, *S)"
     _way_out = "put `AsDiscreted` with `to_onehot` into the postprocessing"
 
-    def __init__(self, output_transform: Callable[[Any], Any] = lambda x: x, save_details: bool = True) -> None:
+    def __init__(
+        self, output_transform: Callable[[Any], Any] = lambda x: x, save_details: bool = True,
+        include_background: bool = False,
+    ) -> None:
+        self.include_background = include_background
         super().__init__(metric_fn=_Mean(), output_transform=output_transform, save_details=save_details)
 
     @staticmethod
     @abstractmethod
     def measure(pred: Mask, label: Mask, spacing: Sequence[float]) -> Any:
-        """Measure one class of a case; masks of shape (*S), spacing in mm."""
+        """Measure one class of a case; masks of shape (*S), spacing in mm.
+
+        Where voxels are ignored neither mask has them, and they come as a third mask, the argument `ignored`.
+        """
 
     @abstractmethod
     def score(self, measured: Any, spacing: Sequence[float]) -> float:
@@ -69,27 +84,52 @@ class CaseMetric(IgniteMetricHandler):
                 raise ValueError(f"`pred` and `label` must be {self._takes}, got {shapes}; {self._way_out}.")
             spacing = spacing_of(label)
             values = [self.score(measured, spacing) for measured in self._measure_parts(pred, label, spacing)]
+            if int((~is_ignored(label[0])).sum()) < 2:                     # one voxel is always perfect or always wrong
+                values = [math.nan] * len(values)
             self.metric_fn.append(torch.tensor(values, device=pred.device))   # (parts,)
 
     def _has_channels(self, number: int) -> bool:
-        return number > 1
+        return self.include_background or number > 1
 
-    def _parts(self, maps: Tensor) -> Sequence[Any]:
-        """What has a value of its own: each class but the background, a mask of shape (*S)."""
-        masks: Sequence[Mask] = convert_to_numpy(maps[1:] > 0.5)
-        return masks
+    def _pairs(self, pred: Tensor, label: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Arguments of `measure` for what has a value of its own: each class but the background, masks of shape (*S)."""
+        first = 0 if self.include_background else 1
+        unknown = (label < 0).any(0)
+        if not self.include_background:
+            _refuse_regions(pred, label, unknown)
+        masks = zip(*(convert_to_numpy(side[first:] > 0.5) for side in (pred, label)), strict=True)
+        if not bool(unknown.any()):
+            yield from masks
+            return
+        ignored: Mask = convert_to_numpy(unknown)
+        for pred_mask, label_mask in masks:
+            yield pred_mask & ~ignored, label_mask & ~ignored, ignored
 
     def _measure_parts(self, pred: Tensor, label: Tensor, spacing: Sequence[float]) -> list[Any]:
         """What `measure` gives for each part, taken from `engine.state.measured` if another metric was here before."""
         state = self._engine.state if self._engine is not None else None
         known: dict[Any, tuple[list[Any], Tensor, Tensor]] = getattr(state, "measured", {})
         sides = [(side.data_ptr(), side.stride(), side.dtype) for side in (pred, label)]
-        key = self.measure, self.blocks, label.shape, *sides
+        key = self.measure, self.blocks, getattr(self, "include_background", False), label.shape, *sides
         if key not in known:
-            pairs = zip(self._parts(pred), self._parts(label), strict=True)
-            measured = [self.measure(*pair, spacing) for pair in pairs]
+            pairs = self._pairs(pred, label)
+            measured = [self.measure(mine, other, spacing, *ignored) for mine, other, *ignored in pairs]
             known[key] = measured, pred, label   # while both are kept, no other tensor has their addresses
         return known[key][0]
+
+
+def _refuse_regions(pred: Tensor, label: Tensor, ignored: Tensor) -> None:
+    """Refuse channels that overlap, and a label that has voxels of no channel: its channel 0 is no background."""
+    for name, maps in (("pred", pred), ("label", label)):
+        classes = (maps > 0.5).sum(0)
+        wrong = classes > 1 if name == "pred" else (classes != 1) & ~ignored
+        if bool(wrong.any()):
+            raise ValueError(
+                f"`{name}` must be one-hot, one class per voxel with the background as channel 0, got "
+                f"{int(wrong.sum())} voxels of {'several classes' if bool((classes > 1).any()) else 'no class'}; give "
+                "the metric `include_background` true for regions, which may overlap, or put `AsDiscreted` with "
+                "`argmax` and `to_onehot` into the postprocessing."
+            )
 
 
 def _forget(engine: Engine) -> None:

@@ -17,7 +17,9 @@ __all__ = ["WrongComponents", "WrongVolume", "wrong_component_sizes"]
 Sizes = NDArray[np.int64]
 
 
-def wrong_component_sizes(pred: Mask, label: Mask, spacing: Sequence[float] = ()) -> Sizes:
+def wrong_component_sizes(
+    pred: Mask, label: Mask, spacing: Sequence[float] = (), ignored: Mask | None = None
+) -> Sizes:
     """Find the connected components of the prediction that share no voxel with the label.
 
     Voxels that meet in a face, an edge or a corner are connected (26 neighbors in 3-D, 8 in 2-D).
@@ -26,6 +28,8 @@ def wrong_component_sizes(pred: Mask, label: Mask, spacing: Sequence[float] = ()
         pred: one class of the prediction, shape (*S).
         label: the same of the label.
         spacing: not needed, as sizes are in voxels.
+        ignored: voxels that do not count, in neither mask; a component that touches one may belong to something there,
+            and is not wrong. None for none.
 
     Returns:
         Number of voxels of each such component, shape (N,).
@@ -40,6 +44,8 @@ def wrong_component_sizes(pred: Mask, label: Mask, spacing: Sequence[float] = ()
     components, _ = ndimage.label(pred[box], structure=np.ones((3,) * pred.ndim))   # (*S) of the box, 0 is outside
     sizes: Sizes = np.bincount(components.ravel())
     sizes[components[label[box]]] = 0
+    if ignored is not None:
+        sizes[components[ndimage.binary_dilation(ignored, np.ones((3,) * pred.ndim))[box]]] = 0
     return sizes[1:][sizes[1:] > 0]
 
 

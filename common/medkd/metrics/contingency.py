@@ -58,10 +58,11 @@ def contingency(pred: Tensor | NDArray[Any], label: Tensor | NDArray[Any]) -> Co
 
     Args:
         pred: instance ids, 0 is background. Shape (*S), whole numbers of any type and size.
-        label: the same of the label, 0 is background or not labeled.
+        label: the same of the label, 0 is background or not labeled. A voxel with a negative label is ignored: it is
+            in no count, whatever is predicted there.
 
     Raises:
-        ValueError: the shapes differ; an id is negative or not whole, or so large that its floating type may have
+        ValueError: the shapes differ; a predicted id is negative, an id is not whole, or so large that its floating type may have
             merged it with others.
 
     Example:
@@ -77,6 +78,9 @@ def contingency(pred: Tensor | NDArray[Any], label: Tensor | NDArray[Any]) -> Co
             "prediction to the label's grid."
         )
     flat_pred, flat_label = _flat(pred), _flat(label)
+    if flat_label.dtype.kind in "if" and flat_label.min(initial=0) < 0:
+        counted = ~(flat_label < 0)
+        flat_pred, flat_label = flat_pred[counted], flat_label[counted]
     changes = (flat_pred[1:] != flat_pred[:-1]) | (flat_label[1:] != flat_label[:-1])
     starts = np.append(0, np.flatnonzero(changes) + 1)[: flat_pred.size]
     lengths = np.diff(starts, append=flat_pred.size)                                # (runs,) of one pair of ids
@@ -147,7 +151,7 @@ def variation_of_information(table: Contingency) -> tuple[float, float]:
 
     Returns:
         Split error, H(pred | label), and merge error, H(label | pred), 0 or more. Their sum is the variation of
-        information. NaN for both where no voxel has a label.
+        information. NaN for both where no voxel has a label, or one alone: it says nothing.
 
     Reference:
         Meilă, Comparing clusterings - an information based distance, Journal of Multivariate Analysis 98(5), 2007.
@@ -158,7 +162,7 @@ def variation_of_information(table: Contingency) -> tuple[float, float]:
         (1.5, 0.0)
     """
     preds, labels, counts, pred_sizes = _labeled(table)
-    if not counts.size:
+    if counts.sum() < 2:
         return math.nan, math.nan
     share = counts / counts.sum()
     sizes = table.label_sizes[labels], pred_sizes[preds]
@@ -174,7 +178,7 @@ def adapted_rand_error(table: Contingency) -> float:
     n^2 pairs of n voxels instead of n (n - 1), which differs for tiny segments only).
 
     Returns:
-        0 (perfect) to 1; NaN where no voxel has a label. 0 where all segments of both are single voxels.
+        0 (perfect) to 1; NaN where no two voxels are in one segment of either, as where no voxel has a label.
 
     Reference:
         Arganda-Carreras et al., Crowdsourcing the creation of image segmentation algorithms for connectomics,
@@ -185,11 +189,14 @@ def adapted_rand_error(table: Contingency) -> float:
         0.6
     """
     _, _, counts, pred_sizes = _labeled(table)
-    if not counts.size:
-        return math.nan
     segments = counts, pred_sizes, table.label_sizes[1:].astype(np.float64)   # int64 overflows above 2^31 voxels
     both, pred, label = (float(sizes @ (sizes - 1)) for sizes in segments)    # ordered pairs in one segment
-    return 1.0 - 2.0 * both / (pred + label) if pred + label else 0.0
+    return 1.0 - 2.0 * both / (pred + label) if pred + label else math.nan
+
+
+def _says_nothing(table: Contingency) -> bool:
+    """Whether there is no instance to agree about, or nothing but a voxel."""
+    return not any(table.instances) or int(table.counts.sum()) < 2
 
 
 def _overlaps(table: Contingency) -> tuple[Ints, Ints, Ints, Ints]:
@@ -204,8 +211,8 @@ def panoptic_quality(table: Contingency) -> tuple[float, float, float]:
 
     Returns:
         Panoptic quality DQ * SQ; detection quality DQ, the F-score TP / (TP + FP / 2 + FN / 2); segmentation quality
-        SQ, the mean intersection over union of what is found, 0 if nothing is. 0 to 1; all are 1 where neither has an
-        instance.
+        SQ, the mean intersection over union of what is found, 0 if nothing is. 0 to 1; all are NaN where neither has an
+        instance, as agreement about nothing is no quality, and in a map of a single voxel.
 
     Reference:
         Kirillov et al., Panoptic Segmentation, arXiv:1801.00868, equation 1.
@@ -214,9 +221,9 @@ def panoptic_quality(table: Contingency) -> tuple[float, float, float]:
         >>> panoptic_quality(contingency(np.array([1, 1, 1, 0, 2, 2]), np.array([5, 5, 5, 5, 0, 8])))
         (0.375, 0.5, 0.75)
     """
+    if _says_nothing(table):
+        return math.nan, math.nan, math.nan
     total = sum(table.instances)
-    if not total:
-        return 1.0, 1.0, 1.0
     _, _, counts, unions = _overlaps(table)
     overlaps = counts / unions
     found = overlaps[overlaps > 0.5]                # of one instance at most one, as more than half cannot be twice
@@ -234,7 +241,7 @@ def aggregated_jaccard(table: Contingency) -> float:
     prediction, which then counts several times.
 
     Returns:
-        0 to 1 (perfect), 1 where neither has an instance.
+        0 to 1 (perfect), NaN where neither has an instance, and in a map of a single voxel.
 
     Reference:
         Kumar et al., A Dataset and a Technique for Generalized Nuclear Segmentation for Computational Pathology, IEEE
@@ -244,8 +251,8 @@ def aggregated_jaccard(table: Contingency) -> float:
         >>> aggregated_jaccard(contingency(np.array([1, 1, 1, 0, 2, 2]), np.array([5, 5, 5, 5, 0, 8])))
         0.6666666666666666
     """
-    if not sum(table.instances):
-        return 1.0
+    if _says_nothing(table):
+        return math.nan
     preds, labels, counts, unions = _overlaps(table)
     order = np.lexsort((preds, -counts / unions, labels))              # by label, then best first
     taken, served, common = set(), set(), 0
@@ -261,7 +268,7 @@ def symmetric_best_dice(table: Contingency) -> float:
     """Mean over instances of the best Dice with any instance of the other side; the worse of both directions.
 
     Returns:
-        0 to 1 (perfect), 1 where neither has an instance.
+        0 to 1 (perfect), NaN where neither has an instance, and in a map of a single voxel.
 
     Reference:
         Scharr et al., Leaf segmentation in plant phenotyping: a collation study, Machine Vision and Applications 27,
@@ -271,8 +278,10 @@ def symmetric_best_dice(table: Contingency) -> float:
         >>> symmetric_best_dice(contingency(np.array([1, 1, 1, 0, 2, 2]), np.array([5, 5, 5, 0, 0, 0])))
         0.5
     """
+    if _says_nothing(table):
+        return math.nan
     if not all(table.instances):
-        return float(not any(table.instances))
+        return 0.0
     preds, labels, counts, unions = _overlaps(table)
     means = []
     for index, instances in zip((preds, labels), table.instances, strict=True):
@@ -282,12 +291,14 @@ def symmetric_best_dice(table: Contingency) -> float:
     return min(means)
 
 
-def count_difference(table: Contingency) -> int:
-    """By how many instances prediction and label differ in number, |DiC|.
+def count_difference(table: Contingency) -> float:
+    """By how many instances prediction and label differ in number, |DiC|; NaN where neither has any.
 
     Example:
         >>> count_difference(contingency(np.array([1, 1, 2, 3]), np.array([4, 4, 0, 0])))
         2
     """
+    if _says_nothing(table):
+        return math.nan
     preds, labels = table.instances
     return abs(preds - labels)

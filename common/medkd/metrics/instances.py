@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,9 @@ class InstanceMetric(CaseMetric):
     """A value per case, or per block of a case, made of its `Contingency`; the mean over blocks, then cases.
 
     Instance metrics on one engine count each case once between them, if they have the same blocks. NaN is no value: it
-    counts nothing in the mean. Voxels of label 0 do not count for the variation of information and the Rand error; for
-    all others they are background, where whatever is predicted is wrong. `medkd.metrics.contingency` has a function for
+    counts nothing in the mean: what has no instance, or a single voxel alone, is never perfect. Voxels of label 0 do
+    not count for the variation of information and the Rand error; for all others they are background, where whatever is
+    predicted is wrong. Voxels of a negative label count for none. `medkd.metrics.contingency` has a function for
     each metric, which says what it is, what is perfect, and what it is where there is no instance.
 
     Args:
@@ -45,7 +46,7 @@ class InstanceMetric(CaseMetric):
             over blocks is seen; instances that a border cuts are one in each block. The values are in the order of
             the blocks, last axis fastest. None scores the case as a whole.
         output_transform: gives `(pred, label)`, lists of instance maps of shape (1, *S), 2-D or 3-D, from the engine's
-            output. Whole numbers of any type and size, 0 is background or not labeled.
+            output. Whole numbers of any type and size, 0 is background or not labeled, negative labels are ignored.
         save_details: keep the values per case and block for `MetricsSaver`.
 
     Raises:
@@ -108,6 +109,9 @@ class InstanceMetric(CaseMetric):
 
     def _has_channels(self, number: int) -> bool:
         return number == 1
+
+    def _pairs(self, pred: Tensor, label: Tensor) -> Iterator[tuple[Any, ...]]:
+        yield from zip(self._parts(pred), self._parts(label), strict=True)
 
     def _parts(self, maps: Tensor) -> list[Tensor]:
         """Blocks of an instance map (1, *S), without the channel."""

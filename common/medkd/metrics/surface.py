@@ -21,7 +21,9 @@ Distances = tuple[NDArray[np.float64], NDArray[np.float64]]
 ROUNDING = 1e-4  # relative; affines are stored in float32, so one voxel may be a little more than its own size
 
 
-def surface_distances(pred: Mask, label: Mask, spacing: Sequence[float]) -> Distances:
+def surface_distances(
+    pred: Mask, label: Mask, spacing: Sequence[float], ignored: Mask | None = None
+) -> Distances:
     """Measure how far the surface of the prediction is from that of the label, and the other way round.
 
     The surface is every voxel of a mask that has a neighbor outside the mask, or outside the image, across a face.
@@ -31,6 +33,7 @@ def surface_distances(pred: Mask, label: Mask, spacing: Sequence[float]) -> Dist
         pred: one class of the prediction, shape (*S).
         label: the same of the label.
         spacing: voxel size in mm, one per axis.
+        ignored: voxels that do not count, in neither mask: a mask has no surface towards them. None for none.
 
     Returns:
         The distances in mm from each surface voxel of the prediction to the label's surface, and from each of the
@@ -49,7 +52,9 @@ def surface_distances(pred: Mask, label: Mask, spacing: Sequence[float]) -> Dist
     if not label.any():
         return nothing, nothing
     box = bounding_box(pred | label)
-    surfaces = (mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (pred, label))
+    solids = (mask[box] if ignored is None else (mask | ignored)[box] for mask in (pred, label))
+    insides = (ndimage.binary_erosion(solid) for solid in solids)
+    surfaces = (mask[box] & ~inside for mask, inside in zip((pred, label), insides, strict=True))
     from_pred, from_label = (np.argwhere(surface) * np.asarray(spacing) for surface in surfaces)   # (E, axes) in mm
     if not len(from_pred):
         diagonal = math.hypot(*(size * step for size, step in zip(label.shape, spacing, strict=True)))
@@ -128,7 +133,7 @@ class SurfaceDice(_SurfaceMetric):
         tolerance: largest distance that is right, in mm. None is one voxel, by the largest of a case's voxel sizes:
             a surface that is shifted by one voxel along any axis is right. Give millimeters to compare data sets of
             different spacing, or when slices are thick.
-        output_transform, save_details: as in `CaseMetric`.
+        output_transform, save_details, include_background: as in `CaseMetric`.
 
     Raises:
         ValueError: a tolerance that is negative or not finite.
@@ -151,11 +156,11 @@ class SurfaceDice(_SurfaceMetric):
 
     def __init__(
         self, tolerance: float | None = None, output_transform: Callable[[Any], Any] = lambda x: x,
-        save_details: bool = True,
+        save_details: bool = True, include_background: bool = False,
     ) -> None:
         if tolerance is not None and not 0.0 <= tolerance < math.inf:
             raise ValueError(f"`tolerance` must be 0 mm or more and finite, got {tolerance}; None is one voxel.")
-        super().__init__(output_transform=output_transform, save_details=save_details)
+        super().__init__(output_transform, save_details, include_background)
         self.tolerance = tolerance
 
     def summarize(self, distances: Distances, spacing: Sequence[float]) -> float:

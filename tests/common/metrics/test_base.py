@@ -20,7 +20,8 @@ from torch import Tensor
 
 import toys
 from medkd.metrics.base import CaseMetric, Mask, bounding_box
-from medkd.metrics.surface import HausdorffDistance95
+from medkd.metrics.connectivity import WrongComponents, WrongVolume
+from medkd.metrics.surface import AverageSurfaceDistance, HausdorffDistance95, SurfaceDice
 
 measured: list[tuple[int, int]] = []
 
@@ -29,7 +30,7 @@ class Extra(CaseMetric):
     """Voxels that the prediction has more than the label, each counted with its volume; NaN without a label."""
 
     @staticmethod
-    def measure(pred: Mask, label: Mask, spacing: Sequence[float]) -> tuple[int, int]:
+    def measure(pred: Mask, label: Mask, spacing: Sequence[float], ignored: Mask | None = None) -> tuple[int, int]:
         measured.append((int(pred.sum()), int(label.sum())))
         return measured[-1]
 
@@ -104,8 +105,7 @@ def test_prediction_and_label_are_as_many() -> None:
 
 def test_a_mean_of_cases_without_a_value_is_none() -> None:
     metric = HausdorffDistance95(save_details=False)
-    label = torch.zeros(2, 4, 4)
-    metric.update(([label + 1], [label]))
+    metric.update(([one_hot(16)], [one_hot(0)]))
     assert math.isnan(metric.compute())
 
 
@@ -152,7 +152,7 @@ def test_metrics_of_other_tensors_do_not_share() -> None:
     size = 2, 600, 600                                             # large enough to be given back to the system
     label, other = (one_hot(count, size=size[1:]) for count in (1, 5))
     metrics = {
-        "all": Extra(lambda output: ([torch.ones(size)], output[1])),
+        "all": Extra(lambda output: ([one_hot(360_000, size=size[1:])], output[1])),
         "none": Extra(lambda output: ([torch.zeros(size)], output[1])),
         "own": Extra(),
         "swapped": Extra(lambda output: output[::-1]),
@@ -200,7 +200,8 @@ import torch
 from ignite.engine import Engine
 from medkd.metrics.border import BorderAUC
 from medkd.metrics.connectivity import WrongComponents
-from medkd.metrics.surface import HausdorffDistance95
+from medkd.metrics.connectivity import WrongComponents, WrongVolume
+from medkd.metrics.surface import AverageSurfaceDistance, HausdorffDistance95, SurfaceDice
 
 torch.distributed.init_process_group("gloo", f"file://{folder}/meeting_point", rank=rank, world_size=2)
 label, batches = torch.zeros(8, 8), []
@@ -228,3 +229,87 @@ def test_ranks_gather_the_values_of_all_cases(tmp_path: Path) -> None:
         area = pytest.approx(60 / 2 / 61)                          # off the border all are equal but one
         assert metrics == {"HausdorffDistance95": 4.0, "WrongComponents": 1.0, "BorderAUC": area}
         assert details == {"HausdorffDistance95": [2.0, 4.0, 6.0], "WrongComponents": [1.0, 1.0, 1.0]}
+
+
+# ---- regions and ignored voxels ------------------------------------------------------------------------------------
+
+
+def regions() -> Tensor:
+    """Two regions, one inside the other, of 6 and 2 voxels; shape (2, 4, 4)."""
+    whole, core = torch.zeros(2, 4, 4)
+    whole[0], whole[1, :2], core[0, :2] = 1, 1, 1
+    return torch.stack([whole, core])
+
+
+@pytest.mark.parametrize(
+    ("pred", "label", "message"),
+    [
+        (regions(), regions(), "`pred` must be one-hot, .* got 2 voxels of several classes; .* `include_background` true"),
+        (one_hot(3), regions(), "`label` must be one-hot, .* got 12 voxels of several classes"),
+        (one_hot(3), one_hot(3) * torch.tensor([0.0, 1.0])[:, None, None], "`label` .* got 13 voxels of no class"),
+    ],
+    ids=["both", "label", "regions apart"],
+)
+def test_channels_that_overlap_or_have_no_background_are_refused(pred: Tensor, label: Tensor, message: str) -> None:
+    for kind in (Extra, HausdorffDistance95, AverageSurfaceDistance, SurfaceDice, WrongComponents, WrongVolume):
+        with pytest.raises(ValueError, match=message):
+            kind(save_details=False).update(([pred], [label]))
+
+
+def test_regions_have_a_value_each_if_the_metric_is_told_so() -> None:
+    pred = regions()
+    pred[1] = 0
+    engine = evaluate([([pred], [regions()])], extra=Extra(include_background=True))
+    assert measured == [(6, 6), (0, 2)]
+    assert engine.state.metric_details["extra"].tolist() == [[0.0, -2.0]]
+    for kind in (HausdorffDistance95, AverageSurfaceDistance, SurfaceDice, WrongComponents, WrongVolume):
+        engine = evaluate([([regions()], [regions()])], value=kind(include_background=True))
+        assert engine.state.metric_details["value"].tolist() == [[float(kind is SurfaceDice)] * 2]
+
+
+def test_metrics_with_and_without_background_do_not_share() -> None:
+    case = [one_hot(3)], [one_hot(1)]
+    engine = evaluate([case], classes=Extra(), regions=Extra(include_background=True))
+    assert engine.state.metric_details["classes"].tolist() == [[2.0]]
+    assert engine.state.metric_details["regions"].tolist() == [[-2.0, 2.0]]
+
+
+KINDS = [HausdorffDistance95, AverageSurfaceDistance, SurfaceDice, WrongComponents, WrongVolume]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(9, 12), (5, 7, 8)])
+def test_what_is_predicted_at_ignored_voxels_does_not_count(kind: type[CaseMetric], size: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    classes = [torch.randint(0, 3, size, generator=generator) for _ in range(3)]
+    pred, label, other = (torch.stack([(one == index).float() for index in range(3)]) for one in classes)
+    label[..., -3:] = -1
+    changed = pred.clone()
+    changed[..., -3:] = other[..., -3:]
+    assert compute(kind(), (pred, label)) == compute(kind(), (changed, label)) != 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perfect_prediction_of_the_part_that_is_known_is_perfect(kind: type[CaseMetric]) -> None:
+    whole = torch.zeros(8, 8)
+    whole[2:6, 2:] = 1
+    label = torch.stack([1 - whole, whole])
+    pred = label.clone()
+    label[..., 5:] = -1
+    pred[..., 5:] = pred[..., 5:].flip(0)                           # wrong where nobody knows
+    assert compute(kind(), (pred, label)) == float(kind is SurfaceDice)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_case_without_two_voxels_that_count_has_no_value(kind: type[CaseMetric]) -> None:
+    one = one_hot(1, size=(1, 1))
+    assert math.isnan(compute(kind(), (one, one)))
+    label = one_hot(3)
+    label[:, 1:] = label[:, :, 1:] = -1
+    assert math.isnan(compute(kind(), (one_hot(3), label)))
+    assert math.isnan(compute(kind(), (one_hot(3), torch.full_like(label, -1))))
+
+
+def test_a_case_without_a_value_leaves_the_mean_of_the_others() -> None:
+    nothing = torch.full((2, 4, 4), -1.0)
+    assert compute(Extra(), (one_hot(3), one_hot(1)), (one_hot(3), nothing)) == pytest.approx(2.0)

@@ -262,17 +262,22 @@ def test_large_ids_are_told_apart(dtype: Any, first: int) -> None:
 @pytest.mark.parametrize(
     ("pred", "label", "expected"),
     [
-        (row(0, 0, 0, 0), row(0, 0, 0, 0), {"voi": math.nan, "arand": math.nan, "pq": 1.0, "dic": 0.0}),
+        (row(0, 0, 0, 0), row(0, 0, 0, 0), {"voi": math.nan, "arand": math.nan, "pq": math.nan, "dic": math.nan}),
         (row(1, 1, 2, 0), row(0, 0, 0, 0), {"voi": math.nan, "arand": math.nan, "pq": 0.0, "dic": 2.0}),
         (row(3, 3, 0, 0), row(1, 1, 0, 0), {"voi": 0.0, "arand": 0.0, "pq": 1.0, "dic": 0.0}),
         (row(3, 3, 3, 3), row(1, 1, 1, 1), {"voi": 0.0, "arand": 0.0, "pq": 1.0, "dic": 0.0}),
-        (row(3, 4, 5, 6), row(9, 8, 7, 6), {"voi": 0.0, "arand": 0.0, "pq": 1.0, "dic": 0.0}),
+        (row(3, 4, 5, 6), row(9, 8, 7, 6), {"voi": 0.0, "arand": math.nan, "pq": 1.0, "dic": 0.0}),
+        (row(3), row(1), {"voi": math.nan, "arand": math.nan, "pq": math.nan, "dic": math.nan}),
+        (row(1, 2, 3), row(-1, -2, -1), {"voi": math.nan, "arand": math.nan, "pq": math.nan, "dic": math.nan}),
+        (row(1, 1, 2, 3), row(-1, 4, 4, 0), {"voi": 1.0, "split": 1.0, "merge": 0.0, "arand": 1.0, "pq": 0.0,
+                                             "aji": 0.25, "sbd": 4 / 9, "dic": 2.0}),
         (row(3, 3, 3, 3), row(9, 8, 7, 6), {"voi": 2.0, "split": 0.0, "arand": 1.0, "pq": 0.0, "aji": 0.25 / 1.75,
                                             "sbd": 0.4, "dic": 3.0}),
         (row(0, 0, 0, 0), row(1, 1, 2, 2), {"voi": 1.0, "split": 0.0, "arand": 1 - 2 * 4 / (4 + 12), "pq": 0.0,
                                             "dic": 2.0}),
     ],
-    ids=["nothing at all", "all invented", "one instance", "one that fills the image", "single voxels", "all merged",
+    ids=["nothing at all", "all invented", "one instance", "one that fills the image", "single voxels", "one voxel",
+         "everything ignored", "one voxel ignored", "all merged",
          "nothing predicted"],
 )
 def test_edge_cases_have_the_documented_values(pred: Tensor, label: Tensor, expected: dict[str, float]) -> None:
@@ -287,9 +292,8 @@ def test_a_map_without_voxels_has_an_empty_table() -> None:
     assert table.pred_ids.tolist() == table.label_ids.tolist() == table.pred_sizes.tolist() == [0]
     assert table.counts.size == 0
     assert math.isnan(adapted_rand_error(table))
-    assert panoptic_quality(table) == (1.0, 1.0, 1.0)
-    assert symmetric_best_dice(table) == aggregated_jaccard(table) == 1.0
-    assert count_difference(table) == 0
+    values = *panoptic_quality(table), symmetric_best_dice(table), aggregated_jaccard(table), count_difference(table)
+    assert all(map(math.isnan, values))
 
 
 def test_inputs_stay_as_they_are_and_views_are_read_in_order() -> None:
@@ -320,6 +324,9 @@ def test_inputs_stay_as_they_are_and_views_are_read_in_order() -> None:
 def test_what_is_no_id_is_refused(wrong: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"`pred` {message}"):
         contingency(wrong, row(0, 1, 2))
+    if (wrong < 0).any():
+        assert contingency(row(0, 1, 2), wrong).counts.sum() == 2   # ignored in the label
+        return
     with pytest.raises(ValueError, match=f"`label` {message}"):
         contingency(row(0, 1, 2), wrong)
 
@@ -391,7 +398,8 @@ def test_blocks_and_cases_without_a_value_count_nothing() -> None:
     expected = torch.tensor([[1.0, 0.0, math.nan, 1.0], [math.nan] * 4])
     torch.testing.assert_close(state.metric_details["voi"], expected, equal_nan=True)
     assert state.metrics["voi"] == pytest.approx(2 / 3)
-    assert state.metric_details["dic"].tolist() == [[1.0, 0.0, 0.0, 0.0], [2.0, 1.0, 0.0, 1.0]]
+    expected = torch.tensor([[1.0, 0.0, math.nan, 0.0], [2.0, 1.0, math.nan, 1.0]])
+    torch.testing.assert_close(state.metric_details["dic"], expected, equal_nan=True)
     assert math.isnan(evaluate([([pred], [unlabeled])], voi=VariationOfInformation()).metrics["voi"])
 
 
@@ -511,3 +519,17 @@ def test_ranks_gather_the_values_of_all_blocks(tmp_path: Path) -> None:
         metrics, details = json.loads((tmp_path / f"{rank}.json").read_text())
         assert metrics == {"CountDifference": 0.5, "VariationOfInformationSplit": 0.5}
         assert details == {"CountDifference": expected, "VariationOfInformationSplit": expected}
+
+
+@pytest.mark.parametrize("size", [(9, 14), (4, 6, 9)])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
+def test_values_are_those_of_the_part_that_is_not_ignored(size: tuple[int, ...], dtype: Any) -> None:
+    pred, label = (ids.astype(dtype) for ids in random_maps(size, seed=4))
+    unknown = label.copy()
+    unknown[..., 6:] = -1
+    assert all_values(pred, unknown) == all_values(pred[..., :6].copy(), label[..., :6].copy())
+
+
+def test_a_negative_prediction_is_still_refused() -> None:
+    with pytest.raises(ValueError, match="`pred` must have whole ids of 0 or more, got -1"):
+        contingency(row(0, -1, 1), row(0, 1, 1))
