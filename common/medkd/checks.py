@@ -34,8 +34,8 @@ def check_classes(name: str, value: Tensor, classes: int) -> None:
     largest = int(value.max()) if value.numel() else 0
     if largest >= classes:
         raise ValueError(
-            f"`{name}` must be class indices below {classes}, the network's channels, or negative where a voxel is to be "
-            f"ignored, got {largest}; if that stands for unknown voxels (255 often does), map it to -1."
+            f"`{name}` must be class indices below {classes}, the network's channels, or negative where a voxel is to "
+            f"be ignored, got {largest}; if that stands for unknown voxels (255 often does), map it to -1."
         )
 
 

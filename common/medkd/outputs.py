@@ -59,9 +59,9 @@ class MainOutput:
         tensor = output if isinstance(output, Tensor) else self._full_resolution(output)
         if axes is not None and tensor.dim() > axes:
             raise ValueError(
-                f"{self.source} must give maps of {axes} dimensions, like the image, got {tuple(tensor.shape)}; if axis "
-                "1 stacks the heads of deep supervision (DynUNet), set `deep_supervision` to false, or unbind them in "
-                "`forward`: a list of heads is understood."
+                f"{self.source} must give maps of {axes} dimensions, like the image, got {tuple(tensor.shape)}; if "
+                "axis 1 stacks the heads of deep supervision (DynUNet), set `deep_supervision` to false, or unbind "
+                "them in `forward`: a list of heads is understood."
             )
         tensor = plain_tensor(tensor)
         if tensor.is_inference():

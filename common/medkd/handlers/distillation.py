@@ -107,9 +107,9 @@ class DistillationHandler:
         """
         if getattr(engine.state, "distillation_handler", None) is not None:
             raise ValueError(
-                "`engine` must have one DistillationHandler, got a second; put all losses into one handler, `loss` takes "
-                "a list. Several teachers (one for each organ group, say) become one network that runs them and joins "
-                "their outputs along the channels, each with taps below its name."
+                "`engine` must have one DistillationHandler, got a second; put all losses into one handler, `loss` "
+                "takes a list. Several teachers (one for each organ group, say) become one network that runs them and "
+                "joins their outputs along the channels, each with taps below its name."
             )
         engine.state.distillation_handler = self
         engine.register_events(*DistillationEvents)

@@ -38,8 +38,8 @@ def check_optimizer(optimizer: Any, student: nn.Module, losses: Sequence[Distill
     ]
     if lacking:
         raise ValueError(
-            f"`optimizer` must hold all trainable parameters of the distillation losses, got one without {_few(lacking)}"
-            ", which would stay random: the student would imitate a random projection. Build it over "
+            "`optimizer` must hold all trainable parameters of the distillation losses, got one without "
+            f"{_few(lacking)}, which would stay random: the student would imitate a random projection. Build it over "
             "`medkd.losses.base.trainable_parameters(student, loss)`, with the very loss that the handler has."
         )
     trainable = [(name, value) for name, value in unwrap(student).named_parameters() if value.requires_grad]

@@ -70,8 +70,8 @@ class TermCheck:
                 self._silent.discard(term)
             elif bool(value != 0):
                 raise RuntimeError(
-                    f"Term {term!r} must require a gradient, got {float(value):.4g} without one: it would be logged and "
-                    f"added but teach nothing. {type(loss).__name__} detaches the student, or reads none of its tensors."
+                    f"Term {term!r} must require a gradient, got {float(value):.4g} without one: it would be logged "
+                    f"and added but teach nothing. {type(loss).__name__} detaches the student, or does not read it."
                 )
 
     def end_epoch(self) -> None:

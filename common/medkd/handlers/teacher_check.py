@@ -137,7 +137,7 @@ class TeacherCheck:
         for name, candidate in _constants(validator.inferer, channels, self.regions):
             with _replaced(validator, inferer=candidate):
                 value = self._validate(validator.network)
-            if not constant or not math.isnan(value) and (math.isnan(best) or validator.metric_cmp_fn(value, best)):
+            if not constant or (not math.isnan(value) and (math.isnan(best) or validator.metric_cmp_fn(value, best))):
                 constant, best = name, value
         return constant, best
 

@@ -41,8 +41,8 @@ class AffinityLoss(nn.Module):
             background.
 
     Shape:
-        embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background, negative is ignored: pairs with
-        such a voxel do not count, and means are over what is left. Result: a scalar, float32.
+        embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background, negative is ignored: pairs
+        with such a voxel do not count, and means are over what is left. Result: a scalar, float32.
 
     Raises:
         ValueError: unknown option, offsets of another rank than the embeddings, labels that are not whole numbers.

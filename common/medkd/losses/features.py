@@ -55,7 +55,7 @@ class HintLoss(DistillationLoss):
 
     terms = ("features",)
 
-    def __init__(   # noqa: PLR0913 - options of a config, each with a default
+    def __init__(
         self,
         taps: Sequence[str | Sequence[str]],
         channels: Sequence[Sequence[int]],

@@ -92,7 +92,7 @@ class CaseMetric(IgniteMetricHandler):
         return self.include_background or number > 1
 
     def _pairs(self, pred: Tensor, label: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Arguments of `measure` for what has a value of its own: each class but the background, masks of shape (*S)."""
+        """Masks of shape (*S) for `measure`, of what has a value of its own: each class but the background."""
         first = 0 if self.include_background else 1
         unknown = (label < 0).any(0)
         if not self.include_background:

@@ -62,8 +62,8 @@ def contingency(pred: Tensor | NDArray[Any], label: Tensor | NDArray[Any]) -> Co
             in no count, whatever is predicted there.
 
     Raises:
-        ValueError: the shapes differ; a predicted id is negative, an id is not whole, or so large that its floating type may have
-            merged it with others.
+        ValueError: the shapes differ; a predicted id is negative, an id is not whole, or so large that its floating
+            type may have merged it with others.
 
     Example:
         >>> table = contingency(np.array([7, 7, 70_000, 70_000]), np.array([0, 1, 1, 1]))

@@ -19,7 +19,8 @@ from medkd.ops.precision import at_least_float32
 
 __all__ = [
     "AffinityBalance", "BackgroundPairs", "background_cosine", "label_affinity", "offset_affinity", "offset_mask",
-    "pair_mask", "pairs_of_background", "pooled_directions", "target_balance_weight", "weighted_targets", "widen_borders",
+    "pair_mask", "pairs_of_background", "pooled_directions", "target_balance_weight", "weighted_targets",
+    "widen_borders",
 ]
 
 AffinityBalance = Literal["sample", "channel", "none"]
@@ -326,34 +327,20 @@ def weighted_targets(
     Reference:
         Liu et al., arXiv 2401.06370, L_aff.
     """
-    size = numbers.shape[2:]
+    size, ignored = numbers.shape[2:], ignored_voxels(numbers)
+    counted = None if ignored is None else ~ignored
+    mask = offset_mask(size, offsets, numbers.device) if ignored is None else pair_mask(ignored, offsets)
     target = label_affinity(numbers, offsets, background)
-    if (ignored := ignored_voxels(numbers)) is not None:
-        return _weights_of_counted(ignored, target, offsets, balance), target
-    mask = offset_mask(size, offsets, numbers.device)
     weight = mask.expand_as(target).float()
     if balance == "sample":                                        # pairs that leave the image count as ones here
-        weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0))
-    elif balance == "channel":
-        weight = weight * target_balance_weight(target, mask, per_channel=True)
-    inside = mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel()
-    share = torch.as_tensor(len(target) * inside, device=target.device)
-    return weight / share.reshape(-1, *[1] * len(size)), target
-
-
-def _weights_of_counted(
-    ignored: Tensor, target: Tensor, offsets: Sequence[Sequence[int]], balance: AffinityBalance
-) -> Tensor:
-    """The weights where some voxels are ignored, as if what is left were the images."""
-    mask, counted = pair_mask(ignored, offsets), ~ignored
-    weight = mask.float()
-    if balance == "sample":
         weight = weight * target_balance_weight(target.masked_fill(~mask, 1.0), counted)
     elif balance == "channel":
         weight = weight * target_balance_weight(target, mask, per_channel=True)
-    rank = target.dim() - 2
-    total = mask.transpose(0, 1).flatten(1).sum(1) if rank == 3 else counted.sum()
-    return weight / total.clamp(min=1).reshape(-1, *[1] * rank)
+    if counted is None:
+        total = len(target) * (mask.flatten(1).sum(1).clamp(min=1) if len(size) == 3 else size.numel())
+    else:
+        total = (mask.transpose(0, 1).flatten(1).sum(1) if len(size) == 3 else counted.sum()).clamp(min=1)
+    return weight / torch.as_tensor(total, device=target.device).reshape(-1, *[1] * len(size)), target
 
 
 def widen_borders(label: Tensor) -> Tensor:
@@ -363,7 +350,8 @@ def widen_borders(label: Tensor) -> Tensor:
         label: instance numbers, shape (..., H, W), integer of any size; 0 is background, negative is ignored.
 
     Returns:
-        Same shape and type; ignored voxels stay and widen nothing. Exact for every number, unlike pooling in floating point.
+        Same shape and type; ignored voxels stay and widen nothing. Exact for every number, unlike pooling in floating
+        point.
 
     Reference:
         Widened borders of the EM targets in the code of arXiv 2401.06370.

@@ -39,7 +39,8 @@ def instance_numbers(label: Tensor, like: Tensor, widen: bool = False) -> Tensor
     """Instance numbers as integers.
 
     Args:
-        label: shape (B, 1, *S), whole numbers of any type, 0 is background, negative is ignored; 16-bit floats are too coarse for numbers.
+        label: shape (B, 1, *S), whole numbers of any type, 0 is background, negative is ignored; 16-bit floats are too
+            coarse for numbers.
         like: map of shape (B, C, *S).
         widen: see `widen_borders`.
 

@@ -89,7 +89,7 @@ def region_codes(regions: Tensor) -> Tensor:
     """
     bits = (1 << torch.arange(regions.shape[1], device=regions.device)).view(1, -1, *[1] * (regions.dim() - 2))
     codes = ((regions > 0.5) * bits).sum(1, keepdim=True)
-    numbers = torch.unique(codes, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(codes, return_inverse=True)[1]
     if regions.dtype == torch.bool:
         return numbers
     return torch.where((regions < 0).any(1, keepdim=True), -1, numbers)

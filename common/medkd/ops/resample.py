@@ -89,8 +89,8 @@ def majority_label(label: Tensor, grid: Sequence[int], ignore: int | None = None
         ignore: one more label that does not count, besides negative ones, which never do.
 
     Returns:
-        Labels of shape (B, 1, *grid), int64, `ignore` (or -1) where no voxel voted; and the share of each block's voxels
-        that are not ignored, same shape, float32.
+        Labels of shape (B, 1, *grid), int64, `ignore` (or -1) where no voxel voted; and the share of each block's
+        voxels that are not ignored, same shape, float32.
     """
     label = label.long()
     size, grid = tuple(label.shape[2:]), tuple(grid)

@@ -65,7 +65,7 @@ def test_a_tap_without_a_gradient_is_refused_and_named(how: str) -> None:
     network = Hindered(how)
     before = toys.state_of(network.head)
     loss = HintLoss(["encoder.norm"], [[toys.STUDENT_WIDTH, toys.TEACHER_WIDTH]], spatial_dims=2)
-    with pytest.raises(RuntimeError, match=r"Taps \['encoder.norm'\] of the student must require a gradient .* reentrant"):
+    with pytest.raises(RuntimeError, match=r"Taps \['encoder.norm'\] of the student must require .* reentrant"):
         run(network, DistillationHandler(Teacher(toys.teacher), loss))
     assert toys.same(before, toys.state_of(network.head))
 
@@ -188,7 +188,7 @@ def test_the_teacher_sees_the_image_that_the_network_was_given(prepare: Any) -> 
 @pytest.mark.parametrize("prepare", [brighter, brighter_in_place, brighter_in_the_batch])
 def test_an_image_that_is_changed_for_the_student_alone_is_refused(prepare: Any) -> None:
     handler = DistillationHandler(toys.Bright(), SoftLabelLoss(), None, "teacher_image")
-    with pytest.raises(ValueError, match="`prepare_batch` must leave the image as .* `teacher_input` is 'teacher_image'"):
+    with pytest.raises(ValueError, match="`prepare_batch` must leave the image .* `teacher_input` is 'teacher_image'"):
         run(toys.student(), handler, prepare_batch=prepare)
 
 
@@ -254,10 +254,10 @@ def test_of_the_students_heads_the_one_of_full_resolution_learns(caplog: pytest.
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ("dict", TypeError, r"The teacher must give one tensor, got dict with the keys \['out', 'aux'\]; wrap the network"),
+        ("dict", TypeError, r"The teacher must give one tensor, got dict with the keys \['out', 'aux'\]; wrap the"),
         ("other", TypeError, r"The teacher must give one tensor, got tuple of \(2, 2, 12, 12\), \(2, 1, 12, 12\)"),
         ("nothing", TypeError, "The teacher must give one tensor, got NoneType; wrap the network"),
-        ("stack", ValueError, r"The teacher must give maps of 4 dimensions, .* got \(2, 2, 2, 12, 12\); .*deep_supervision"),
+        ("stack", ValueError, r"The teacher must give maps of 4 dim.* got \(2, 2, 2, 12, 12\); .*deep_supervision"),
     ],
 )
 def test_any_other_output_is_named_with_the_way_out(how: str, error: type[Exception], message: str) -> None:

@@ -34,9 +34,9 @@ def corner(maps: Tensor, stride: int = 1) -> Tensor:
 
 def inputs(rank: int, classes: int = CHANNELS) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Taps `e` on the grid and `c` on half of it, predictions, and labels that are known in a corner alone."""
-    half = [length // 2 for length in SIZES[rank]]
+    full, half = SIZES[rank], [length // 2 for length in SIZES[rank]]
     student, teacher = (
-        {"e": torch.randn(2, 3, *SIZES[rank]), "c": torch.randn(2, 3, *half), "pred": torch.randn(2, CHANNELS, *SIZES[rank])}
+        {"e": torch.randn(2, 3, *full), "c": torch.randn(2, 3, *half), "pred": torch.randn(2, CHANNELS, *full)}
         for _ in range(2)
     )
     label = torch.full((2, 1, *SIZES[rank]), -1)
@@ -48,7 +48,8 @@ def inputs(rank: int, classes: int = CHANNELS) -> tuple[dict[str, Tensor], dict[
 
 
 def cropped(maps: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: corner(value.detach(), 2 if name == "c" else 1).clone().requires_grad_() for name, value in maps.items()}
+    parts = {name: corner(value.detach(), 2 if name == "c" else 1) for name, value in maps.items()}
+    return {name: part.clone().requires_grad_() for name, part in parts.items()}
 
 
 def soft(rank: int) -> DistillationLoss:
@@ -84,7 +85,7 @@ def graph_balanced(rank: int) -> DistillationLoss:
 
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("make", [soft, soft_foreground, soft_regions, hints, relation, graph, graph_balanced])
-def test_a_distillation_loss_equals_that_of_the_labeled_part(make: Callable[[int], DistillationLoss], rank: int) -> None:
+def test_a_loss_equals_that_of_the_labeled_part(make: Callable[[int], DistillationLoss], rank: int) -> None:
     student, teacher, label = inputs(rank)
     part = cropped(student)
     whole_loss, part_loss = make(rank), make(rank)
@@ -172,7 +173,7 @@ def test_soft_labels_take_the_label_of_another_grid_by_the_nearest_voxel(factor:
 
 @pytest.mark.parametrize("make", [soft, relation])
 @pytest.mark.parametrize("value", [CHANNELS, 255])
-def test_a_label_that_is_no_class_is_refused_with_the_way_out(make: Callable[[int], DistillationLoss], value: int) -> None:
+def test_a_label_that_is_no_class_is_refused(make: Callable[[int], DistillationLoss], value: int) -> None:
     student, teacher, label = inputs(2)
     label[0, 0, 0, 0] = value
     with pytest.raises(ValueError, match=f"`label` must be class indices below 4, .* got {value}; .* map it to -1"):
