@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import Compose, SpatialPadd
 
@@ -222,6 +223,40 @@ def test_images_much_smaller_than_a_patch_are_filled_up(
     result = Compose([step for step in fixed if isinstance(step, SpatialPadd)] + random)(case)
     for one in result if isinstance(result, list) else [result]:
         assert list(one["image"].shape[1:]) == list(one["label"].shape[1:]) == patch
+
+
+def test_what_the_network_says_where_the_label_is_negative_does_not_count(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the labels of a file to the supervised loss and the metric of the validation."""
+    monkeypatch.syspath_prepend(str(bundle))
+    parser = parsed(bundle, "train")
+    patch, classes = parser["patch_size"], parser.get_parsed_content("out_channels")
+    label = torch.arange(2).repeat_interleave(patch[0] // 2 + 1)[: patch[0]].view(1, -1, *[1] * (len(patch) - 1))
+    label = label.expand(1, *patch).clone()
+    label[..., -patch[-1] // 3 :] = -1
+    case = {"image": MetaTensor(torch.rand(1, *patch)), "label": MetaTensor(label)}
+    numbering = [step for step in parser.get_parsed_content("train#deterministic_transforms")
+                 if type(step).__name__ == "ConsecutiveLabelsd"]
+    case = Compose(numbering)(case)
+    ignored = (case["label"] < 0).expand(classes, *patch).as_subclass(torch.Tensor)
+    assert 0 < int(ignored.sum()) < ignored.numel()
+    pred = torch.randn(classes, *patch)
+    other = torch.where(ignored, torch.randn(classes, *patch), pred)
+    loss, post = parser.get_parsed_content("loss"), parser.get_parsed_content("train#postprocessing")
+    values = [loss(one[None], case["label"][None]) for one in (pred, other)]
+    assert values[0].isfinite()
+    torch.testing.assert_close(*(torch.as_tensor(value) for value in values))
+    results = [post({"pred": MetaTensor(one), "label": case["label"]}) for one in (pred, other)]
+    metric = next(iter(parser.get_parsed_content("validate#key_metric").values()))
+    if len(results[0]["label"]) > 1:                               # classes; instances are decoded in the validation
+        scores = []
+        metric.attach(Engine(lambda _engine, _batch: None), "score")
+        for result in results:
+            metric.reset()
+            metric.update(([result["pred"]], [result["label"]]))
+            scores.append(float(metric.compute()))
+        assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("names", [["multi_gpu_train", "teacher"], ["teacher", "multi_gpu_train"]])

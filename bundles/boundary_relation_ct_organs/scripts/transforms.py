@@ -30,7 +30,8 @@ def membranes(instances: Tensor, axes: Sequence[int] | None = None, grow: int = 
     There is no neighbor beyond the edge of the volume.
 
     Args:
-        instances: ids, 0 for none. Shape (C, *S), any integer type, or floats below 2^24, where they are exact.
+        instances: ids, 0 for none, negative where nothing is known: such a voxel is no membrane and makes none. Shape
+            (C, *S), any integer type, or floats below 2^24, where they are exact.
         axes: spatial axes, from 0 on, along which neighbors are compared; None for all. `[0, 1]` is for sections along
             the last axis whose ids do not link from one to the next.
         grow: voxels that are added on each side of a membrane, along the same axes; at least 0.
@@ -53,18 +54,20 @@ def membranes(instances: Tensor, axes: Sequence[int] | None = None, grow: int = 
             f"`instances` must have ids below {_EXACT:,} as {instances.dtype}, got {float(instances.max()):.0f}, where "
             "floats no longer tell neighbors apart; number the instances anew from 1 on, or load them as integers."
         )
+    known = instances >= 0
     mask = torch.zeros(instances.shape, dtype=torch.bool, device=instances.device)
     for axis in chosen:
         first, second = _neighbors(instances, axis)
         differ = first != second
         for side, other in zip(_neighbors(mask, axis), (second, first), strict=True):
-            side |= differ & (other != 0)                          # a view: this writes into `mask`
+            side |= differ & (other > 0)                           # a view: this writes into `mask`
+    mask &= known
     for _ in range(grow):
         before = mask.clone()
         for axis in chosen:
             for side, other in zip(_neighbors(mask, axis), reversed(_neighbors(before, axis)), strict=True):
                 side |= other
-    return mask.to(torch.uint8)
+    return (mask & known).to(torch.uint8)
 
 
 def _check_axes(axes: Sequence[int] | None, rank: int) -> list[int]:
@@ -81,7 +84,7 @@ def _neighbors(volume: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 class MembraneFromInstancesd(MapTransform):
-    """Replace instance labels by membrane (1) and the rest (0); see `membranes`.
+    """Replace instance labels by membrane (1) and the rest (0), and what is negative, ignored, by -1; see `membranes`.
 
     Args:
         keys: keys of instance labels, shape (1, *S).
@@ -105,7 +108,10 @@ class MembraneFromInstancesd(MapTransform):
         """Give a copy of `data` with membranes, in the type of the labels and with their metadata."""
         result = dict(data)
         for key in self.key_iterator(result):
-            mask = membranes(torch.as_tensor(result[key]), self.axes, self.grow)
+            instances = torch.as_tensor(result[key])
+            mask = membranes(instances, self.axes, self.grow)
+            if bool((instances < 0).any()):
+                mask = torch.where(instances < 0, -1, mask.to(torch.int64))
             result[key] = convert_to_dst_type(mask, result[key])[0]
         return result
 

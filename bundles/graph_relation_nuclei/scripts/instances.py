@@ -282,13 +282,11 @@ class ConsecutiveLabelsd(MapTransform):
     """Number instances 1, 2, ... without gaps, so that no later step in floating point can mix them up.
 
     Args:
-        keys: instance numbers of any size, shape (1, *S), 0 is background; load them as integers.
+        keys: instance numbers of any size, shape (1, *S), 0 is background, and what is negative is ignored and becomes
+            -1; load them as integers.
         per_section: what has one number in two sections is two instances. Sections lie along the axis of the largest
             spacing, the first of equal ones.
         allow_missing_keys: do nothing where a key is absent.
-
-    Raises:
-        ValueError: numbers below 0.
     """
 
     def __init__(self, keys: KeysCollection, per_section: bool = False, allow_missing_keys: bool = False) -> None:
@@ -299,9 +297,6 @@ class ConsecutiveLabelsd(MapTransform):
         """Give a copy of `data` with new numbers, int32."""
         result = dict(data)
         for key in self.key_iterator(result):
-            least = int(torch.as_tensor(result[key]).min())
-            if least < 0:
-                raise ValueError(f"`{key}` must have numbers of at least 0, got {least}; 0 is background.")
             numbers = _consecutive(torch.as_tensor(result[key]))
             if self.per_section:
                 numbers = _consecutive(_apart(numbers, section_axis(result[key])))
@@ -311,7 +306,11 @@ class ConsecutiveLabelsd(MapTransform):
 
 def _consecutive(numbers: Tensor) -> Tensor:
     found, places = torch.unique(numbers, return_inverse=True)
-    return torch.where(numbers == 0, 0, places + int(not bool((found == 0).any())))
+    below = int((found == 0).any())
+    if not numbers.dtype.is_signed:
+        return torch.where(numbers == 0, 0, places + 1 - below)
+    below += int((found < 0).sum())
+    return torch.where(numbers > 0, places + 1 - below, numbers.long().clamp(min=-1))
 
 
 def section_axis(volume: MetaTensor) -> int:
@@ -323,7 +322,7 @@ def section_axis(volume: MetaTensor) -> int:
 def _apart(numbers: Tensor, axis: int) -> Tensor:
     """Different numbers for different sections."""
     sections = torch.arange(numbers.shape[axis + 1]).reshape(-1, *[1] * (numbers.dim() - axis - 2))
-    return torch.where(numbers == 0, 0, numbers + sections * (int(numbers.max()) + 1))
+    return torch.where(numbers <= 0, numbers, numbers + sections * (int(numbers.max()) + 1))
 
 
 class SaveInstancesd(SaveImaged):

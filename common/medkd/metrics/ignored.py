@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal, get_args
 
-import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from torch import Tensor

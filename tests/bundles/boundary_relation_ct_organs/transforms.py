@@ -117,6 +117,16 @@ def test_grown_membranes_are_thicker_by_a_voxel_on_each_side_and_step() -> None:
     assert membranes(drawn("111  121  111"), axes=[1], grow=1).tolist() == drawn("000  111  000").tolist()
 
 
+def test_where_nothing_is_known_there_is_no_membrane_and_the_label_stays_ignored() -> None:
+    label = torch.tensor([[[1, 1, 1, -1, -1, 2, 2, 3, 3, 3, 3]]])
+    assert membranes(label).tolist() == [[[0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0]]]
+    assert membranes(label, grow=1).tolist() == [[[0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]]]
+    for dtype in (torch.int64, torch.float32):
+        result = MembraneFromInstancesd("label")({"label": label.to(dtype)})["label"]
+        assert result.tolist() == [[[0, 0, 0, -1, -1, 0, 1, 1, 0, 0, 0]]]
+        assert result.dtype == dtype
+
+
 @pytest.mark.parametrize("axes", [[], [2], [-1]])
 def test_axes_that_do_not_exist_are_refused(axes: list[int]) -> None:
     with pytest.raises(ValueError, match=r"`axes` must be spatial axes out of \[0, 1\], got \["):

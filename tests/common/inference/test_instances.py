@@ -399,7 +399,10 @@ def test_large_ids_stay_apart(first: int) -> None:
     assert ConsecutiveLabelsd("label")({"label": label})["label"].tolist() == [[0, 1, 2, 3, 1]]
 
 
-@pytest.mark.parametrize(("label", "numbers"), [([7, 7], [1, 1]), ([0, 0], [0, 0]), ([3, 5], [1, 2])])
+@pytest.mark.parametrize(
+    ("label", "numbers"),
+    [([7, 7], [1, 1]), ([0, 0], [0, 0]), ([3, 5], [1, 2]), ([-1, 5, 0, -9, 3], [-1, 2, 0, -1, 1]), ([-1, 5], [-1, 1])],
+)
 def test_labels_with_one_or_no_instance_or_no_background(label: list[int], numbers: list[int]) -> None:
     assert ConsecutiveLabelsd("label")({"label": torch.tensor([label])})["label"].tolist() == [numbers]
 
