@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from monai.bundle.config_parser import ConfigParser
+from medkd.inference.options import current_parser
 
-__all__ = ["current_parser", "flatten", "run_settings"]
+__all__ = ["flatten", "run_settings"]
 
 # keys that may differ between two runs of one result, each with the reason
 _WITHOUT_EFFECT = {
@@ -30,6 +29,7 @@ _WITHOUT_EFFECT = {
     "score_columns": "read by programs that show scores",
     "resume": "says how to go on",
     "run_settings": "this list itself",
+    "prepare_run": "raises, or lets pass", "check_sizes": "raises, or lets pass",
     "is_main": "which rank writes",
     "tracking_uri": "of MLflow", "experiment_name": "of MLflow", "run_name": "of MLflow",
     "save_execute_config": "of MLflow", "is_not_rank0": "of MLflow",
@@ -41,27 +41,10 @@ _OF_THE_MACHINE = {
 }
 # handlers that watch, raise, or write what is no part of the result; all others are settings
 _WATCHERS = {
-    "CheckpointHandler", "CheckpointLoader", "CheckpointSaver", "CurvesHandler", "MLFlowHandler", "MetricLogger",
-    "MetricsSaver", "NanGuard", "ProgressBar", "ProgressFile", "StatsHandler", "TensorBoardImageHandler",
-    "TensorBoardStatsHandler",
+    "CaseGuard", "CheckpointHandler", "CheckpointLoader", "CheckpointSaver", "CurvesHandler", "MLFlowHandler",
+    "MetricLogger", "MetricsSaver", "NanGuard", "ProgressBar", "ProgressFile", "StatsHandler",
+    "TensorBoardImageHandler", "TensorBoardStatsHandler",
 }
-
-
-def current_parser() -> ConfigParser | None:
-    """The parser that evaluates the expression or builds the component from which this is called.
-
-    Returns:
-        None when no parser is at work, as in a notebook.
-    """
-    # MONAI gives what a config names no reference to its parser, so it is looked up among the callers: the innermost
-    # method of a parser that is being executed. There is no other way that needs neither a patch nor a global.
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, ConfigParser):
-            return owner
-        frame = frame.f_back
-    return None
 
 
 def run_settings() -> dict[str, Any]:

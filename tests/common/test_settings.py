@@ -7,7 +7,8 @@ from typing import Any
 
 from monai.bundle.config_parser import ConfigParser
 
-from medkd.settings import current_parser, flatten, run_settings
+from medkd.inference.options import current_parser
+from medkd.settings import flatten, run_settings
 
 ASKED = {"_target_": "medkd.settings.run_settings"}
 
@@ -34,7 +35,7 @@ def test_an_override_wins_and_a_copied_text_is_told_where_it_was_copied_to() -> 
 
 
 def test_an_expression_knows_its_own_parser_and_not_one_around_it() -> None:
-    outer = ConfigParser({"x": "$settings.current_parser()", "imports": ["$from medkd import settings"]})
+    outer = ConfigParser({"x": "$options.current_parser()", "imports": ["$from medkd.inference import options"]})
     assert outer.get_parsed_content("x") is outer
     assert current_parser() is None
     assert run_settings() == {}

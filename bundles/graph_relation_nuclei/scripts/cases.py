@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from tempfile import TemporaryFile
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -121,6 +122,7 @@ class CaseEvaluator(SupervisedEvaluator):
         options: of `SupervisedEvaluator`.
 
     Raises:
+        OSError: at the start, when there is no place for predictions.
         CasesFailedError: at the end, when a case failed.
     """
 
@@ -129,11 +131,14 @@ class CaseEvaluator(SupervisedEvaluator):
         self.failures: list[str] = []
         dataset = getattr(self.data_loader, "dataset", None)
         folder = dataset.folder() if isinstance(dataset, CaseDataset) else ""
-        for layout in _layouts(postprocessing):
+        self._layouts = list(_layouts(postprocessing))
+        for layout in self._layouts:
             layout.data_root_dir = layout.data_root_dir or folder
 
     def run(self, global_epoch: int = 1) -> None:   # type: ignore[override]
         """Predict all cases, then raise if one failed."""
+        for place in {str(layout.output_dir) for layout in self._layouts}:
+            _check_writable(place)
         self.failures.clear()
         super().run(global_epoch)
         if self.failures:
@@ -204,6 +209,16 @@ def case_names(batch: Any, key: str = "image") -> str:
     image = batch.get(key) if isinstance(batch, Mapping) else None
     names = image if isinstance(image, (str, os.PathLike)) else getattr(image, "meta", {}).get("filename_or_obj", "")
     return ", ".join(dict.fromkeys(map(str, names if isinstance(names, (list, tuple)) else [names])))
+
+
+def _check_writable(folder: str) -> None:
+    """Find out before any work is done whether results can be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"`output_dir` must be a folder to write to, got {folder}: {error.strerror}.") from error
 
 
 def _layouts(transform: Any) -> Iterator[FolderLayout]:

@@ -56,9 +56,10 @@ class IgnoringLoss(nn.Module):
                 f"{tuple(label.shape[2:])}; resize it with mode 'nearest'."
             )
         counted = ~on_grid(mask, label.shape[2:]).flatten(1)       # (B, N)
+        samples = zip(pred.flatten(2).chunk(len(pred)), label.flatten(2).chunk(len(pred)), counted, strict=True)
         pairs = [
             (p[:, :, None, kept], y[:, :, None, kept])             # (1, K, 1, n)
-            for p, y, kept in zip(pred.flatten(2).split(1), label.flatten(2).split(1), counted, strict=True)
+            for p, y, kept in samples
             if bool(kept.any())
         ]
         if not pairs:
@@ -66,6 +67,8 @@ class IgnoringLoss(nn.Module):
         same = bool((counted == counted[:1]).all())
         pooled = any(getattr(part, "batch", False) is True for part in self.loss.modules())
         if same or pooled:
-            pairs = [(torch.cat(one, dim=0 if same else 3) for one in zip(*pairs, strict=True))]
+            preds, labels = zip(*pairs, strict=True)
+            axis = 0 if same else 3
+            pairs = [(torch.cat(preds, axis), torch.cat(labels, axis))]
         values = [self.loss(*pair) for pair in pairs]
         return torch.stack(values).mean()

@@ -118,6 +118,14 @@ def test_a_user_who_interrupts_is_obeyed(tmp_path: Path) -> None:
     assert written(tmp_path / "out") == []
 
 
+def test_a_place_that_takes_no_predictions_is_refused_before_the_first_case(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    engine = evaluator([picture(tmp_path / "in/a.png", 9)], tmp_path / "out")
+    with pytest.raises(OSError, match="`output_dir` must be a folder to write to, got .*out: "):
+        engine.run()
+    assert not engine.failures
+
+
 def test_many_failures_are_counted(tmp_path: Path) -> None:
     cases = [{"image": str(tmp_path / f"{number}.png")} for number in range(30)]
     with pytest.raises(CasesFailedError, match=r"^30 of 30 cases[\s\S]*19.png[\s\S]*\n  and 10 more$"):
