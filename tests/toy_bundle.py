@@ -26,10 +26,10 @@ Config = dict[str, Any]
 
 LEVEL = {"tap": toys.TAP, "channels": [toys.STUDENT_WIDTH, toys.TEACHER_WIDTH], "stride": [1, 1]}
 LOAD = [
-    {"_target_": "LoadImaged", "keys": ["image", "label"]},
-    {"_target_": "EnsureChannelFirstd", "keys": ["image", "label"]},
-    {"_target_": "EnsureTyped", "keys": ["image", "label"]},
+    {"_target_": "LoadImaged", "keys": ["image", "label"], "allow_missing_keys": True},
+    {"_target_": "EnsureChannelFirstd", "keys": ["image", "label"], "allow_missing_keys": True},
 ]
+ENSURE = {"_target_": "EnsureTyped", "keys": ["image", "label"]}
 ONE_HOT = {"_target_": "AsDiscreted", "keys": ["pred", "label"], "argmax": [True, False], "to_onehot": "@out_channels"}
 DICE = {"_target_": "MeanDice", "include_background": False, "output_transform": "@pred_and_label"}
 WINDOWS = {"_target_": "SlidingWindowInferer", "roi_size": "@patch_size", "sw_batch_size": 4}
@@ -84,7 +84,8 @@ OWN_VALUES: dict[str, Config] = {
             "T_max": "@train#trainer#max_epochs",
         },
         "data_check#num_classes": "@out_channels",
-        "train#deterministic_transforms": LOAD,
+        "loading": {"_target_": "Compose", "transforms": LOAD},
+        "train#deterministic_transforms": ["@loading", ENSURE],
         "train#random_transforms": [
             {"_target_": "RandSpatialCropd", "keys": ["image", "label"], "roi_size": "@patch_size"},
             {"_target_": "RandFlipd", "keys": ["image", "label"], "prob": 0.5, "spatial_axis": 0},
@@ -116,7 +117,7 @@ OWN_VALUES: dict[str, Config] = {
         "network_def": STUDENT,
         "preprocessing": {
             "_target_": "Compose",
-            "transforms": [{**step, "keys": "image"} for step in LOAD],
+            "transforms": [{**step, "keys": "image"} for step in (*LOAD, ENSURE)],
         },
         "inferer": {**WINDOWS, "overlap": "@overlap"},
         "postprocessing": {

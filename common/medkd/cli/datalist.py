@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a datalist.json for a folder of images and labels of the same names; the folder stays as it is."""
+"""Write a datalist.json for a folder of images and labels of the same names; the folder stays as it is.
+
+Names may differ by usual words: liver_07_0000.nii.gz of nnU-Net, or img07.png, goes with liver_07_seg.nii.gz, or
+label07.png. What belongs nowhere is named.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +38,20 @@ def run(parser: Parser, words: Sequence[str]) -> None:
         help="images in SOURCE; those in no split and without label become `unlabeled`")
     add("--label_names", metavar="NAMES",
         help='of the label values from 0 on, such as "background,liver,spleen", or a JSON file of them')
+    add("--label_components", action="store_true",
+        help="the labels are masks: give each connected part a number of its own, in new files beside OUTPUT")
     options = parser.parse(words)
     from medkd.data.datalist import make_datalist
 
-    tell_written(make_datalist(
+    path = make_datalist(
         options.source, options.output, _plan(options), options.images, options.labels, options.unlabeled,
         options.label_names, options.patient,
-    ))
+    )
+    if options.label_components:
+        from medkd.data.components import label_components
+
+        print(f"Wrote labels of instances to {label_components(path)}.")
+    tell_written(path)
 
 
 def _plan(options: Namespace) -> Any:

@@ -41,7 +41,10 @@ def unreadable(path: str, what: str, error: BaseException) -> str:
         what: `image` or `label`.
         error: what a reader raised, perhaps wrapped.
     """
-    reason = _cut(path) or _reason(error, path)
+    reason = _cut(path) or _reason(error)
+    if reason.startswith(f"{path} must "):
+        return reason              # a sentence already, of a reader that knows our bundles
+    reason = reason.replace(path, "the file")[:_MOST]
     default = "if it is cut, copy it again, else save it as NIfTI, PNG or TIFF"
     way_out = next((way for words, way in _WAYS_OUT if re.search(words, reason)), default)
     return f"{path} must be a readable {what}, got {reason!r}; {way_out}."
@@ -59,7 +62,7 @@ def _cut(path: str) -> str | None:
     return None
 
 
-def _reason(error: BaseException, path: str) -> str:
+def _reason(error: BaseException) -> str:
     """The first line that tells something, of the outermost error that has one."""
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -70,5 +73,5 @@ def _reason(error: BaseException, path: str) -> str:
         for line in str(one).splitlines():
             text = _OBJECT.sub("", line).strip()
             if text and not _PLACE.match(line) and not _WRAPPER.match(text):
-                return text.replace(path, "the file").replace("  ", " ")[:_MOST]
+                return text
     return type(chain[-1]).__name__
