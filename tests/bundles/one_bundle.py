@@ -166,6 +166,17 @@ def test_evaluation_gives_all_metrics_per_case_and_class_or_block(
         assert np.isfinite([float(value) for value in rows[1].split(",")[1:]]).all()
 
 
+def test_evaluation_of_cases_without_a_label_is_refused_before_the_first(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads((data / "datalist.json").read_text())
+    del content["test"][-1]["label"]
+    (tmp_path / "datalist.json").write_text(json.dumps(content | {"data_root": str(data)}))
+    with refused("`test` of .*datalist.json must have a label for each image, .* got none for 1 of 2: "):
+        run("evaluating", "train", "smoke", "evaluate", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def predictions(folder: Path, data: Path) -> Iterator[tuple[Path, Path]]:
     """Image and prediction of each test case."""
     for case in json.loads((data / "datalist.json").read_text())["test"]:

@@ -52,8 +52,9 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     if bundle:
         print(f"The data can be used to train {os.path.basename(os.path.abspath(bundle))}.")
     else:
-        print("The data can be used. Not checked: size on the grid of a bundle, its window of intensities, its channels; "
-              "name the bundle by --bundle FOLDER.")
+        print("The data can be used.")
+        print("Not checked, as there is no bundle (--bundle FOLDER): size on its grid, window of intensities, "
+              "channels.")
     print(_next_command(path, bundle, number, options.config_file))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medkd.data.grid import Turning, grid_problems, turned
-from medkd.data.headers import NIFTI, Header, read_header
+from medkd.data.headers import NIFTI, PICTURES, Header, ending, read_header
 from medkd.data.images import image_problems
 from medkd.data.labels import fraction_problem, label_problems
 from medkd.data.oddities import log_oddities
@@ -132,7 +132,7 @@ def _list_problems(lists: Mapping[str, Sequence[Item]], key: str, allow_shared: 
 
 
 def _empty(name: str, cases: Sequence[Case], number: int) -> Iterator[str]:
-    labels = [case.label for case in cases if case.label]
+    labels = [case.label for case in cases if case.label and not case.problems]
     if labels and len(labels) == number and not any(label.marks for label in labels):
         yield (
             f"All {len(labels)} {name} labels must mark something, got only 0 in each; "
@@ -178,7 +178,9 @@ def _inspect(files: Sequence[object], where: str, labeled: bool, wanted: _Wanted
     for key in [key for key in headers if key in loaded]:
         _look(case, (key, *headers[key]), loaded, wanted)
     if case.image and case.label:
-        case.problems += _misfits(case.image, case.label)
+        flat = all(ending(volume.path) in PICTURES and len(volume.shape) == 2 for volume in (case.image, case.label))
+        # a picture has no affine of its own: what readers make up differs by format, and matters to turning alone
+        case.problems += _misfits(case.image, case.label, compare_affines=not flat or wanted.orientation is not None)
     return case
 
 
@@ -250,11 +252,17 @@ def _rank_problems(volume: Volume, spatial_dims: int | None) -> Iterator[str]:
         yield f"{volume.path} must have {spatial_dims} spatial axes, got {volume.shape}; {way_out}."
 
 
-def _misfits(image: Volume, label: Volume) -> Iterator[str]:
+def _misfits(image: Volume, label: Volume, compare_affines: bool) -> Iterator[str]:
     path = label.path
     if image.shape != label.shape:
         yield f"{path} must have the shape of its image, {image.shape}, got {label.shape}; resample the label."
         return
+    if not compare_affines:
+        return
+    if ending(image.path) != ending(label.path) and {ending(image.path), ending(label.path)} <= set(PICTURES):
+        copy = "save both as PNG, or both as TIFF"
+    else:
+        copy = "copy the image's header if the voxels match, else resample the label"
     axes = len(image.shape)
     ends = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape])).reshape(axes, -1)
     corners = np.vstack([ends, np.zeros((3 - axes, ends.shape[1])), np.ones(ends.shape[1])])   # (4, 2^axes)
@@ -269,5 +277,5 @@ def _misfits(image: Volume, label: Volume) -> Iterator[str]:
     else:
         yield (
             f"{path} must have the affine of its image, to {AFFINE_TOLERANCE:g} voxels, got one that is up to "
-            f"{most:.3g} mm off; copy the image's header if the voxels match, else resample the label."
+            f"{most:.3g} mm off; {copy}."
         )

@@ -79,8 +79,9 @@ def _lost(data: NDArray[Any], volume: Volume) -> str | None:
     """Numbers that the type of the file, or that of the reader, cannot tell apart."""
     stored, low, high = volume.header.stored, min(volume.counts), max(volume.counts)
     if stored == np.uint64 and low < 0:
+        most = max(value for value in volume.counts if value < 0) + 2**64
         return (
-            f"{volume.path} must have numbers below 2^63, got up to {low + 2**64:,} in uint64, which become negative; "
+            f"{volume.path} must have numbers below 2^63, got up to {most:,} in uint64, which become negative; "
             "number the instances anew from 1 on."
         )
     for kind, where in ((stored, "stores"), (data.dtype, "is read as")):

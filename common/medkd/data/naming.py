@@ -50,7 +50,7 @@ def plain(case: str, label: bool) -> str:
     while name != before:
         before = name
         name = re.sub(rf"^{words}(?:[_\-. ]+|(?=\d)|$)|[_\-. ]+{words}$", "", name, flags=re.I)
-    return "/".join([*folders, name])
+    return "/".join([*folders, *([name] if name else [])])
 
 
 def is_label_name(case: str) -> bool:

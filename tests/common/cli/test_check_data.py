@@ -10,11 +10,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from medkd.cli import main
 
 Capture = pytest.CaptureFixture[str]
 Refused = Callable[[list[str], str], None]
+BUNDLES = Path(__file__).parents[3] / "bundles"
+CT, EM = BUNDLES / "boundary_relation_ct_organs", BUNDLES / "graph_relation_em_neurons"
+NUCLEI = BUNDLES / "graph_relation_nuclei"
 
 
 def test_check_counts_instance_numbers_and_lists_classes_that_are_given(tmp_path: Path, capsys: Capture) -> None:
@@ -66,3 +70,113 @@ def test_check_lists_all_problems(phantoms: Path, tmp_path: Path, capsys: Captur
 def test_wrong_number_of_classes_is_refused(phantoms: Path, refused: Refused) -> None:
     words = ["check-data", str(phantoms), "--num_classes", "1"]
     refused(words, "--num_classes must be an integer of 2 or more, got 1")
+
+
+# as the training of a bundle checks
+
+
+def listed(folder: Path, image: np.ndarray, label: np.ndarray, spacing: float = 10.0) -> Path:
+    """A list of two cases that look the same."""
+    for name in "ab":
+        for key, voxels in (("image", image), ("label", label)):
+            nib.save(nib.Nifti1Image(voxels, np.diag([spacing] * 3 + [1.0])), folder / f"{name}_{key}.nii.gz")
+    items = [{key: f"{name}_{key}.nii.gz" for key in ("image", "label")} for name in "ab"]
+    (folder / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:], "labels": {}}))
+    return folder
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+
+
+def test_a_bundle_checks_the_list_as_its_training_does(phantoms: Path, capsys: Capture) -> None:
+    assert main(["check-data", str(phantoms), "--bundle", str(CT), "--set", "spacing=[8,8,8]"]) == 0
+    said = capsys.readouterr().out
+    assert f"The data can be used to train {CT.name}." in said
+    assert "Not checked" not in said
+    assert said.rstrip().endswith(f"--dataset_dir {phantoms} --out_channels 7")
+    assert next(line for line in said.splitlines() if line.startswith("cases")).split() == ["cases", "2", "1", "1"]
+
+
+def test_without_a_bundle_it_says_what_is_not_checked(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["check-data", str(phantoms)]) == 0
+    assert "Not checked, as there is no bundle (--bundle FOLDER): size on its grid, window" in capsys.readouterr().out
+
+
+def test_current_folder_is_taken_when_it_is_a_bundle(
+    phantoms: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(CT)
+    assert main(["check-data", str(phantoms), "--set", "spacing=[8,8,8]"]) == 0
+    assert "The data can be used to train" in capsys.readouterr().out
+    assert main(["check-data", str(phantoms), "--bundle", ""]) == 0
+    assert "Not checked, as there is no bundle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spacing", [1.0, 3e-5, 1e6])
+def test_spacing_out_of_all_measure_is_refused_for_a_bundle(
+    tmp_path: Path, refused: Refused, spacing: float
+) -> None:
+    folder = listed(tmp_path, noise(30, 90, 90), np.uint8(noise(30, 90, 90) > 99), spacing)
+    refused(["check-data", str(folder), "--bundle", str(EM)], "a_image.nii.gz must ")
+
+
+def test_values_outside_of_the_window_are_refused_for_a_bundle(tmp_path: Path, refused: Refused) -> None:
+    folder = listed(tmp_path, np.float32(noise(60, 60, 60) / 255), np.uint8(noise(60, 60, 60) > 99), 3.0)
+    words = ["check-data", str(folder), "--bundle", str(CT), "--num_classes", "2"]
+    message = "a_image.nii.gz must have its values in `intensity_range`, -200 to 300, got 0 to 0.996078, like values"
+    refused(words, f"{message} scaled to 0..1")
+
+
+def test_window_of_a_config_file_and_of_an_option_is_taken(tmp_path: Path, refused: Refused, capsys: Capture) -> None:
+    folder = listed(tmp_path, noise(60, 60, 60), np.uint8(noise(60, 60, 60) > 99), 10.0)
+    words = ["check-data", str(folder), "--bundle", str(CT), "--config_file", "em"]
+    assert main(words) == 0
+    assert "--config_file \"['configs/train.json','configs/em.json']\" --bundle_root ." in capsys.readouterr().out
+    refused([*words, "--set", "intensity_range=[3000,4000]"], "`intensity_range`, 3000 to 4000, got 0 to 254, of which")
+
+
+def test_colors_are_refused_for_a_bundle_of_volumes_by_name(tmp_path: Path, refused: Refused) -> None:
+    image = np.stack([noise(30, 90, 90)] * 3, -1)
+    folder = listed(tmp_path, image, np.uint8(image[..., 0] > 99))
+    refused(["check-data", str(folder), "--bundle", str(EM)], "a_image.nii.gz must have 1 channel(s), got 3")
+
+
+def test_pictures_pass_for_the_bundle_of_pictures(tmp_path: Path, capsys: Capture) -> None:
+    items = []
+    for name, channels in (("a", 3), ("b", 4)):
+        item = {key: f"{name}_{key}.png" for key in ("image", "label")}
+        Image.fromarray(noise(40, 50, channels)).save(tmp_path / item["image"])
+        Image.fromarray(np.kron(np.arange(20).reshape(4, 5), np.ones((10, 10))).astype(np.uint16)).save(
+            tmp_path / item["label"]
+        )
+        items.append(item)
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}))
+    assert main(["check-data", str(tmp_path), "--bundle", str(NUCLEI)]) == 0
+    assert f"The data can be used to train {NUCLEI.name}." in capsys.readouterr().out
+
+
+def test_instances_to_ignore_are_refused_where_membranes_are_made_of_them(
+    tmp_path: Path, refused: Refused, capsys: Capture
+) -> None:
+    folder = listed(tmp_path, noise(30, 90, 90), np.int16(noise(30, 90, 90) // 64) - 1)
+    assert main(["check-data", str(folder), "--bundle", str(EM)]) == 0
+    assert "voxels of -1 ignored" in capsys.readouterr().out
+    words = ["check-data", str(folder), "--bundle", str(CT), "--config_file", "em"]
+    refused(words, "must have values of 0 or more, got -1; no voxel can be ignored here")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bundle", "nowhere"], "--bundle must be the folder of a bundle, got 'nowhere', which has no configs/"),
+        (["--bundle", "", "--set", "epochs=1"], "--set must come with a bundle, got none; name its folder by --bundle"),
+        (["--bundle", str(CT), "--set", "spacing"], "--set must be KEY=VALUE, got 'spacing'; such as spacing=[2,2,2]."),
+        (["--bundle", str(CT), "--set", "spacng=1"], "--set must name a key of the configs, got 'spacng', which"),
+        (["--bundle", str(CT), "--config_file", "3d"], "--config_file must name a file, or a config of "),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    phantoms: Path, refused: Refused, words: list[str], message: str
+) -> None:
+    refused(["check-data", str(phantoms), *words], message)

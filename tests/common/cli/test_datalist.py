@@ -48,3 +48,11 @@ def test_datalist_refuses_options_that_do_not_fit(
 ) -> None:
     refused(["datalist", str(phantoms), str(tmp_path / "out"), *words], message)
     assert not (tmp_path / "out").exists()
+
+
+def test_datalist_makes_instances_of_masks(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    words = ["datalist", str(phantoms), str(tmp_path / "out"), "--fractions", "0.5,0.25,0.25", "--label_components"]
+    assert main(words) == 0
+    assert f"Wrote labels of instances to {tmp_path / 'out' / 'label_components'}." in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    assert Path(content["training"][0]["label"]).is_relative_to(tmp_path / "out" / "label_components" / "labels")

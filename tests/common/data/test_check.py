@@ -11,9 +11,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medkd.data.check import DataError, check_data
+from medkd.data.volumes import default_loading
 
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -180,9 +182,35 @@ def test_label_value_outside_the_classes_is_refused(make: Make, num_classes: int
         check_data([make("a")], [make("b")], num_classes)
 
 
-def test_negative_label_is_refused_even_without_classes(make: Make) -> None:
-    message = "bad_label.nii.gz must have values of 0 or more, got -1"
-    refused(make, message, num_classes=None, label=marked(1, -1, dtype=np.int16))
+@pytest.mark.parametrize("value", [-2, -100])
+def test_negative_label_is_refused_even_without_classes(make: Make, value: int) -> None:
+    message = f"bad_label.nii.gz must have values of 0 or more or -1, .* got {value}; map what is to be ignored to -1"
+    refused(make, message, num_classes=None, label=marked(1, value, dtype=np.int16))
+
+
+def test_ignored_voxels_of_instances_are_counted_apart(make: Make) -> None:
+    report = check_data([make("a", label=marked(1, -1, dtype=np.int16))], [make("b")])
+    assert report.voxels["training"][-1] == 42
+    row = next(line for line in report.table().splitlines() if "ignored" in line)
+    assert row.split() == ["voxels", "of", "-1", "ignored", "42", "0", "0"]
+
+
+@pytest.mark.parametrize("value", [-1, -100, 255])
+def test_ignored_voxels_of_classes_are_refused_with_the_reason(make: Make, value: int) -> None:
+    message = f"must have values in 0..2, got {value}; .*voxels cannot be ignored here, as the supervised loss"
+    refused(make, message, label=marked(1, value, dtype=np.int16))
+
+
+def test_ignored_voxels_are_refused_where_a_step_does_not_know_them(make: Make) -> None:
+    items = [make("a", label=marked(1, -1, dtype=np.int16))]
+    with pytest.raises(DataError, match="must have values of 0 or more, got -1; no voxel can be ignored here"):
+        check_data(items, [make("b")], allow_ignored=False)
+
+
+def test_label_that_only_ignores_marks_nothing(make: Make) -> None:
+    label = marked(-1, dtype=np.int16)
+    with pytest.raises(DataError, match="All 1 training labels must mark something"):
+        check_data([make("a", label=label)], [make("b")])
 
 
 @pytest.mark.parametrize("value", [0.5, np.nan])
@@ -301,6 +329,11 @@ def test_labels_empty_in_all_training_cases_are_refused(make: Make) -> None:
         check_data(empty, [make("c")])
 
 
+def test_labels_empty_in_all_validation_cases_are_refused(make: Make) -> None:
+    with pytest.raises(DataError, match="All 1 validation labels must mark something, got only 0 in each"):
+        check_data([make("a")], [make("c", label=marked())])
+
+
 def test_no_validation_case_is_refused_with_the_way_to_one(make: Make) -> None:
     with pytest.raises(DataError, match=r"`validation` must have at least one case.*medkd datalist"):
         check_data([make("a")], [])
@@ -389,6 +422,12 @@ def test_empty_label_of_some_cases_is_named_in_one_line(make: Make, caplog: pyte
     assert "empty_label.nii.gz" in caplog.text
 
 
+def test_class_that_no_validation_case_shows_is_named(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    check_data([make("a"), make("b")], [make("c", label=marked(2))], num_classes=4)
+    one_line(caplog, "No validation label has a voxel of the class(es) 1, 3.")
+    one_line(caplog, "No training label has a voxel of the class(es) 3.")
+
+
 def test_single_training_case_is_logged(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     check_data([make("a")], [make("c")])
     one_line(caplog, "There is a single training case")
@@ -412,3 +451,62 @@ def test_sound_data_log_nothing(make: Make, caplog: pytest.LogCaptureFixture) ->
     caplog.set_level(logging.INFO, "medkd")
     check_data([make("a"), make("b")], [make("c")])
     assert not caplog.records
+
+
+# files are read as training reads them
+
+
+def reads(scale: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A step that reads files into another unit, as that of a bundle does."""
+    read = default_loading()
+
+    def load(item: dict[str, Any]) -> dict[str, Any]:
+        case = dict(read(item))
+        for volume in case.values():
+            volume.affine = torch.diag(torch.tensor([scale, scale, scale, 1.0], dtype=torch.float64)) @ volume.affine
+        return case
+
+    return load
+
+
+def test_spacing_is_that_of_the_reader_that_training_takes(make: Make) -> None:
+    report = check_data([make("a")], [make("b")], loading=reads(1000.0))
+    assert report.spacing == ((2000.0, 2000.0), (2000.0, 2000.0), (3000.0, 3000.0))
+
+
+def test_affine_of_a_header_with_two_is_that_of_the_reader(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    item = make("a")
+    file: Any = nib.load(item["label"])
+    mirrored = AFFINE @ np.diag([-1.0, 1.0, 1.0, 1.0])
+    file.set_qform(mirrored, 1)
+    file.set_sform(mirrored * [[3], [3], [3], [1]], 1)           # its spacing is wrong: MONAI takes the qform
+    nib.save(nib.Nifti1Image(np.asanyarray(file.dataobj), None, file.header), item["label"])
+    with pytest.raises(DataError, match="a_label.nii.gz must have the affine of its image.* 28 mm off"):
+        check_data([item], [make("b")])
+    right = make("c")
+    file = nib.load(right["image"])
+    file.set_sform(AFFINE, 1)
+    file.set_qform(mirrored, 1)
+    nib.save(nib.Nifti1Image(np.asanyarray(file.dataobj), None, file.header), right["image"])
+    check_data([right], [make("b")])
+    one_line(caplog, "1 files have a qform and an sform that differ; all steps use the one that the reader takes")
+
+
+def test_reader_that_fails_on_a_label_names_the_label(make: Make) -> None:
+    read = default_loading()
+
+    def load(item: dict[str, Any]) -> dict[str, Any]:
+        if "bad_label" in str(item.get("label")):
+            raise ValueError(f"{item['label']} must be something else, got this; do that.")
+        return dict(read(item))
+
+    message = r"1 problem\(s\):\n  .*bad_label.nii.gz must be something else, got this; do that\.$"
+    with pytest.raises(DataError, match=message):
+        check_data([make("a"), make("bad")], [make("c")], loading=load)
+
+
+def test_label_is_still_looked_at_where_its_image_is_broken(make: Make) -> None:
+    item = make("bad", label=marked(7))
+    Path(item["image"]).write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 problem\(s\)(?s:.*)bad_label.nii.gz must have values in 0..2, got 7"):
+        check_data([make("a"), item], [make("c")], 3)

@@ -94,6 +94,20 @@ def test_item_with_several_paths_as_label_is_refused(tmp_path: Path) -> None:
         load_datalist(path, "training")
 
 
+def test_labeled_list_needs_a_label_and_files_of_each_case(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.nii", "b.nii"])
+    whole, lone = {"image": "a.nii", "label": "b.nii"}, {"image": "b.nii"}
+    content = {"test": [whole], "lone": [whole, lone], "gone": [whole | {"label": "none.nii"}], "empty": []}
+    path = write_datalist(tmp_path / "list.json", content)
+    assert load_datalist(path, "test", labeled=True) == load_datalist(path, "test")
+    with pytest.raises(ValueError, match=r"`lone` of .* got none for 1 of 2: .*b.nii; add them, or predict"):
+        load_datalist(path, "lone", labeled=True)
+    with pytest.raises(ValueError, match=r"`gone` of .* must name files that exist, got 1 that do not: .*none.nii"):
+        load_datalist(path, "gone", labeled=True)
+    with pytest.raises(ValueError, match=r"`empty` of .* must have at least one case, got none"):
+        load_datalist(path, "empty", labeled=True)
+
+
 # write_datalist
 
 
