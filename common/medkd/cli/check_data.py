@@ -6,6 +6,7 @@ With a bundle, by --bundle or because the current folder is one, files are read 
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from argparse import Namespace
@@ -16,6 +17,8 @@ from medkd.cli.lists import count_classes, load_lists
 from medkd.cli.parser import Parser, literal
 
 __all__ = ["run"]
+
+logger = logging.getLogger(__name__)
 
 
 def run(parser: Parser, words: Sequence[str]) -> None:
@@ -63,6 +66,8 @@ def _bundle(options: Namespace) -> str:
     from medkd.data.bundle_check import is_bundle
 
     bundle: str = options.bundle if options.bundle is not None else "." if is_bundle(".") else ""
+    if bundle and options.bundle is None:
+        logger.info("The current folder is a bundle: checked as its training does; --bundle \"\" for none.")
     lone = [name for name in ("config_file", "set") if getattr(options, name)]
     if lone and not bundle:
         raise ValueError(f"--{lone[0]} must come with a bundle, got none; name its folder by --bundle.")

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from medkd.data.grid import Turning, grid_problems, turned
 from medkd.data.headers import NIFTI, PICTURES, Header, ending, read_header
 from medkd.data.images import image_problems
-from medkd.data.labels import fraction_problem, label_problems
+from medkd.data.labels import label_problems, stored_numbers
 from medkd.data.oddities import log_oddities
 from medkd.data.overlaps import collisions, is_path, shared_files
 from medkd.data.reasons import unreadable
@@ -116,7 +116,7 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
         rest = f"\n  and {len(problems) - _MOST} more." if len(problems) > _MOST else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_MOST])
         raise DataError(f"The data cannot be used, {len(problems)} problem(s):{listed}{rest}")
-    log_oddities(cases, num_classes, spacing is None)
+    log_oddities(cases, num_classes, intensity_range, is_blind=loading is None)
     return report(cases)
 
 
@@ -192,11 +192,13 @@ def _header(case: Case, path: str, key: str) -> Header | None:
         if path.lower().endswith(NIFTI):
             case.problems.append(unreadable(path, key, error))
             return None
-        return Header()          # another reader may know it, and tells what is wrong
-    broken = fraction_problem(path, header.stored) if key == "label" else None
+        header = Header()        # another reader may know it, and tells what is wrong
+    if key == "image":
+        return header
+    stored, broken = stored_numbers(path, header.stored)
     if broken:
         case.problems.append(broken)
-    return None if broken else header
+    return None if broken else replace(header, stored=stored)
 
 
 def _load(case: Case, paths: Mapping[str, str], loading: Loading) -> Mapping[Any, Any]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -17,8 +19,10 @@ TIFF = (".tif", ".tiff")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", *TIFF)
 HDF5 = (".h5", ".hdf5", ".hdf")
 _FORM_TOLERANCE = 1e-3    # of a voxel's size; headers hold float32
-_FOURS = {"P": "a palette", "PA": "a palette", "CMYK": "CMYK colors", "1": "1 bit"}
-_MINISWHITE = 0           # photometric interpretation of TIFF
+_SHIFT_TOLERANCE = 0.1    # of a voxel's size
+_MODES = {"P": "a palette", "PA": "a palette", "CMYK": "CMYK colors", "LAB": "LAB colors", "1": "1 bit"}
+_STORED = {"I;16": np.uint16, "I;16B": np.uint16, "I": np.int32, "F": np.float32}   # by mode of Pillow; else 8 bit
+_INTERPRETED = {0: "white as 0", 3: "a palette", 5: "CMYK colors", 8: "LAB colors", 9: "LAB colors"}   # of TIFF
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,9 @@ class Header:
 
     Attributes:
         stored: type of the values in the file; float64 where a NIfTI header scales them.
-        unit: unit of the spacing that a NIfTI header declares: mm, micron or meter.
+        unit: unit of the spacing that NIfTI declares, mm, micron or meter, or ImageJ in a TIFF.
         two_affines: qform and sform of a NIfTI header are both set, and differ.
-        mode: how a picture codes its colors, if not as gray or RGB: a palette, CMYK colors, 1 bit, white as 0.
+        mode: how a picture codes its colors, if not as gray or RGB: such as a palette, 1 bit, white as 0.
         pages: images of a TIFF.
     """
 
@@ -57,18 +61,17 @@ def read_header(path: str) -> Header:
         from PIL import Image
 
         with Image.open(path) as picture:
-            return Header(mode=_FOURS.get(picture.mode, ""))
+            return Header(np.dtype(_STORED.get(picture.mode, np.uint8)), mode=_MODES.get(picture.mode, ""))
     if kind == ".npy":
         return Header(np.load(path, mmap_mode="r").dtype)
-    return Header(_hdf5_type(path)) if kind in HDF5 else Header()
+    return Header(_hdf5_type(path) if kind in HDF5 else _zarr_type(path) if kind == ".zarr" else None)
 
 
 def _nifti(path: str) -> Header:
     file: Any = nib.load(path)
     header = file.header
     stored = np.dtype(header.get_data_dtype())
-    slope, intercept = header.get_slope_inter()
-    if slope is not None and (slope, intercept) not in ((1.0, 0.0), (1.0, None)):
+    if (file.dataobj.slope, file.dataobj.inter) != (1.0, 0.0):
         stored = np.dtype(np.float64)
     unit = header.get_xyzt_units()[0]
     forms = [header.get_sform(coded=True), header.get_qform(coded=True)]
@@ -77,8 +80,9 @@ def _nifti(path: str) -> Header:
 
 
 def _differ(first: NDArray[Any], second: NDArray[Any]) -> bool:
-    sizes = np.linalg.norm(first[:3, :3], axis=0)
-    return bool(np.abs(first[:3, :3] - second[:3, :3]).max() > _FORM_TOLERANCE * sizes.min())
+    size = float(np.linalg.norm(first[:3, :3], axis=0).min())
+    apart = np.abs(first - second)
+    return bool(apart[:3, :3].max() > _FORM_TOLERANCE * size or apart[:3, 3].max() > _SHIFT_TOLERANCE * size)
 
 
 def _tiff(path: str) -> Header:
@@ -86,13 +90,9 @@ def _tiff(path: str) -> Header:
 
     with tifffile.TiffFile(path) as file:
         page: Any = file.pages[0]
-        photometric = int(page.photometric)
-        mode = "a palette" if photometric == 3 else "CMYK colors" if photometric == 5 else ""
-        if photometric == _MINISWHITE:
-            mode = "white as 0"
-        elif page.bitspersample == 1:
-            mode = "1 bit"
-        return Header(np.dtype(page.dtype) if page.dtype else None, mode=mode, pages=len(file.pages))
+        mode = _INTERPRETED.get(int(page.photometric), "1 bit" if page.bitspersample == 1 else "")
+        unit = str((file.imagej_metadata or {}).get("unit", ""))
+        return Header(np.dtype(page.dtype) if page.dtype else None, unit, mode=mode, pages=len(file.pages))
 
 
 def _hdf5_type(path: str) -> np.dtype[Any] | None:
@@ -110,3 +110,13 @@ def _hdf5_type(path: str) -> np.dtype[Any] | None:
     with h5py.File(path) as file:
         file.visititems(note)
     return found.pop() if len(found) == 1 else None
+
+
+def _zarr_type(path: str) -> np.dtype[Any] | None:
+    """The same of the arrays of a folder, of version 2 or 3."""
+    found: set[str] = set()
+    for file in [*Path(path).rglob(".zarray"), *Path(path).rglob("zarr.json")]:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if len(content.get("shape", ())) > 1:
+            found.add(str(content.get("dtype", content.get("data_type"))))
+    return np.dtype(found.pop()) if len(found) == 1 else None

@@ -79,10 +79,13 @@ def _window_problem(data: NDArray[Any], volume: Volume, window: Window) -> Itera
 
 def _mode_problem(data: NDArray[Any], volume: Volume) -> Iterator[str]:
     """Compare a picture of a rare mode with what it shows; no word where the reader got it right."""
-    if not volume.header.mode or len(volume.shape) != 2:
+    if not volume.header.mode or volume.header.pages > 1:
         return
-    found = _unit(data[: 3 if len(data) > 2 else 1].astype(np.float64).mean(0))
-    shown = [_unit(gray) for gray in _shown(volume.path, volume.header.mode)]
+    found = _unit(np.squeeze(data[: 3 if len(data) > 2 else 1].astype(np.float64).mean(0)))
+    try:
+        shown = [_unit(gray) for gray in _shown(volume.path, volume.header.mode)]
+    except (OSError, ValueError):   # no viewer shows it either
+        return
     pairs = [(found, gray) for gray in shown] + [(found.T, gray) for gray in shown]
     if any(a.shape == b.shape and float(np.abs(a - b).mean()) < _CLOSE for a, b in pairs):
         return

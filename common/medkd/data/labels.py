@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medkd.data.naming import shorten
 from medkd.data.volumes import Volume, raw_values
 
-__all__ = ["fraction_problem", "label_problems", "masks_line"]
+__all__ = ["label_problems", "masks_line", "stored_numbers"]
 
 _EXACT = {np.dtype(np.float16): 2**11, np.dtype(np.float32): 2**24, np.dtype(np.float64): 2**53}
 _DENSE = 2**22            # values that are counted without sorting
@@ -22,21 +22,26 @@ _MANY = 10                # pieces of one number that speak of a mask
 IGNORED = -1
 
 
-def fraction_problem(path: str, stored: np.dtype[Any] | None) -> str | None:
-    """Say that a label has fractions or NaN, which a reader of whole numbers would cut off in silence."""
+def stored_numbers(path: str, stored: np.dtype[Any] | None) -> tuple[np.dtype[Any] | None, str | None]:
+    """Type that a label is stored in, and a problem: fractions or NaN, which a reader of whole numbers would cut off.
+
+    Args:
+        path: the label.
+        stored: its type by the header; None reads it to find out. Whole numbers are not looked at.
+    """
     if stored is not None and stored.kind != "f":
-        return None
+        return stored, None
     try:
         values = raw_values(path)
     except Exception:   # a kind that only the reader of the bundle knows
-        return None
+        return stored, None
     if values.dtype.kind != "f":
-        return None
+        return stored or values.dtype, None
     with np.errstate(invalid="ignore"):
         broken = np.unique(values[~(values == np.rint(values)) | np.isinf(values)])
     if not broken.size:
-        return None
-    return (
+        return stored or values.dtype, None
+    return stored, (
         f"{path} must have whole numbers, got {shorten([f'{value:g}' for value in broken])}; "
         "it may have been resampled: use nearest-neighbor interpolation for labels."
     )

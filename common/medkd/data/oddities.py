@@ -20,18 +20,25 @@ __all__ = ["log_oddities"]
 logger = logging.getLogger(__name__)
 
 _MOST_INSTANCES = 65_535   # that a PNG of 16 bit holds
-_LARGE_UNITS = ("micron", "meter")
+_EXPECTED_UNITS = ("", "mm", "millimeter", "nm", "nanometer", "pixel", "pixels", "inch")
+_EIGHT_BIT = (250, 255)    # where the largest value of an image lies that was scaled to 8 bit
 
 
-def log_oddities(cases: Mapping[str, Sequence[Case]], num_classes: int | None, blind: bool) -> None:
-    """Log what is strange; `blind` where nobody said which spacing and which values the network expects."""
+def log_oddities(
+    cases: Mapping[str, Sequence[Case]], num_classes: int | None, window: Sequence[float] | None, is_blind: bool
+) -> None:
+    """Log what is strange; `is_blind` where nobody said how a network reads the files and what it expects of them."""
     every = [case for group in cases.values() for case in group]
     images = list({case.image.path: case.image for case in every if case.image}.values())
     labels = list({case.label.path: case.label for case in every if case.label}.values())
     for line in (*_label_lines(cases, labels, num_classes), *_header_lines([*images, *labels])):
         logger.warning("%s", line)
-    for line in _blind_lines(images) if blind else ():
+    for line in (*_window_lines(images, window), *(_blind_lines(images) if is_blind else ())):
         logger.warning("%s", line)
+    lone = sum(case.label is None for case in cases.get("test", ()))
+    if lone:
+        text = "%d of %d test cases have no label: they can be predicted, not evaluated."
+        logger.info(text, lone, len(cases["test"]))
     if len(cases["training"]) == 1:
         logger.warning("There is a single training case; the network will hardly generalize.")
     steps = np.array([image.spacing for image in images if len(image.shape) == len(images[0].shape)])
@@ -82,16 +89,27 @@ def _header_lines(volumes: Sequence[Volume]) -> Iterator[str]:
         )
 
 
+def _window_lines(images: Sequence[Volume], window: Sequence[float] | None) -> Iterator[str]:
+    if window is None or window[0] >= 0:
+        return
+    eight = [image.path for image in images if image.low >= 0 and _EIGHT_BIT[0] <= image.high <= _EIGHT_BIT[1]]
+    if eight:
+        yield (
+            f"{len(eight)} of {len(images)} images look like 8 bit, windowed before, and not like the values of "
+            f"`intensity_range`, {window[0]:g} to {window[1]:g}; set it to 0 to 255 for them: {shorten(eight)}."
+        )
+
+
 def _blind_lines(images: Sequence[Volume]) -> Iterator[str]:
     """What looks wrong though nobody said what is right."""
-    units = {image.header.unit for image in images} & set(_LARGE_UNITS)
+    volumes = [image for image in images if len(image.shape) == 3]
+    units = {image.header.unit for image in volumes} - set(_EXPECTED_UNITS)
     if units:
-        named = shorten([image.path for image in images if image.header.unit in units])
+        named = shorten([image.path for image in volumes if image.header.unit in units])
         yield f"The spacing is declared in {' and '.join(sorted(units))}; a bundle reads it in its own units: {named}."
     odd = [text for text in map(odd_spacing, images) if text]
     if odd:
         yield f"{len(odd)} spacings are hardly in mm, nor in nm; look at the headers: {shorten(odd)}."
-    volumes = [image for image in images if len(image.shape) == 3]
     steps = np.array([image.spacing for image in volumes])
     if len(volumes) > 1 and (np.sort(steps, 1).max(0) > MOST_FACTOR * np.sort(steps, 1).min(0)).any():
         sizes = [float(np.prod(image.spacing)) for image in volumes]

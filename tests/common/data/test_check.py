@@ -428,6 +428,12 @@ def test_class_that_no_validation_case_shows_is_named(make: Make, caplog: pytest
     one_line(caplog, "No training label has a voxel of the class(es) 3.")
 
 
+def test_test_cases_that_cannot_be_evaluated_are_counted(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "medkd")
+    check_data([make("a"), make("b")], [make("c")], test=[make("d"), {"image": make("e")["image"]}])
+    one_line(caplog, "1 of 2 test cases have no label: they can be predicted, not evaluated.")
+
+
 def test_single_training_case_is_logged(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     check_data([make("a")], [make("c")])
     one_line(caplog, "There is a single training case")

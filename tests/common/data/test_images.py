@@ -82,6 +82,17 @@ def test_scaled_images_are_told_of_without_a_window(volume: Write, caplog: pytes
     assert "2 of 2 images have values in 0..1: they were scaled, and a bundle with a fixed window" in caplog.text
 
 
+def test_images_of_8_bit_are_told_of_for_a_window_of_hounsfield_units(
+    volume: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [volume("a", hounsfield()), volume("b", eight_bit())]
+    check_data(items[:1], items[1:], intensity_range=HU_WINDOW)
+    assert "1 of 2 images look like 8 bit, windowed before, and not like the values of `intensity_range`" in caplog.text
+    caplog.clear()
+    check_data([volume("c", eight_bit())], items[1:], intensity_range=(0, 255))
+    assert "8 bit" not in caplog.text
+
+
 def test_image_of_three_channels_is_refused_by_name(volume: Write) -> None:
     gray = np.random.default_rng(0).integers(0, 99, (8, 9, 10)).astype(np.uint8)
     colors = volume("bad", np.stack([gray] * 3, -1), np.uint8(gray > 50))
