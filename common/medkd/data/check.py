@@ -7,14 +7,16 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from medkd.data.grid import Turning, grid_problems, turned
-from medkd.data.headers import NIFTI, PICTURES, Header, ending, read_header
+from medkd.data.headers import HDF5, NIFTI, PICTURES, Header, ending, read_header
 from medkd.data.images import image_problems
 from medkd.data.labels import label_problems, stored_numbers
 from medkd.data.oddities import log_oddities
@@ -37,6 +39,8 @@ _LABELED = {   # lists that need cases with a label, and how to get some
 }
 _MOST = 20                # problems that an error spells out
 _THREADS = 4              # each holds one volume
+# what is read in threads; other kinds are for ITK, which loads its parts on demand and is not safe while it does
+_THREADED = (*NIFTI, ".npy", ".npz", ".png", ".jpg", ".jpeg", ".bmp", *HDF5, ".zarr", "")
 
 
 class DataError(ValueError):
@@ -150,8 +154,11 @@ def _inspect_all(lists: Mapping[str, Sequence[Item]], keys: list[str], wanted: _
             asked[name].append((repr(files), labeled))
             jobs.setdefault(asked[name][-1], (files, f"{name}[{number}]", labeled))
 
+    alone = Lock()
+
     def run(job: tuple[list[object], str, bool]) -> Case:
-        return _inspect(*job, wanted)
+        with nullcontext() if all(ending(str(file)) in _THREADED for file in job[0]) else alone:
+            return _inspect(*job, wanted)
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         running = pool.map(run, jobs.values())

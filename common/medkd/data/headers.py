@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NIFTI", "PICTURES", "TIFF", "Header", "ending", "read_header"]
+__all__ = ["HDF5", "NIFTI", "PICTURES", "TIFF", "Header", "ending", "read_header"]
 
 NIFTI = (".nii", ".nii.gz")
 TIFF = (".tif", ".tiff")
@@ -35,6 +35,7 @@ class Header:
         two_affines: qform and sform of a NIfTI header are both set, and differ.
         mode: how a picture codes its colors, if not as gray or RGB: such as a palette, 1 bit, white as 0.
         pages: images of a TIFF.
+        samples: values per pixel of a TIFF; readers that know up to four make up the others.
     """
 
     stored: np.dtype[Any] | None = None
@@ -42,6 +43,7 @@ class Header:
     two_affines: bool = False
     mode: str = ""
     pages: int = 1
+    samples: int = 1
 
 
 def ending(path: str) -> str:
@@ -92,7 +94,8 @@ def _tiff(path: str) -> Header:
         page: Any = file.pages[0]
         mode = _INTERPRETED.get(int(page.photometric), "1 bit" if page.bitspersample == 1 else "")
         unit = str((file.imagej_metadata or {}).get("unit", ""))
-        return Header(np.dtype(page.dtype) if page.dtype else None, unit, mode=mode, pages=len(file.pages))
+        stored = np.dtype(page.dtype) if page.dtype else None
+        return Header(stored, unit, mode=mode, pages=len(file.pages), samples=int(page.samplesperpixel))
 
 
 def _hdf5_type(path: str) -> np.dtype[Any] | None:

@@ -20,6 +20,7 @@ _LEAST_SHIFTED = 0.05     # of voxels where soft tissue lies in HU + 1024
 _CT_OFFSET = 1024
 _LEAST_ABOVE = 0.02       # of voxels outside of a window of 8 bit, so that it is none
 _CLOSE = 0.06             # mean difference of two pictures in 0..1 that show the same
+_COLORS = 4               # values per pixel that are colors, with alpha
 Window = Sequence[float]
 
 
@@ -35,10 +36,11 @@ def image_problems(
         channels: numbers of channels that are taken; None takes any.
     """
     volume.low, volume.high = float(data.min()), float(data.max())
-    if channels is not None and volume.channels not in channels:
+    found = volume.header.samples if volume.header.samples > _COLORS else volume.channels
+    if channels is not None and found not in channels:
         expected = " or ".join(map(str, channels))
         yield (
-            f"{volume.path} must have {expected} channel(s), got {volume.channels}; save it in gray, or take one "
+            f"{volume.path} must have {expected} channel(s), got {found}; save it in gray, or take one "
             "channel; for a network of more channels name their numbers (--data_check#channels \"[4]\")."
         )
     if not np.isfinite([volume.low, volume.high]).all():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 
@@ -20,7 +21,7 @@ _HEADER = 2**20           # bytes to read
 _MOST = 160               # characters of a reason
 # words of a reason -> the way out, the first that fits
 _WAYS_OUT = (
-    (r"64-bit samples|unsupported (?:data )?type|not support.*(?:type|bit)|can ?not handle",
+    (r"64-bit samples|unsupported (?:data )?type|not support.*(?:type|bit)|can ?not handle|is not wrapped",
      "save it in a type that the reader knows: labels as 32-bit, 16-bit or 8-bit integers, images as 8-bit or 16-bit"),
     (r"end-of-stream|truncated|ended before|Expected \d+ bytes|unexpected end|incorrect data check|CRC|damaged|EOF",
      "it is cut or damaged: copy it again"),
@@ -44,7 +45,7 @@ def unreadable(path: str, what: str, error: BaseException) -> str:
     reason = _cut(path) or _reason(error)
     if reason.startswith(f"{path} must "):
         return reason              # a sentence already, of a reader that knows our bundles
-    reason = reason.replace(path, "the file")[:_MOST]
+    reason = reason.replace(path, os.path.basename(path))[:_MOST]
     default = "if it is cut, copy it again, else save it as NIfTI, PNG or TIFF"
     way_out = next((way for words, way in _WAYS_OUT if re.search(words, reason)), default)
     return f"{path} must be a readable {what}, got {reason!r}; {way_out}."

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -516,3 +518,23 @@ def test_label_is_still_looked_at_where_its_image_is_broken(make: Make) -> None:
     Path(item["image"]).write_bytes(b"")
     with pytest.raises(DataError, match=r"2 problem\(s\)(?s:.*)bad_label.nii.gz must have values in 0..2, got 7"):
         check_data([make("a"), item], [make("c")], 3)
+
+
+@pytest.mark.parametrize(("ending", "most"), [("nii", 2), ("mha", 1)])
+def test_files_that_itk_reads_are_read_one_at_a_time(make: Make, ending: str, most: int) -> None:
+    now, peak = [0], [0]
+
+    def load(item: dict[str, Any]) -> dict[str, Any]:
+        if "label" not in item:                                        # of the four
+            now[0] += 1
+            time.sleep(0.1)
+            peak[0] = max(peak[0], now[0])
+            now[0] -= 1
+        raise ValueError(f"{item['image']} must be another file.")
+
+    items = [{"image": f"{make(name)['image']}.{ending}"} for name in "abcd"]
+    for item in items:
+        Path(item["image"]).touch()
+    with pytest.raises(DataError, match="must be another file"):
+        check_data([make("e")], [make("f")], unlabeled=items, loading=load)
+    assert min(peak[0], 2) == (most if len(os.sched_getaffinity(0)) > 1 else 1)

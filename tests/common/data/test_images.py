@@ -100,6 +100,14 @@ def test_image_of_three_channels_is_refused_by_name(volume: Write) -> None:
         check_data([volume("a", gray), colors], [volume("b", gray)], channels=[1], spatial_dims=3)
 
 
+def test_channels_that_a_reader_makes_colors_of_are_counted(picture: Write) -> None:
+    rng = np.random.default_rng(0)
+    label, five = rng.integers(0, 3, (14, 12)).astype(np.uint8), rng.integers(0, 99, (14, 12, 5)).astype(np.uint8)
+    item = picture("five", five, label, ".tif", photometric="minisblack", planarconfig="contig")
+    with pytest.raises(DataError, match=r"five.tif must have 1 or 3 or 4 channel\(s\), got 5"):
+        check_data([item], [picture("a", five[..., 0].copy(), label)], channels=[1, 3, 4])
+
+
 def test_pages_of_a_tiff_are_refused_for_a_picture(picture: Write) -> None:
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, (14, 12)).astype(np.uint8)

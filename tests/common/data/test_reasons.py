@@ -46,7 +46,7 @@ def cut_after(share: float, name: str, folder: Path) -> bytes:
     [
         ("x.nii.gz", 0.5, "end-of-stream marker was reached'; it is cut or damaged: copy it again"),
         ("x.nii.gz", 0.05, "end-of-stream marker was reached'; it is cut or damaged: copy it again"),
-        ("x.nii", 0.9, r"got 'Expected \d+ bytes, got \d+ bytes from the file'; it is cut or damaged"),
+        ("x.nii", 0.9, r"got 'Expected \d+ bytes, got \d+ bytes from x.nii'; it is cut or damaged"),
         ("x.png", 0.5, "'image file is truncated.*; it is cut or damaged: copy it again"),
         ("x.nii.gz", b"", "it is empty: copy it again"),
         ("x.nii.gz", b"no volume" * 9, "its content is not what its name says"),
