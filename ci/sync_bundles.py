@@ -16,7 +16,8 @@ All else is equal. A key that the skeleton does not have is the bundle's own if 
 (flat keys a#b#c) it is own if it lies within what train.json has of its own.
 
 A file of bundles/*/scripts with a namesake in common/medkd/inference equals it byte for byte, and what that imports
-relatively is there too, as bundles never import each other and inference needs nothing but `scripts`.
+relatively, or a config names as `scripts.X`, is there too, as bundles never import each other and inference needs
+nothing but `scripts`.
 """
 
 from __future__ import annotations
@@ -255,10 +256,12 @@ def shared_scripts(folder: Path, package: Path) -> list[tuple[Path, Path]]:
         package: common/medkd; its `inference` holds the sources.
 
     Returns:
-        What has a namesake in `folder`, and what that imports of `inference`, there or not.
+        What has a namesake in `folder` or is named by a config, and what that imports of `inference`, there or not.
     """
     source = package / "inference"
-    names = [(file, f"{PACKAGE}.{source.name}.{file.stem}") for file in folder.glob("[!_]*.py")]
+    configs = [file.read_text(encoding="utf-8") for file in folder.parent.glob("configs/*.json")]
+    named = {folder / f"{name}.py" for text in configs for name in re.findall(r"\bscripts\.(\w+)", text)}
+    names = [(file, f"{PACKAGE}.{source.name}.{file.stem}") for file in sorted({*folder.glob("[!_]*.py"), *named})]
     known = [(file, name) for file, name in names if (source / file.name).is_file()]
     return [(file, folder / file.name) for file in needed_files(known, package) if file.name != "__init__.py"]
 

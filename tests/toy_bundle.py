@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import format_json
+import sync_bundles
 import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,6 +221,8 @@ def write_toy_bundle(folder: Path, own: Mapping[str, Config] | None = None) -> P
     (folder / "scripts/networks.py").write_text(
         f"import torch\nfrom torch import Tensor, nn\n\n\n{inspect.getsource(toys.ToyNetwork)}"
     )
+    for source, copy in sync_bundles.shared_scripts(folder / "scripts", ROOT / "common/medkd"):
+        shutil.copy(source, copy)
     torch.save(toys.student().state_dict(), folder / "models/model.pt")
     return folder
 

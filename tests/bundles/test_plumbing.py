@@ -274,4 +274,5 @@ def test_misspelled_option_of_the_command_line_is_refused(bundle: Path, data: Pa
     ]
     result = subprocess.run(command, cwd=bundle, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "got 'epoch'; did you mean 'epochs'" in result.stderr.splitlines()[-1]
+    last = result.stderr.splitlines()[-1]
+    assert last == "Error: Option `epoch` must exist in train.json, or be referred to there; did you mean 'epochs'?"

@@ -297,6 +297,19 @@ def test_what_a_shared_script_imports_must_be_in_the_bundle_too(house: House) ->
     assert house.run("--check")[0] == 0
 
 
+def test_what_a_config_names_of_the_shared_scripts_must_be_in_the_bundle(house: House) -> None:
+    for name in ("__init__", "inference/__init__", "inference/cases"):
+        file = house.root / f"common/medkd/{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("# shared\n")
+    config = house.config.with_name("more.json")
+    config.write_text('{"inferer": {"_target_": "scripts.cases.Cases"}, "network": "$scripts.networks.Own()"}\n')
+    (scripts := house.root / "bundles/toy/scripts").mkdir()
+    assert f"{scripts / 'cases.py'}: must equal" in house.run("--check")[1]
+    assert house.run("--write")[0] == 0
+    assert [file.name for file in scripts.iterdir()] == ["cases.py"]
+
+
 def test_shared_scripts_of_this_repository_are_equal(repository: Path) -> None:
     folders = sorted(repository.glob("bundles/*/scripts"))
     copies = [pair for one in folders for pair in sync_bundles.shared_scripts(one, repository / "common/medkd")]
