@@ -126,7 +126,7 @@ class SaveLikeImaged(SaveImaged):
 
     def __init__(self, keys: KeysCollection, **options: Any) -> None:
         super().__init__(keys, output_ext=".nii.gz", **options)
-        self.picture_saver = SaveImage(output_ext=".png", **options)
+        self.picture_saver = SaveImage(output_ext=".png", **{**options, "writer": None})
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the files; gives a copy of `data`."""

@@ -24,6 +24,8 @@ from skimage.measure import label as connected_components
 from skimage.segmentation import watershed
 from torch import Tensor
 
+from .writing import LikeFileWriter
+
 __all__ = ["ConsecutiveLabelsd", "InstancesFromAffinitiesd", "Partition", "SaveInstancesd", "instances",
            "section_axis"]
 
@@ -343,10 +345,11 @@ class SaveInstancesd(SaveImaged):
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **options: Any) -> None:
         super().__init__(
-            keys, output_ext=".nii.gz", output_dtype=np.int32, allow_missing_keys=allow_missing_keys, **options
+            keys, output_ext=".nii.gz", output_dtype=np.int32, allow_missing_keys=allow_missing_keys,
+            writer=LikeFileWriter, **options,
         )
         self.picture_saver = SaveImage(output_ext=".png", output_dtype=np.uint16, **options)
-        self.map_saver = SaveImage(output_ext=".nii.gz", output_dtype=np.float32, **options)
+        self.map_saver = SaveImage(output_ext=".nii.gz", output_dtype=np.float32, writer=LikeFileWriter, **options)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the files; gives a copy of `data`."""

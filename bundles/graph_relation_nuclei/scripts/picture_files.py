@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PICTURES", "TIFFS", "TiffStack", "colors_by_meaning", "is_plain_tiff", "itk_spacing", "read_tiff",
+__all__ = ["PICTURES", "TIFFS", "TiffStack", "colors_by_meaning", "is_plain_tiff", "itk_spacing", "one_channel",
+           "read_tiff",
            "tiff_lengths"]
 
 Array = NDArray[Any]
@@ -56,6 +57,16 @@ def is_plain_tiff(path: str) -> bool:
         return True
 
 
+def one_channel(path: str, pixels: Array) -> Array:
+    """Gray (Z, Y, X) of pages (Z, Y, X[, C]) that hold gray as colors, perhaps with alpha."""
+    if pixels.ndim == 3:
+        return pixels
+    colors = pixels[..., : 1 if pixels.shape[-1] == 2 else 3]
+    if bool((colors != colors[..., :1]).any()):
+        raise ValueError(f"{path} must have one channel, got {pixels.shape[-1]} that differ; save the one meant.")
+    return np.ascontiguousarray(colors[..., 0])
+
+
 def tiff_lengths(path: str) -> tuple[tuple[float, float, float] | None, str | None]:
     """Lengths of a voxel along Z, Y, X that a TIFF file states, and their unit; None where it does not."""
     tifffile = import_module("tifffile")                          # comes with scikit-image
@@ -93,6 +104,8 @@ def read_tiff(path: str, is_label: bool = False) -> TiffStack:
     tifffile = import_module("tifffile")                          # comes with scikit-image
 
     with tifffile.TiffFile(path) as file:
+        if not len(file.pages):
+            raise ValueError(f"{path} must be TIFF with a page, got another or a damaged file; export it again.")
         series, page = file.series[0], file.pages[0]
         try:
             pixels, axes = series.asarray(), series.axes

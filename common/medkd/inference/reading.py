@@ -25,6 +25,7 @@ from .picture_files import (
     colors_by_meaning,
     is_plain_tiff,
     itk_spacing,
+    one_channel,
     read_tiff,
     tiff_lengths,
 )
@@ -109,9 +110,11 @@ class _Loader(LoadImage):
         if not isinstance(filename, (str, os.PathLike)):
             return filename                                        # of a server, in memory
         path = os.path.expanduser(str(filename)) if self.expanduser else str(filename)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path} must be there to be read, got no such file; correct its path.")
         try:
             array, meta, declared = self._read(path, reader)
-        except (ImportError, FileNotFoundError):
+        except ImportError:
             raise
         except Exception as error:   # readers raise anything
             raise ValueError(_told(path, error)) from error
@@ -133,7 +136,8 @@ class _Loader(LoadImage):
         if lower.endswith(HDF5) or is_zarr(path):
             return _from_volume(read_volume(path, self.dataset, self.is_label))
         if lower.endswith(TIFFS) and self.unit == "nm":
-            return _from_volume(read_tiff(path, self.is_label))
+            stack = read_tiff(path, self.is_label)
+            return _from_volume(stack._replace(pixels=one_channel(path, stack.pixels)))
         if lower.endswith(TIFFS) and not is_plain_tiff(path):
             return _as_itk_has_it(path, read_tiff(path, self.is_label), self.unit)
         if lower.endswith(PICTURES):
