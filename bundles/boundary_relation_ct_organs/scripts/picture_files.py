@@ -79,16 +79,10 @@ def tiff_lengths(path: str) -> tuple[tuple[float, float, float] | None, str | No
 
 
 def itk_spacing(path: str, rank: int) -> list[float]:
-    """Lengths of a pixel as ITK reads them of a TIFF file, also of one whose pixels it does not read."""
-    import itk
-
-    try:
-        file = itk.TIFFImageIO.New()
-        file.SetFileName(path)
-        file.ReadImageInformation()
-        return [float(file.GetSpacing(axis)) if axis < file.GetNumberOfDimensions() else 1.0 for axis in range(rank)]
-    except RuntimeError:
-        return [1.0] * rank
+    """Lengths of a pixel along X, Y (and Z) as ITK has them, also of files that it does not read: mm, or 1."""
+    spacing, unit = tiff_lengths(path)
+    plain = [1.0] * rank
+    return plain if spacing is None or unit != "mm" else [spacing[2], spacing[1], 1.0][:rank]
 
 
 def read_tiff(path: str, is_label: bool = False) -> TiffStack:
@@ -112,9 +106,7 @@ def read_tiff(path: str, is_label: bool = False) -> TiffStack:
         except ValueError as error:                                # a codec that only Pillow has here
             pixels, axes = _read_with_pillow(path, error)
         pixels = _three_axes(path, pixels, axes, tuple(series.shape))
-        if is_label and pixels.dtype == bool:
-            pixels = pixels != bool(page.photometric == _WHITE)
-        elif not is_label:
+        if not is_label:
             pixels = _shown(path, pixels, page)
         return TiffStack(pixels, *_lengths(file, page))
 
@@ -152,8 +144,8 @@ def _shown(path: str, pixels: Array, page: Any) -> Array:
         top = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else pixels.max()
         return np.asarray(top - pixels, pixels.dtype)
     if page.photometric == _PALETTE and page.colormap is not None and pixels.ndim == 3:
-        colors = np.asarray(page.colormap).T                       # (numbers, 3), 16 bits
-        return np.rint(colors / 257.0).astype(np.uint8)[pixels]
+        colors = np.asarray(page.colormap).T                       # (numbers, 3), 16 bits: 256 or 257 times 8
+        return (colors // 256).astype(np.uint8)[pixels]
     if page.photometric == _PRINT and pixels.shape[-1] == 4:
         top = float(np.iinfo(pixels.dtype).max)
         light = top - pixels.astype(np.float64)                    # of cyan, magenta, yellow and black ink

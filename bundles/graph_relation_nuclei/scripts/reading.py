@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.data.image_reader import ITKReader, NibabelReader, PILReader
 from monai.data.meta_tensor import MetaTensor
 from monai.data.utils import orientation_ras_lps, to_affine_nd
-from monai.transforms import EnsureChannelFirst, LoadImage, LoadImaged
+from monai.transforms import EnsureChannelFirst, LoadImage, LoadImaged, MapTransform
 from monai.transforms.io.array import switch_endianness
 from monai.utils import ImageMetaKey, convert_to_dst_type, get_equivalent_dtype
 from numpy.typing import NDArray
@@ -32,13 +32,16 @@ from .picture_files import (
 from .units import NIFTI_UNITS, Unit, unit_factor
 from .volume_files import HDF5, Volume, is_zarr, read_volume
 
-__all__ = ["LOADED_AFFINE", "LoadImageFilesd"]
+__all__ = ["FILE_SHAPE", "LOADED_AFFINE", "ChannelsFirstd", "LoadImageFilesd"]
 
 Array = NDArray[Any]
+FILE_SHAPE = "file_shape"         # metadata: the spatial shape of a file, where the image has other axes
 LOADED_AFFINE = "loaded_affine"   # metadata: the affine that a file was given, where it is not that of the file
+_DONE = "channels_first"          # metadata: the channels stand first
 _WAYS_OUT = (   # part of what a reader says -> what to do
     (("end-of-stream", "truncated", "eof", "crc", "unexpected end", "incorrect length"), "it is cut: copy it again"),
-    (("not recognized", "cannot identify", "could not create io", "not a", "work out file type"),
+    (("work out file type",), "it is cut or no such file, whatever its name says: copy or export it again"),
+    (("not recognized", "cannot identify", "could not create io", "not a"),
      "it is no such file, whatever its name says: export it again"),
 )
 
@@ -61,7 +64,7 @@ class LoadImageFilesd(LoadImaged):
         is_label: these are labels.
         unit: mm for CT, nm for EM; None leaves lengths alone.
         spatial_dims: axes that the network works on. A volume of one section then is a picture, and a picture a volume
-            of one section; the file's axes stay known as `spatial_shape`. None takes any number.
+            of one section; the file's axes stay known, for writers. None takes any number.
         dataset: path of the array in an HDF5 or zarr file; None for the only volume, or one of a usual name.
         spacing: lengths of a voxel along the axes of the array, in `unit`, in place of what the file says; None for
             the file's.
@@ -87,6 +90,23 @@ class LoadImageFilesd(LoadImaged):
     ) -> None:
         super().__init__(keys, dtype=dtype, allow_missing_keys=allow_missing_keys, **options)
         self._loader = _Loader(dtype, is_label, unit, spatial_dims, dataset, spacing, options)
+
+
+class ChannelsFirstd(MapTransform):
+    """Bring channels to the front where `LoadImageFilesd` has not, in what servers hand in; see `EnsureChannelFirstd`.
+
+    Args:
+        keys: images with metadata.
+        allow_missing_keys: do nothing where a key is absent.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give a copy of `data` with channels first."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            if not getattr(result[key], "meta", {}).get(_DONE):
+                result[key] = EnsureChannelFirst()(result[key])
+        return result
 
 
 class _Loader(LoadImage):
@@ -125,7 +145,7 @@ class _Loader(LoadImage):
         image = MetaTensor.ensure_torch_and_prune_meta(array, meta, self.simple_keys, self.pattern, self.sep)
         image = EnsureChannelFirst()(image)
         if isinstance(image, MetaTensor):
-            image.meta["original_channel_dim"] = 0                 # a later EnsureChannelFirst finds it done
+            image.meta[_DONE] = True
             self._scale(image, declared)
         image = self._with_axes(path, image)
         return image if self.image_only else (image, image.meta)
@@ -202,6 +222,9 @@ class _Loader(LoadImage):
             image = image.squeeze(-1)
         if self.spatial_dims == 3 and image.dim() == 3:
             image = image.unsqueeze(-1)
+        if isinstance(image, MetaTensor) and tuple(image.shape[1:]) != shape:
+            image.meta[FILE_SHAPE] = np.asarray(shape)
+            image.meta["spatial_shape"] = np.asarray(image.shape[1:])
         if self.spatial_dims not in (None, image.dim() - 1):
             kind = "volumes" if image.dim() == 4 else "slices, 2d.json"
             raise ValueError(

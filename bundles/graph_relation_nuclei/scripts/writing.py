@@ -12,7 +12,7 @@ from monai.data.utils import to_affine_nd
 from monai.utils import get_equivalent_dtype
 from nibabel.nifti1 import Nifti1Header
 
-from .reading import LOADED_AFFINE
+from .reading import FILE_SHAPE, LOADED_AFFINE
 
 __all__ = ["LikeFileWriter"]
 
@@ -33,7 +33,7 @@ class LikeFileWriter(NibabelWriter):
         """Take an array; of one channel the axis of channels is dropped, whatever `squeeze_end_dims` says."""
         super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, **options)
         meta = getattr(data_array, "meta", {})
-        rank = len(np.atleast_1d(np.asarray(meta["spatial_shape"]))) if "spatial_shape" in meta else 3
+        rank = len(np.atleast_1d(np.asarray(meta.get(FILE_SHAPE, meta.get("spatial_shape", [0, 0, 0])))))
         if self.data_obj.shape[-1] == 1:                           # (X, Y, Z, C), whatever the array had
             self.data_obj = self.data_obj[..., 0]
             while self.data_obj.ndim > rank and self.data_obj.shape[-1] == 1:

@@ -420,9 +420,20 @@ def test_numbers_of_two_sections_are_two_instances_if_asked_for(sections: int) -
     assert numbers.dtype == np.int32
 
 
-def test_labels_below_zero_are_refused() -> None:
-    with pytest.raises(ValueError, match="`label` must have numbers of at least 0, got -1; 0 is background"):
-        ConsecutiveLabelsd("label")({"label": torch.tensor([[-1, 0, 5]])})
+def test_ignored_voxels_stay_ignored_and_are_no_instance() -> None:
+    label = MetaTensor(torch.tensor([[[[-1, 0, 900], [900, 7, -1]], [[-1, 0, 900], [900, 7, 0]]]]), affine=torch.eye(4))
+    for per_section, expected in (
+        (False, [[[-1, 0, 2], [2, 1, -1]], [[-1, 0, 2], [2, 1, 0]]]),
+        (True, [[[-1, 0, 2], [2, 1, -1]], [[-1, 0, 4], [4, 3, 0]]]),
+    ):
+        result = ConsecutiveLabelsd("label", per_section=per_section)({"label": label})["label"]
+        assert result[0].tolist() == expected
+        assert result.dtype == torch.int32
+
+
+def test_other_labels_below_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="`label` must have .* or -1 for what is ignored, got -100; map it to -1"):
+        ConsecutiveLabelsd("label")({"label": torch.tensor([[-100, 0, 5]])})
 
 
 def test_numbering_keeps_the_metadata_and_leaves_its_input() -> None:
