@@ -33,19 +33,22 @@ _SQUARE = 16             # pixels of a square without any noise, which is in eac
 _LEAST = 64              # pixels of a section; smaller ones tell nothing
 
 
-def find_no_data(image: Array, axis: int = 0) -> Mask | None:
+def find_no_data(image: Array, axis: int = 0, dark: bool = False) -> Mask | None:
     """Find voxels that hold no data; a healthy image has none.
 
-    They have exactly one number, the smallest, the largest, or 0, that is rare elsewhere, and are
+    They have exactly one number, that is rare elsewhere. In a volume they are
 
-    * whole planes along any axis, of any number, in a volume: missing sections, straight margins;
-    * lines at the edge of a picture;
-    * regions of a section that touch its edge, have 1 % of its area and hold a square of 16 pixels (a quarter of the
-      section's length where that is less): slanted margins and corners.
+    * whole planes along any axis, of any number: missing sections, straight margins;
+    * regions of a section that touch its edge, of the smallest or the largest number, or 0, that have 1 % of its area
+      and hold a square of 16 pixels (a quarter of the section's length where that is less): slanted margins, corners.
+
+    In a picture they are whole lines at its edges, of the largest number, and at most half of it. The smallest number
+    counts with `dark` only: in fluorescence it is what lies between nuclei.
 
     Args:
         image: shape (*S), 2-D or 3-D.
         axis: of the sections of a volume.
+        dark: whether a dark margin of a picture is one.
 
     Returns:
         The mask, shape (*S); None where all voxels have data, or none has.
@@ -56,14 +59,18 @@ def find_no_data(image: Array, axis: int = 0) -> Mask | None:
     if low == high:
         return None
     mask = np.zeros(image.shape, bool)
-    for value, planes in _constant_planes(image).items():
-        _add(mask, image, value, planes, _RARE_IN_PLANES if image.ndim == 3 else _RARE)
+    planes = _constant_planes(image)
+    if image.ndim == 2:
+        for value in {float(high), float(low)} if dark else {float(high)}:
+            _add(mask, image, value, planes.get(value, mask), _RARE)
+        return mask if _AREA * mask.size <= mask.sum() <= mask.size // 2 else None
+    for value, region in planes.items():
+        _add(mask, image, value, region, _RARE_IN_PLANES)
     for value in {float(low), float(high), 0.0}:
-        regions = _regions(np.moveaxis(image, axis, 0) if image.ndim == 3 else image[None], value)
+        regions = _regions(np.moveaxis(image, axis, 0), value)
         if regions is not None:
-            _add(mask, image, value, np.moveaxis(regions, 0, axis) if image.ndim == 3 else regions[0], _RARE)
-    least = 1 if image.ndim == 3 else _AREA * image.size
-    return mask if least <= mask.sum() < mask.size else None
+            _add(mask, image, value, np.moveaxis(regions, 0, axis), _RARE)
+    return mask if 0 < mask.sum() < mask.size else None
 
 
 def _add(mask: Mask, image: Array, value: float, region: Mask, rare: float) -> None:
@@ -209,7 +216,7 @@ class FillNoDatad(MapTransform):
             image = result[key]
             voxels = np.asarray(torch.as_tensor(image).cpu())      # (C, *S)
             axis = _section_axis(image)
-            found = find_no_data(_gray(voxels), axis)
+            found = find_no_data(_gray(voxels), axis, dark=not bool((voxels == voxels[:1]).all()))
             if found is None:
                 continue
             left = found
@@ -260,14 +267,13 @@ def _section_axis(image: Any) -> int:
 
 
 def _gray(voxels: Array) -> Array:
-    """One channel (*S); of colors the gray ones, and a number that never repeats for others."""
+    """One channel (*S); of colors those that are gray, and for others a number that never repeats."""
+    gray: Array = voxels[0]
     if len(voxels) == 1:
-        only: Array = voxels[0]
-        return only
-    is_gray = (voxels == voxels[:1]).all(0)
-    other = float(voxels.max()) + 1.0 + np.arange(is_gray.size, dtype=np.float64).reshape(is_gray.shape)
-    gray: Array = np.where(is_gray, voxels[0], other)
-    return gray
+        return gray
+    low, high = float(voxels.min()), float(voxels.max())
+    other = low + (high - low) * np.linspace(0.3, 0.7, gray.size).reshape(gray.shape)
+    return np.where((voxels == voxels[:1]).all(0), gray, other)
 
 
 def _masks(data: Mapping[Hashable, Any], mask_key: str) -> Iterator[torch.Tensor]:

@@ -93,7 +93,7 @@ class LoadImageFilesd(LoadImaged):
 
 
 class ChannelsFirstd(MapTransform):
-    """Bring channels to the front where `LoadImageFilesd` has not, in what servers hand in; see `EnsureChannelFirstd`.
+    """Bring channels to the front where `LoadImageFilesd` has not: in what servers hand in.
 
     Args:
         keys: images with metadata.

@@ -115,12 +115,14 @@ def test_a_section_alone_a_line_and_a_tiny_volume_are_handled() -> None:
 
 def test_margins_of_pictures_are_found_and_dark_backgrounds_are_not() -> None:
     noise = np.random.default_rng(0).integers(5, 250, (80, 90)).astype(np.float32)
-    for value in (0, 255):
+    for value, dark in ((255, False), (0, True), (255, True)):
         image = noise.copy()
         image[:12] = image[:, -20:] = value
-        found = find_no_data(image)
+        found = find_no_data(image, dark=dark)
         assert found is not None
-        assert np.array_equal(found, (image == value))
+        assert np.array_equal(found, image == value)
+    image[:50] = 255
+    assert find_no_data(image) is None                             # more than half of it: what it shows is white
     dark = np.zeros((80, 90), np.float32)                          # fluorescence, clipped: 0 where nothing is
     dark[30:50, 20:60] = noise[30:50, 20:60]
     assert find_no_data(dark) is None
@@ -191,7 +193,7 @@ def test_a_mask_lies_beside_the_image_and_labels_are_ignored_there(caplog: pytes
     assert (result["image"] > 0).all()
     assert all(torch.equal(data[key], before[key]) for key in before)
     share = 100 * frame.mean()
-    assert f"here/a.nii.gz: 2 of 20 sections are missing, 1 bridged; {share:.2g} % of voxels hold no data" in caplog.text
+    assert f"here/a.nii.gz: 2 of 20 sections are missing, 1 bridged; {share:.2g} % of voxels hold no" in caplog.text
 
 
 def test_bridged_sections_alone_leave_no_mask(caplog: pytest.LogCaptureFixture) -> None:
@@ -226,12 +228,13 @@ def test_sections_lie_along_the_largest_spacing() -> None:
     assert torch.equal(result["image"][..., 30][:, :, 3:], data["image"][..., 29][:, :, 3:])
 
 
-def test_white_margins_of_pictures_in_color_are_found() -> None:
+@pytest.mark.parametrize("value", [0, 255])
+def test_margins_of_pictures_in_color_are_found(value: int) -> None:
     colors = torch.as_tensor(np.random.default_rng(0).integers(5, 250, (3, 80, 90)).astype(np.float32))
-    colors[:, :, :30] = 255
+    colors[:, :, :30] = value
     result = FillNoDatad("image")({"image": MetaTensor(colors)})
     assert np.array_equal(result["no_data"][0].numpy(), np.broadcast_to(np.arange(90) < 30, (80, 90)))
-    assert float(result["image"].max()) < 250
+    assert float((result["image"] == value).sum()) == 0
 
 
 def test_statistics_are_those_of_the_voxels_with_data() -> None:

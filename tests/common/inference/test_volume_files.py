@@ -93,10 +93,8 @@ def test_zarr_of_both_versions_is_read_whole_or_by_a_path_within(tmp_path: Path,
 def test_of_an_ome_ngff_image_the_finest_level_is_read_in_its_unit(tmp_path: Path, version: int) -> None:
     zarr = pytest.importorskip("zarr", minversion="3")
     path = write_zarr(tmp_path / "a.zarr", {"0": VOXELS[None], "1": VOXELS[None, :, ::2, ::2]}, version)
-    levels = [
-        {"path": str(n), "coordinateTransformations": [{"type": "scale", "scale": [1, 0.03, 0.006 * 2**n, 0.006 * 2**n]}]}
-        for n in (0, 1)
-    ]
+    scale = [[{"type": "scale", "scale": [1, 0.03, 0.006 * step, 0.006 * step]}] for step in (1, 2)]
+    levels = [{"path": str(n), "coordinateTransformations": scale[n]} for n in (0, 1)]
     axes = [{"name": "c", "type": "channel"}] + [{"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"]
     scales = [{"axes": axes, "datasets": levels}]
     group = zarr.open_group(path, mode="a")
