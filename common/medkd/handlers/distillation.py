@@ -176,7 +176,8 @@ class DistillationHandler:
             return
         output = engine.state.output
         student = self._taps[0].close()
-        student["pred"] = self._main[0](output["pred"], output["image"].dim())
+        axes = output["image"].dim() if isinstance(output["image"], Tensor) else None
+        student["pred"] = self._main[0](output["pred"], axes)
         refuse_deaf(student)
         image = plain_tensor(self._view.image(engine.state.batch, output["image"])).to(
             device=engine.state.device, dtype=self.teacher.dtype, non_blocking=engine.non_blocking
