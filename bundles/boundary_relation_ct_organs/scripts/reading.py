@@ -213,7 +213,8 @@ class _Loader(LoadImage):
                 changed[:-1] = np.vectorize(_six_digits)(changed[:-1] * factor)
         if not np.array_equal(changed, affine):
             image.affine = torch.as_tensor(changed)
-            image.meta[LOADED_AFFINE] = torch.as_tensor(changed)
+            if "xyzt_units" in image.meta:                         # results are NIfTI: they lie on NIfTI only
+                image.meta[LOADED_AFFINE] = torch.as_tensor(changed)
 
     def _with_axes(self, path: str, image: Any) -> Any:
         """Drop or add axes of one voxel behind the others, as the network works on `spatial_dims`."""
