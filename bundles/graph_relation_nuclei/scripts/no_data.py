@@ -38,7 +38,7 @@ def find_no_data(image: Array, axis: int = 0, dark: bool = False) -> Mask | None
 
     They have exactly one number, that is rare elsewhere. In a volume they are
 
-    * whole planes along any axis, of any number: missing sections, straight margins;
+    * whole planes of any number: straight margins, and along one axis missing sections;
     * regions of a section that touch its edge, of the smallest or the largest number, or 0, that have 1 % of its area
       and hold a square of 16 pixels (a quarter of the section's length where that is less): slanted margins, corners.
 
@@ -82,16 +82,18 @@ def _add(mask: Mask, image: Array, value: float, region: Mask, rare: float) -> N
 
 
 def _constant_planes(image: Array) -> dict[float, Mask]:
-    """Number -> planes that consist of it, of a volume; of a picture the lines from its edges inward."""
-    found: dict[float, Mask] = {}
+    """Number -> planes that consist of it: from the edges inward, and within a volume along one axis."""
+    rows: list[tuple[int, Array, Mask, Mask]] = []                 # axis, number, planes, those that reach an edge
     for axis in range(image.ndim):
         if image.size // image.shape[axis] < (_LEAST if image.ndim == 3 else _SQUARE):
             continue
         others = tuple(other for other in range(image.ndim) if other != axis)
         low, same = image.min(others), image.min(others) == image.max(others)
-        if image.ndim == 2:                                        # a blank line within is a line, not a margin
-            same &= _reached(same, low) | _reached(same[::-1], low[::-1])[::-1]
-        for place in np.flatnonzero(same):
+        rows.append((axis, low, same, _reached(same, low) | _reached(same[::-1], low[::-1])[::-1]))
+    crossed = sum(bool((same & ~edges).any()) for _, _, same, edges in rows) > 1   # a drawn grid, no lost sections
+    found: dict[float, Mask] = {}
+    for axis, low, same, edges in rows:
+        for place in np.flatnonzero(edges if crossed or image.ndim == 2 else same):
             planes = found.setdefault(float(low[place]), np.zeros(image.shape, bool))
             planes[tuple(place if one == axis else slice(None) for one in range(image.ndim))] = True
     return found
@@ -235,7 +237,7 @@ class FillNoDatad(MapTransform):
         if isinstance(image, MetaTensor):
             data[self.mask_key].meta = {"affine": image.affine.clone(), **_file(image)}
         label = data.get(self.label_key)
-        if self.ignored is not None and label is not None:
+        if self.ignored is not None and isinstance(label, torch.Tensor):   # inference leaves its path
             lost = torch.as_tensor(left, device=label.device)
             data[self.label_key] = label.clone()
             data[self.label_key][:, lost] = self.ignored

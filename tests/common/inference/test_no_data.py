@@ -103,7 +103,9 @@ def test_what_is_dark_or_saturated_in_tissue_is_data() -> None:
     small[:, :5, :5] = 0                                           # at the edge, but small
     binary = (noise > 128).astype(np.float32)
     constant = np.full(SHAPE, 7.0, np.float32)
-    for image in (noise, clipped, spot, small, binary, constant, np.full(SHAPE, np.nan, np.float32)):
+    grid = noise.copy()
+    grid[10] = grid[:, 30] = grid[:, :, 20:23] = 0                 # drawn, along all axes
+    for image in (noise, grid, clipped, spot, small, binary, constant, np.full(SHAPE, np.nan, np.float32)):
         assert find_no_data(image) is None
 
 
@@ -212,8 +214,8 @@ def test_a_healthy_image_stays_the_same_object_and_no_label_is_needed() -> None:
     result = FillNoDatad("image")(data)
     assert result.keys() == data.keys()
     assert result["image"] is data["image"]
-    alone = FillNoDatad("image", ignored=0)({"image": case(region("margin"))["image"]})
-    assert alone.keys() == {"image", "no_data"}
+    alone = FillNoDatad("image")({"image": case(region("margin"))["image"], "label": "a_path.nii.gz"})
+    assert alone.keys() == {"image", "label", "no_data"}
     other = FillNoDatad("image", ignored=None)(case(region("margin")))
     assert (other["label"] == 1).all()
 
