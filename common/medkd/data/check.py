@@ -252,13 +252,15 @@ def _look(case: Case, file: tuple[str, str, Header], loaded: Mapping[Any, Any], 
 
 
 def _rank_problems(volume: Volume, spatial_dims: int | None) -> Iterator[str]:
-    if spatial_dims not in (None, len(volume.shape)):
+    is_flat = len(volume.file_shape) < (spatial_dims or 0)         # a picture, which inference takes for one section
+    if is_flat or spatial_dims not in (None, len(volume.shape)):
         way_out = f"take the config for {'volumes' if spatial_dims == 2 else 'slices, 2d.json'}"
         if volume.header.pages > 1 and spatial_dims == 2:
             way_out = f"save its {volume.header.pages} pages as files of their own"
         elif volume.shape[2:] == (1,):
             way_out = "save it without the axis of one voxel"
-        yield f"{volume.path} must have {spatial_dims} spatial axes, got {volume.shape}; {way_out}."
+        shape = volume.file_shape if is_flat else volume.shape
+        yield f"{volume.path} must have {spatial_dims} spatial axes, got {shape}; {way_out}."
 
 
 def _misfits(image: Volume, label: Volume, compare_affines: bool) -> Iterator[str]:

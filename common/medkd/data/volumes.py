@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medkd.data.headers import Header
+from medkd.inference.reading import FILE_SHAPE
 
 __all__ = ["Case", "Loading", "Volume", "default_loading", "raw_values", "volume_of"]
 
@@ -29,6 +30,7 @@ class Volume:
     affine: NDArray[np.float64]               # (4, 4), in the units of the reader
     channels: int = 1
     header: Header = field(default_factory=Header)
+    file_shape: tuple[int, ...] = ()          # where the reader has added or dropped axes of one voxel
     low: float = 0.0
     high: float = 0.0
     counts: Counter[int] = field(default_factory=Counter)   # voxels by value, of a label
@@ -90,5 +92,6 @@ def volume_of(path: str, tensor: Any, header: Header) -> tuple[NDArray[Any], Vol
     affine = np.asarray(getattr(tensor, "affine", np.eye(4)), np.float64)
     values: NDArray[Any] = np.asarray(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
     shape = tuple(values.shape[1:])
-    volume = Volume(path, shape, np.asarray(to_affine_nd(3, affine), np.float64), len(values), header)
+    file_shape = tuple(map(int, getattr(tensor, "meta", {}).get(FILE_SHAPE, shape)))
+    volume = Volume(path, shape, np.asarray(to_affine_nd(3, affine), np.float64), len(values), header, file_shape)
     return values, volume

@@ -234,13 +234,13 @@ def test_prediction_of_a_slice_lies_on_it_however_it_is_turned(run: Run, tmp_pat
     (tmp_path / "datalist.json").write_text(json.dumps({"test": cases}))
     options = {"spacing": spacing, **see_brightness(tmp_path, 2)}
     run("evaluating", "inference", "inference_2d", into=tmp_path, dataset_dir=str(tmp_path), **options)
-    for name in ("flat", "thick"):
+    for name, shape in (("flat", label.shape), ("thick", (*label.shape, 1))):
         pred = nib.load(tmp_path / f"eval/{name}_seg.nii.gz")
-        assert pred.shape == label.shape
-        assert (np.asarray(pred.dataobj) != label).mean() < (0.03 if spacing[0] > 0 else 1e-9)
+        assert pred.shape == shape
+        assert (np.asarray(pred.dataobj).reshape(label.shape) != label).mean() < (0.03 if spacing[0] > 0 else 1e-9)
         np.testing.assert_allclose(pred.affine, affine, atol=1e-5)
     dicom = np.asarray(nib.load(tmp_path / "eval/slice_seg.nii.gz").dataobj)
-    assert np.array_equal(dicom, label.T)                              # NIfTI has columns first
+    assert np.array_equal(dicom[..., 0], label.T)                      # NIfTI has columns first; a DICOM is a section
 
 
 def test_black_picture_gives_an_empty_label(run: Run, tmp_path: Path) -> None:

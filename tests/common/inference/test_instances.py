@@ -431,11 +431,6 @@ def test_ignored_voxels_stay_ignored_and_are_no_instance() -> None:
         assert result.dtype == torch.int32
 
 
-def test_other_labels_below_zero_are_refused() -> None:
-    with pytest.raises(ValueError, match="`label` must have .* or -1 for what is ignored, got -100; map it to -1"):
-        ConsecutiveLabelsd("label")({"label": torch.tensor([[-100, 0, 5]])})
-
-
 def test_numbering_keeps_the_metadata_and_leaves_its_input() -> None:
     label = MetaTensor(torch.tensor([[[5, 0], [9, 9]]]), affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
     numbers = ConsecutiveLabelsd("label")({"label": label})["label"]
