@@ -96,7 +96,8 @@ def _regions(affinity: Array, seed_distance: int, mask: Array | None) -> Array:
     if not seeds.any():
         return inside
     del core, distance, highest
-    found: Array = watershed(1.0 - affinity, seeds, mask=mask).astype(np.int32)   # type: ignore[no-untyped-call]
+    found: Array = watershed(1.0 - affinity, seeds, mask=mask)   # type: ignore[no-untyped-call]
+    found = found.astype(np.int32, copy=False)
     found[(found == 0) & (inside > 0)] = found.max() + 1           # parts of the mask without a seed
     return found
 
@@ -110,7 +111,8 @@ def _cut(regions: Array, neighbors: Array) -> Array:
 
     def attracts(axis: int) -> Array:
         here, before = _pair(rank, axis)
-        return (neighbors[axis][here] >= _ATTRACTS) & (regions[here] == regions[before]) & (regions[here] > 0)
+        linked: Array = (neighbors[axis][here] >= _ATTRACTS) & (regions[here] == regions[before]) & (regions[here] > 0)
+        return linked
 
     starts = np.ones(regions.shape, bool)
     starts[_pair(rank, rank - 1)[0]] = ~attracts(rank - 1)
@@ -167,8 +169,8 @@ def _kept(pieces: Array, neighbors: Array, axes: Sequence[int]) -> Array:
     outward = np.bincount(ends, np.tile(mean * pairs, 2), count) / np.bincount(ends, np.tile(pairs, 2), count).clip(1)
     kept = (sizes >= _LEAST) | ((sizes >= _LEAST_CLEAR) & (outward < _CLEAR))
     kept[0] = False
-    numbers: Array = (np.cumsum(kept) * kept).astype(np.int32)
-    return numbers[pieces]
+    numbers: Array = (np.cumsum(kept) * kept).astype(np.int32)[pieces]
+    return numbers
 
 
 def _contacts(pieces: Array, neighbors: Array, axes: Sequence[int]) -> tuple[Array, Array, Array, Array]:
@@ -237,11 +239,11 @@ def _wide(empty: Array) -> Array:
     """Where balls fit into what is empty."""
     if not empty.any() or empty.all():
         return empty
-    centers = ndimage.distance_transform_edt(empty) > _MEMBRANE
+    centers: Array = ndimage.distance_transform_edt(empty) > _MEMBRANE
     if not centers.any():
         return centers
-    wide: Array = ndimage.distance_transform_edt(~centers) <= _MEMBRANE
-    return wide & empty
+    wide: Array = empty & (ndimage.distance_transform_edt(~centers) <= _MEMBRANE)
+    return wide
 
 
 def flood(
@@ -264,4 +266,4 @@ def flood(
         reach[tuple(slice(None) if axis == other else 1 for other in range(numbers.ndim))] = True
     border = 1.0 - _mean_affinity(affinities, axes, data)
     grown: Array = watershed(border, numbers, connectivity=reach, mask=mask)   # type: ignore[no-untyped-call]
-    return grown.astype(np.int32, copy=False)   # type: ignore[no-any-return]
+    return grown.astype(np.int32, copy=False)

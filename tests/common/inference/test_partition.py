@@ -273,5 +273,5 @@ def test_transform_takes_the_key_of_voxels_without_data() -> None:
     found = transform({"pred": pred, "no_data": torch.from_numpy(~data)[None]})["pred"]
     assert int(found.max()) == 2
     assert not found[0][~torch.from_numpy(data)].any()
-    with pytest.raises(ValueError, match=r"`no_data` must have the size \(12, 20, 22\) of the affinities.*\(1, 3, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"`no_data` must have the size \(12, 20, 22\) of.*, got \(1, 3, 4, 5\)"):
         transform({"pred": pred, "no_data": torch.zeros(1, 3, 4, 5)})
