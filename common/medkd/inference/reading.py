@@ -224,7 +224,8 @@ class _Loader(LoadImage):
         if self.spatial_dims == 3 and image.dim() == 3:
             image = image.unsqueeze(-1)
         if isinstance(image, MetaTensor) and tuple(image.shape[1:]) != shape:
-            image.meta[FILE_SHAPE] = np.asarray(shape)
+            is_dicom = any("|" in str(key) for key in image.meta)   # a slice, which ITK has as a volume
+            image.meta[FILE_SHAPE] = np.asarray(image.shape[1:] if is_dicom else shape)
             image.meta["spatial_shape"] = np.asarray(image.shape[1:])
         if self.spatial_dims not in (None, image.dim() - 1):
             kind = "volumes" if image.dim() == 4 else "slices, 2d.json"

@@ -261,3 +261,77 @@ def test_images_of_another_rank_are_refused_before_training(
     folder = request.getfixturevalue(place)
     with refused(message):
         run("run", *configs, into=tmp_path, dataset_dir=str(folder))
+
+
+def test_slices_of_one_section_are_trained_with(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    image, label = picture(3)
+    for name, pixels in (("image", image), ("label", label)):
+        nib.save(nib.Nifti1Image(pixels[..., None], np.eye(4)), tmp_path / f"{name}.nii.gz")
+    parser = monai.bundle.ConfigParser()
+    parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", "2d")])
+    steps = monai.transforms.Compose(parser.get_parsed_content("train#deterministic_transforms"))
+    case = steps({key: str(tmp_path / f"{key}.nii.gz") for key in ("image", "label")})
+    assert case["image"].shape == case["label"].shape == (1, *label.shape)
+
+
+def test_colors_of_a_palette_are_seen_and_labels_of_one_keep_their_numbers(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    image, label = picture(3)
+    for name, pixels, colors in (("image", image // 128, [200, 200, 200, 30, 30, 30]), ("label", label, [9] * 6)):
+        file = Image.fromarray(pixels, "P")
+        file.putpalette(colors)
+        file.save(tmp_path / f"{name}.png")
+    parser = monai.bundle.ConfigParser()
+    parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", "2d")])
+    case = parser.get_parsed_content("loading")({key: str(tmp_path / f"{key}.png") for key in ("image", "label")})
+    assert np.array_equal(case["label"][0].numpy().T, label)
+    assert np.array_equal(case["image"].numpy(), np.stack([np.where(image // 128, 30, 200).T] * 3))
+
+
+def test_a_margin_without_data_is_left_out_of_statistics_and_result(run: Run, tmp_path: Path) -> None:
+    """The network finds what is brighter than the mean: of the tissue, not of it and a black margin."""
+    image = np.random.default_rng(0).integers(60, 200, (16, 40, 48)).astype(np.uint8)
+    bright = image > image[:, 20:].mean()
+    bright[:, :20], image[:, :20] = False, 0
+    nib.save(nib.Nifti1Image(image, np.diag([10.0, 10.0, 10.0, 1.0])), tmp_path / "a.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "a.nii.gz"}]}))
+    options = see_brightness(tmp_path, 3)
+    run("evaluating", "inference", "inference_em", into=tmp_path, dataset_dir=str(tmp_path), **options)
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "eval/a_seg.nii.gz").dataobj), bright)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1.0), ("micron", 1000.0), ("meter", 0.001)])
+def test_a_volume_is_read_in_the_unit_of_its_header(run: Run, tmp_path: Path, unit: str, factor: float) -> None:
+    voxels = np.zeros((30, 28, 26), np.int16)
+    voxels[8:20, 6:18, 9:21] = 200
+    file = nib.Nifti1Image(voxels, np.diag([-4.5 * factor, 4.5 * factor, 6.0 * factor, 1.0]))
+    file.header.set_xyzt_units(unit)
+    nib.save(file, tmp_path / "a.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "a.nii.gz"}]}))
+    options = see_brightness(tmp_path, 3)
+    run("evaluating", "inference", into=tmp_path, dataset_dir=str(tmp_path), **options)
+    pred = nib.load(tmp_path / "eval/a_seg.nii.gz")
+    np.testing.assert_allclose(pred.affine, file.affine, rtol=1e-5)
+    assert pred.shape == voxels.shape
+    assert (np.asarray(pred.dataobj) > 0).sum() > 0
+
+
+def test_a_volume_resampled_out_of_measure_is_refused(run: Run, tmp_path: Path) -> None:
+    voxels = np.ones((9, 9, 9), np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.diag([3000.0, 3000.0, 3000.0, 1.0])), tmp_path / "a.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "a.nii.gz"}]}))
+    with refused(r"a\.nii\.gz must have a spacing near 3 x 3 x 3 mm, got 3000 x 3000 x 3000 mm: .* factor of 1e\+03"):
+        run("evaluating", "inference", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 3))
+
+
+@pytest.mark.parametrize("shape", [(40, 50, 1), (1, 40, 50)])
+def test_a_volume_of_one_section_comes_back_with_its_shape(run: Run, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    nib.save(nib.Nifti1Image(np.arange(2000, dtype=np.int16).reshape(shape), np.eye(4) * 3.0), tmp_path / "a.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "a.nii.gz"}]}))
+    run("evaluating", "inference", into=tmp_path, dataset_dir=str(tmp_path), **see_brightness(tmp_path, 3))
+    assert nib.load(tmp_path / "eval/a_seg.nii.gz").shape == shape

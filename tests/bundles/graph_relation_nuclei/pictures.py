@@ -13,12 +13,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import tifffile
 import torch
+from monai.transforms import Compose
 from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
 
+from bundle_runs import parsed
 from scripts import instances as decoding
 
 Array = NDArray[Any]
@@ -101,3 +104,72 @@ def test_inference_without_the_package_saves_affinities_and_tells_what_to_instal
     assert file.get_data_dtype() == np.float32
     maps = np.asarray(file.dataobj).reshape(70, 50, 3)                # columns first, as NIfTI has pictures
     np.testing.assert_allclose(maps[..., 2], nuclei().T > 0, atol=1e-6)
+
+
+def inverted(path: Path) -> None:
+    gray = np.where(nuclei() > 0, 200, 30).astype(np.uint8)
+    tifffile.imwrite(path, 255 - gray, photometric="miniswhite")
+
+
+def palette(path: Path) -> None:
+    picture = Image.fromarray((nuclei() == 0).astype(np.uint8), "P")
+    picture.putpalette([200, 200, 200, 30, 30, 30])
+    picture.save(path)
+
+
+def ink(path: Path) -> None:
+    black = Image.fromarray(np.where(nuclei() > 0, 55, 225).astype(np.uint8))
+    Image.merge("CMYK", [Image.new("L", black.size)] * 3 + [black]).save(path, quality=100)
+
+
+def one_bit(path: Path) -> None:
+    Image.fromarray(nuclei() > 0).save(path)
+
+
+def framed(path: Path) -> None:
+    gray = np.where(nuclei() > 0, 200, 30) + np.random.default_rng(0).integers(-9, 9, nuclei().shape)
+    gray[:, -3:] = 255                                             # of a stitched picture
+    Image.fromarray(gray.astype(np.uint8)).save(path)
+
+
+def volume(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.where(nuclei() > 0, 200, 30).astype(np.uint8).T[..., None], np.eye(4)), path)
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("a.tif", inverted), ("a.png", palette), ("a.jpg", ink), ("a.png", one_bit), ("a.png", framed),
+     ("a.nii.gz", volume)],
+)
+def test_a_picture_is_segmented_as_it_looks(
+    run_bundle: Run, tmp_path: Path, name: str, save: Callable[[Path], None]
+) -> None:
+    save(tmp_path / name)
+    folder = infer(run_bundle, tmp_path, name)
+    if name.endswith(".gz"):
+        file = nib.load(folder / "a_seg.nii.gz")
+        assert file.shape == (*nuclei().T.shape, 1)
+        found = np.asarray(file.dataobj)[..., 0].T
+    else:
+        found = np.asarray(Image.open(folder / "a_seg.png"))
+    pairs = set(zip(found.ravel().tolist(), nuclei().ravel().tolist(), strict=True))
+    assert len(pairs) == 5
+    assert (0, 0) in pairs
+
+
+def test_labels_of_64_bits_and_of_a_palette_are_read_with_their_picture(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    steps = Compose(parsed(bundle, "train").get_parsed_content("train#deterministic_transforms"))
+    write(tmp_path / "image.png", "L", nuclei())
+    tifffile.imwrite(tmp_path / "image.tif", np.where(nuclei() > 0, 200, 30).astype(np.uint8))
+    tifffile.imwrite(tmp_path / "label.tif", nuclei() * 2**40)
+    colors = Image.fromarray(nuclei().astype(np.uint8), "P")
+    colors.putpalette([9, 9, 9] * 5)
+    colors.save(tmp_path / "label.png")
+    for kind in ("tif", "png"):
+        case = steps({key: str(tmp_path / f"{key}.{kind}") for key in ("image", "label")})
+        assert np.array_equal(case["label"][0].numpy().T, nuclei())
+        assert case["image"].shape == (3, *case["label"].shape[1:])
