@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = ["ConsecutiveLabelsd", "InstancesFromAffinitiesd", "Partition", "SaveI
 
 logger = logging.getLogger(__name__)
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_GIVEN = ("affinities", "offsets", "foreground", "mask")              # by the transform, not by its options
 _WHEELS = {"mutex": "mwatershed", "waterz": "waterz"}
 
 
@@ -46,7 +48,7 @@ class InstancesFromAffinitiesd(MapTransform):
 
     Raises:
         ImportError: the package is missing, and `required`.
-        ValueError: affinities that are no numbers, or `no_data` of another size.
+        ValueError: an unknown option; affinities that are no numbers, or `no_data` of another size.
     """
 
     def __init__(
@@ -64,6 +66,10 @@ class InstancesFromAffinitiesd(MapTransform):
         self.offsets = [list(offset) for offset in offsets]
         self.foreground = foreground
         self.options = dict(options or {})
+        known = [name for name in signature(instances).parameters if name not in _GIVEN]
+        for name in self.options:
+            if name not in known:
+                raise ValueError(f"`options` must be arguments of `instances`, got {name!r}; there are {known}.")
         wheel = _WHEELS.get(self.options.get("method", "mutex"))
         self.is_ready = wheel is None or find_spec(wheel) is not None
         message = (

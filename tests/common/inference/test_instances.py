@@ -537,3 +537,9 @@ def test_saving_may_miss_its_key_only_if_told(tmp_path: Path) -> None:
     assert SaveInstancesd("pred", allow_missing_keys=True, **options)({"image": 1}) == {"image": 1}
     with pytest.raises(KeyError, match="pred"):
         SaveInstancesd("pred", **options)({"image": 1})
+
+
+@pytest.mark.parametrize("name", ["thresold", "mask"])
+def test_a_slip_in_the_options_is_refused_before_any_work(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`options` must be arguments of `instances`, got '{name}'; there are .*'thr"):
+        InstancesFromAffinitiesd("pred", [[0, -1], [-1, 0]], options={name: 1})
