@@ -35,6 +35,7 @@ class IgnoredAsBackgroundd(MapTransform):
         ValueError: unknown kind.
 
     Example:
+        >>> import torch
         >>> data = {"pred": torch.tensor([[0.0, 0.0], [3.0, 3.0]]), "label": torch.tensor([[1, -1]])}
         >>> {key: value.argmax(0).tolist() for key, value in IgnoredAsBackgroundd()(data).items() if key == "pred"}
         {'pred': [1, 0]}
