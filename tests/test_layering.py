@@ -28,9 +28,9 @@ SHARED_BY_LOSSES = {"base", "boundary_head", "predictions", "relation_bank"}
 OURS = {"bundles", "scripts", "tests", "ci", "lab"}  # what the shared package knows nothing of
 STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB
-INFERENCE_PACKAGES = NETWORK_PACKAGES | {"ignite", "numpy", "scipy", "skimage", "tqdm"}
+INFERENCE_PACKAGES = NETWORK_PACKAGES | {"PIL", "ignite", "nibabel", "numpy", "scipy", "skimage", "tqdm"}
 INFERENCE_PACKAGES |= {"mwatershed", "waterz", "cc3d"}  # the wheels of extra `em`
-SCRIPT_PACKAGES = INFERENCE_PACKAGES | {"medkd", "nibabel", "PIL"}
+SCRIPT_PACKAGES = INFERENCE_PACKAGES | {"medkd"}
 SCRIPT_PACKAGES |= {"h5py", "tifffile"}  # what public data sets come in
 
 
