@@ -46,9 +46,8 @@ class TiffStack(NamedTuple):
 
 def is_plain_tiff(path: str) -> bool:
     """Whether ITK, by which MONAI reads TIFF, gives what the file shows: gray or RGB of common types."""
-    tifffile = import_module("tifffile")                          # comes with scikit-image
-
     try:
+        tifffile = import_module("tifffile")                       # comes with scikit-image
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
             gray = page.photometric == _BLACK and str(page.dtype) in _PLAIN
@@ -69,9 +68,8 @@ def one_channel(path: str, pixels: Array) -> Array:
 
 def tiff_lengths(path: str) -> tuple[tuple[float, float, float] | None, str | None]:
     """Lengths of a voxel along Z, Y, X that a TIFF file states, and their unit; None where it does not."""
-    tifffile = import_module("tifffile")                          # comes with scikit-image
-
     try:
+        tifffile = import_module("tifffile")                       # comes with scikit-image
         with tifffile.TiffFile(path) as file:
             return _lengths(file, file.pages[0])
     except Exception:   # another reader has opened it: what is strange here says nothing
@@ -94,8 +92,12 @@ def read_tiff(path: str, is_label: bool = False) -> TiffStack:
 
     Raises:
         ValueError: pages of several sizes, or more than three axes and colors.
+        ImportError: tifffile is not installed.
     """
-    tifffile = import_module("tifffile")                          # comes with scikit-image
+    try:
+        tifffile = import_module("tifffile")
+    except ImportError as error:
+        raise ImportError(f"{path} needs tifffile, which is not installed; pip install tifffile.") from error
 
     with tifffile.TiffFile(path) as file:
         if not len(file.pages):
