@@ -30,7 +30,7 @@ STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB
 INFERENCE_PACKAGES = NETWORK_PACKAGES | {"PIL", "ignite", "nibabel", "numpy", "scipy", "skimage", "tqdm"}
 INFERENCE_PACKAGES |= {"mwatershed", "waterz", "cc3d"}  # the wheels of extra `em`
-SCRIPT_PACKAGES = INFERENCE_PACKAGES | {"medkd"}
+SCRIPT_PACKAGES = INFERENCE_PACKAGES | {"medkd", "itk"}
 SCRIPT_PACKAGES |= {"h5py", "tifffile"}  # what public data sets come in
 
 
@@ -159,7 +159,7 @@ def test_ci_imports_the_standard_library_and_itself_only(repository: Path) -> No
         ("report.page", "lab.pages"),
         ("losses.graph_flow", ".base.DistillationLoss"),
         ("inference.windows", "..ops.affinity"),
-        ("inference.windows", "nibabel"),
+        ("inference.windows", "itk"),
         ("inference.windows", "scripts.affinities"),
     ],
 )
