@@ -189,6 +189,7 @@ def test_bundle_and_all_that_only_it_has_work_in_a_process_of_its_own(
     words = [
         "-q", "-p", "no:cacheprovider", "--rootdir", str(repository), "-c", str(repository / "pyproject.toml"),
         "-o", "python_files=one_bundle.py", "-o", "addopts=--import-mode=importlib",
+        "-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning",   # zarr, by MONAI
         "--basetemp", str(tmp_path / "work"), "--durations=5", *map(str, checks),
     ]
     process = toys.start(run_tests, bundle_path, words, tmp_path / "log.txt")
