@@ -16,10 +16,11 @@ from skimage.measure import label as connected_components
 
 from .fragments import fill_membranes, flood, fragments, joined_by_contact
 
-__all__ = ["Partition", "instances"]
+__all__ = ["WHEELS", "Partition", "instances"]
 
 Partition = Literal["mutex", "waterz", "watershed"]
 Array = NDArray[Any]
+WHEELS = {"mutex": "mwatershed", "waterz": "waterz"}               # packages that methods need
 
 
 def instances(   # noqa: PLR0913 - options of a config, each with a default
@@ -129,8 +130,9 @@ def _mutex(
     if not inside:
         return np.zeros(size, np.int64)
     steps = [list(offsets[channel]) for channel in inside]
-    weights = affinities[inside].astype(np.float64)                # the only type that the package takes
-    weights -= bias
+    weights = np.empty((len(inside), *size))                       # float64, the only type that the package takes
+    for weight, channel in zip(weights, inside, strict=True):
+        np.subtract(affinities[channel], bias, out=weight, dtype=np.float64)
     near = [sum(abs(step) for step in offset) == 1 for offset in steps]
     rank = len(size)
     if mask is not None:                                           # background joins nothing

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import KeysCollection, PathLike
+from monai.data.image_writer import PILWriter
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms import MapTransform, SaveImage, SaveImaged
 from monai.utils import convert_to_dst_type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .partition import Partition, instances
+from .partition import WHEELS, Partition, instances
 from .writing import LikeFileWriter
 
 __all__ = ["ConsecutiveLabelsd", "InstancesFromAffinitiesd", "Partition", "SaveInstancesd", "instances",
@@ -27,7 +28,6 @@ __all__ = ["ConsecutiveLabelsd", "InstancesFromAffinitiesd", "Partition", "SaveI
 logger = logging.getLogger(__name__)
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _GIVEN = ("affinities", "offsets", "foreground", "mask")              # by the transform, not by its options
-_WHEELS = {"mutex": "mwatershed", "waterz": "waterz"}
 
 
 class InstancesFromAffinitiesd(MapTransform):
@@ -70,7 +70,7 @@ class InstancesFromAffinitiesd(MapTransform):
         for name in self.options:
             if name not in known:
                 raise ValueError(f"`options` must be arguments of `instances`, got {name!r}; there are {known}.")
-        wheel = _WHEELS.get(self.options.get("method", "mutex"))
+        wheel = WHEELS.get(self.options.get("method", "mutex"))
         self.is_ready = wheel is None or find_spec(wheel) is not None
         message = (
             f"Instances by '{self.options.get('method', 'mutex')}' need the package {wheel}: pip install {wheel}; "
@@ -160,17 +160,15 @@ def _apart(numbers: Tensor, axis: int) -> Tensor:
 class SaveInstancesd(SaveImaged):
     """Save instance numbers of a picture (PNG, JPEG, BMP, TIFF) as PNG of 16 bits, and of anything else as NIfTI.
 
-    Affinities, which are there when a package for instances is missing, are saved as NIfTI in float32; they are what
-    has several channels or values between whole numbers. A stack of pictures in one file is a volume.
+    A picture with more than 65,535 instances, which PNG cannot hold, becomes a TIFF of 32 bits. Affinities, which are
+    there when a package for instances is missing, are saved as NIfTI in float32; they are what has several channels or
+    values between whole numbers. A stack of pictures in one file is a volume.
 
     Args:
         keys: maps with the metadata of their images, shape (O, *S); O is 1 for instance numbers, of any type, as
             `Invertd` gives floats.
         allow_missing_keys: do nothing where a key is absent.
         options: of `SaveImage`, but for `output_ext` and `output_dtype`.
-
-    Raises:
-        ValueError: a picture with more than 65,535 instances.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **options: Any) -> None:
@@ -179,6 +177,7 @@ class SaveInstancesd(SaveImaged):
             writer=LikeFileWriter, **options,
         )
         self.picture_saver = SaveImage(output_ext=".png", output_dtype=np.uint16, **options)
+        self.large_saver = SaveImage(output_ext=".tif", output_dtype=np.int32, writer=_TiffWriter, **options)
         self.map_saver = SaveImage(output_ext=".nii.gz", output_dtype=np.float32, writer=LikeFileWriter, **options)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -192,7 +191,18 @@ class SaveInstancesd(SaveImaged):
             elif maps.dim() != 3 or not name.endswith(_PICTURES):
                 self.saver(maps)
             elif int(maps.max()) > np.iinfo(np.uint16).max:
-                raise ValueError(f"`{key}` must have at most 65,535 instances for a PNG, got {int(maps.max())}.")
+                logger.info("%s has %d instances, more than PNG can hold; a TIFF is written.", name, int(maps.max()))
+                self.large_saver(maps)
             else:
                 self.picture_saver(maps)
         return result
+
+
+class _TiffWriter(PILWriter):
+    """Writes numbers of 32 bits, which Pillow reads as mode I, as TIFF that lies on its picture."""
+
+    def write(self, filename: PathLike, verbose: bool = False, **options: Any) -> None:
+        import tifffile  # comes with scikit-image
+
+        numbers = np.asarray(self.data_obj, dtype=np.int32)
+        tifffile.imwrite(filename, numbers.reshape(numbers.shape[:2]).T, compression="zlib")

@@ -52,6 +52,7 @@ def fragments(
         found = _cut(regions, near)
         pieces[plane] = np.where(found > 0, found + count, 0)
         count += int(found.max(initial=0))
+    pieces[_is_alone(neighbors, joined)] = 0                       # at once, as they may be most of the voxels
     return _without_small(pieces, neighbors, joined)
 
 
@@ -129,6 +130,17 @@ def _cut(regions: Array, neighbors: Array) -> Array:
     return found
 
 
+def _is_alone(neighbors: Array, axes: Sequence[int]) -> Array:
+    """Where no neighbor attracts."""
+    alone = np.ones(neighbors.shape[1:], bool)
+    for axis in axes:
+        here, before = _pair(alone.ndim, axis)
+        attracts = neighbors[axis][here] >= _ATTRACTS
+        for side in (here, before):
+            alone[side] &= ~attracts
+    return alone
+
+
 def _components(first: Array, second: Array, count: int) -> Array:
     """Number of the component of each of `count` nodes, joined by pairs of `first` and `second`, from 0 on."""
     graph = coo_matrix((np.ones(len(first), bool), (first, second)), shape=(count, count))
@@ -147,7 +159,7 @@ def _taken(pieces: Array, neighbors: Array, axes: Sequence[int]) -> Array | None
     """New number of each piece, where a small one has that of what attracts it most; None where nothing does."""
     count = int(pieces.max(initial=0)) + 1
     sizes = np.bincount(pieces.ravel(), minlength=count)
-    first, second, mean, _ = _contacts(pieces, neighbors, axes)
+    first, second, mean = _contacts(pieces, neighbors, axes)
     small, other = np.concatenate([first, second]), np.concatenate([second, first])
     mean = np.concatenate([mean, mean])
     chosen = (sizes[small] < _LEAST) & (mean >= _ATTRACTS)
@@ -161,20 +173,25 @@ def _taken(pieces: Array, neighbors: Array, axes: Sequence[int]) -> Array | None
 
 
 def _kept(pieces: Array, neighbors: Array, axes: Sequence[int]) -> Array:
-    """Number the pieces that are large enough, or clearly apart from all others, from 1 on."""
+    """Number the pieces that are large enough, or clearly apart from all around them, from 1 on."""
     count = int(pieces.max(initial=0)) + 1
     sizes = np.bincount(pieces.ravel(), minlength=count)
-    first, second, mean, pairs = _contacts(pieces, neighbors, axes)
-    ends = np.concatenate([first, second])
-    outward = np.bincount(ends, np.tile(mean * pairs, 2), count) / np.bincount(ends, np.tile(pairs, 2), count).clip(1)
-    kept = (sizes >= _LEAST) | ((sizes >= _LEAST_CLEAR) & (outward < _CLEAR))
+    total, pairs = np.zeros(count), np.zeros(count, np.int64)
+    for axis in axes:
+        here, before = _pair(pieces.ndim, axis)
+        touching = pieces[here] != pieces[before]
+        for side in (here, before):
+            ends = pieces[side][touching]
+            total += np.bincount(ends, neighbors[axis][here][touching], count)
+            pairs += np.bincount(ends, minlength=count)
+    kept = (sizes >= _LEAST) | ((sizes >= _LEAST_CLEAR) & (total < _CLEAR * np.maximum(pairs, 1)))
     kept[0] = False
     numbers: Array = (np.cumsum(kept) * kept).astype(np.int32)[pieces]
     return numbers
 
 
-def _contacts(pieces: Array, neighbors: Array, axes: Sequence[int]) -> tuple[Array, Array, Array, Array]:
-    """Which pieces touch: both numbers, the lower one first, mean affinity and number of the pairs between them."""
+def _contacts(pieces: Array, neighbors: Array, axes: Sequence[int]) -> tuple[Array, Array, Array]:
+    """Which pieces touch: both numbers, the lower one first, and the mean affinity of the pairs between them."""
     count = int(pieces.max(initial=0)) + 1
     keys, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for axis in axes:
@@ -185,7 +202,7 @@ def _contacts(pieces: Array, neighbors: Array, axes: Sequence[int]) -> tuple[Arr
         values.append(neighbors[axis][here][touching])
     found, index, pairs = np.unique(np.concatenate(keys), return_inverse=True, return_counts=True)
     mean = np.bincount(index, np.concatenate(values), len(found)) / pairs
-    return found // count, found % count, mean, pairs
+    return found // count, found % count, mean
 
 
 def joined_by_contact(regions: Array, neighbors: Array, axes: Sequence[int], least: float) -> Array:
@@ -201,7 +218,7 @@ def joined_by_contact(regions: Array, neighbors: Array, axes: Sequence[int], lea
         Numbers of shape (*S), int32.
     """
     count = int(regions.max(initial=0)) + 1
-    first, second, mean, _ = _contacts(regions, neighbors, axes)
+    first, second, mean = _contacts(regions, neighbors, axes)
     chosen = mean >= least
     numbers = _components(first[chosen], second[chosen], count).astype(np.int32) + 1
     return np.where(regions > 0, numbers[regions], 0)

@@ -510,10 +510,26 @@ def test_stack_of_pictures_is_a_volume(tmp_path: Path) -> None:
     assert file.get_data_dtype() == np.int32
 
 
-def test_more_instances_than_a_png_can_hold_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_more_instances_than_a_png_can_hold_are_saved_as_tiff(
+    tmp_path: Path, dtype: torch.dtype, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pillow and the reader of configs find them where the picture has them."""
+    picture = np.random.default_rng(0).integers(0, 255, (200, 400), dtype=np.uint8)
+    source = load_picture(tmp_path / "case.png", picture)
+    source.meta["filename_or_obj"] = str(tmp_path / f"case.{suffix}")
+    numbers = torch.arange(1, 80_001).reshape(1, 400, 200)
+    with caplog.at_level(logging.INFO):
+        save(tmp_path / "eval", numbers.to(dtype), source)
+    assert "has 80000 instances, more than PNG can hold" in caplog.text
+    found = np.asarray(Image.open(tmp_path / "eval/case_seg.tif"))
+    assert np.array_equal(found, numbers[0].numpy().T)
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["case_seg.tif"]
+
+
+def test_as_many_instances_as_a_png_can_hold_are_saved_as_png(tmp_path: Path) -> None:
     source = load_picture(tmp_path / "case.png", np.zeros((2, 2), np.uint8))
-    with pytest.raises(ValueError, match="`pred` must have at most 65,535 instances for a PNG, got 65536"):
-        save(tmp_path, torch.full((1, 2, 2), 65_536, dtype=torch.int32), source)
     save(tmp_path, torch.full((1, 2, 2), 65_535, dtype=torch.int32), source)
     assert np.asarray(Image.open(tmp_path / "case_seg.png")).max() == 65_535
 
