@@ -21,7 +21,6 @@ __all__ = ["StretchContrastd"]
 
 _LEAST_NOISE, _LEAST_STEPS = 12.0, 8.0                             # Gaussian noise alone spans 5 deviations
 _FLOOR = 2.0                                                       # range of an empty picture over that of the least
-_SAMPLE = 65_536                                                   # pixels that the gray levels are read from
 _SPECK = 5                                                         # what is smaller than this square is no object
 
 
@@ -33,7 +32,7 @@ class StretchContrastd(MapTransform):
     24 deviations and 16 gray levels. So one nucleus is seen as bright, noise alone stays dim, and a constant picture
     becomes 0. All others are scaled as MONAI's `ScaleIntensityRangePercentilesd` does, to the last bit.
 
-    The noise is 1.05 x the median difference of neighbors; a gray level is the least difference of two values.
+    The noise is 1.05 x the median difference of neighbors; gray levels are those of whole numbers.
 
     Args:
         keys: pictures of shape (C, *S); all channels have one range.
@@ -70,15 +69,17 @@ class StretchContrastd(MapTransform):
         if high - low < least:
             darkest, brightest = _extremes(plain)
             low = torch.clamp(low, max=darkest)
-            high = torch.clamp(high, min=max(brightest, float(low) + _FLOOR * least))
-        scaled = _stretched(plain, low, high) if step else torch.zeros_like(plain)         # 0: constant
+            wide = _FLOOR * least if float(plain.min()) < float(plain.max()) else 0.0
+            high = torch.clamp(high, min=max(brightest, float(low) + wide))
+        scaled = _stretched(plain, low, high) if low < high else torch.zeros_like(plain)   # constant
         return convert_to_dst_type(scaled, picture, dtype=np.float32)[0]
 
 
 def _stretched(picture: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """As MONAI does it, with tensors of one number: floats of Python would be rounded differently."""
     stretch = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)   # type: ignore[arg-type]
-    return torch.as_tensor(stretch(picture))
+    scaled: Tensor = convert_to_tensor(stretch(picture), track_meta=False)
+    return scaled
 
 
 def _noise(picture: Tensor) -> float:
@@ -88,12 +89,8 @@ def _noise(picture: Tensor) -> float:
 
 
 def _gray_level(picture: Tensor) -> float:
-    """Least difference of two values, 0 in a constant picture; of a sample, where there are many pixels."""
-    values = picture.flatten()
-    few = values[:: max(1, len(values) // _SAMPLE)]
-    ends = torch.stack([values.min(), values.max()])               # the sample may miss the only object
-    found = torch.unique(torch.cat([few, ends]))
-    return float(found.diff().min()) if len(found) > 1 else 0.0
+    """Least difference of two values that there can be: 1 of whole numbers, else 0."""
+    return float(bool((picture == picture.round()).all()))
 
 
 def _extremes(picture: Tensor) -> tuple[float, float]:

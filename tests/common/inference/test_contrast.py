@@ -55,6 +55,13 @@ def test_usual_pictures_are_scaled_as_by_monai_to_the_last_bit(tiles: int, meta:
         assert_as_monai(MetaTensor(image) if meta else image)
 
 
+@pytest.mark.parametrize("picture", [nuclei_phantom(0, shape=(64, 64)).image, np.zeros((64, 64), np.uint8)])
+def test_metadata_stays(picture: Array) -> None:
+    image = MetaTensor(torch.from_numpy(picture).float().reshape(-1, 64, 64), meta={"filename_or_obj": "case.png"})
+    assert StretchContrastd("image")({"image": image})["image"].meta["filename_or_obj"] == "case.png"
+    assert image.max() == picture.max()
+
+
 def test_real_pictures_are_scaled_as_by_monai_to_the_last_bit() -> None:
     paths = sorted((DATA / "nuclei_dsb2018/images").glob("*.png"))[::32]
     if not paths:

@@ -501,6 +501,27 @@ def test_numbers_of_a_picture_are_saved_as_png_that_lies_on_it(
     assert np.array_equal(np.asarray(pred), picture.astype(np.uint16) * 256)
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 1), (4, 1, 5), (1, 1, 1)])
+def test_an_axis_of_one_voxel_of_a_volume_stays(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.uint8), np.diag([4.0, 5.0, 6.0, 1.0])), tmp_path / "case.nii.gz")
+    source = LoadImage(ensure_channel_first=True)(str(tmp_path / "case.nii.gz"))
+    numbers = torch.arange(int(np.prod(shape)), dtype=torch.int32).reshape(1, *shape)
+    save(tmp_path / "eval", numbers, source)
+    file = nib.load(tmp_path / "eval/case_seg.nii.gz")
+    assert np.array_equal(np.asarray(file.dataobj), numbers[0].numpy())
+    np.testing.assert_allclose(file.affine, np.diag([4.0, 5.0, 6.0, 1.0]))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
+@pytest.mark.parametrize("first", [1, 70_000])
+def test_a_row_or_column_of_a_picture_stays(tmp_path: Path, size: tuple[int, int], first: int) -> None:
+    source = load_picture(tmp_path / "case.png", np.zeros(size, np.uint8))
+    numbers = first + torch.arange(int(np.prod(size))).reshape(1, *size[::-1])
+    save(tmp_path / "eval", numbers, source)
+    (path,) = (tmp_path / "eval").iterdir()
+    assert np.array_equal(np.asarray(Image.open(path)), numbers[0].numpy().T)
+
+
 def test_stack_of_pictures_is_a_volume(tmp_path: Path) -> None:
     numbers = torch.arange(4 * 5 * 6, dtype=torch.int32).reshape(1, 6, 5, 4)
     source = MetaTensor(numbers, meta={"filename_or_obj": "stack.tif", "spatial_shape": np.array([6, 5, 4])})
