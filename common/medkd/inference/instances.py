@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection, PathLike
-from monai.data.image_writer import NibabelWriter, PILWriter
+from monai.data.image_writer import PILWriter
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms import MapTransform, SaveImage, SaveImaged
 from monai.utils import convert_to_dst_type
@@ -176,7 +176,6 @@ class SaveInstancesd(SaveImaged):
             keys, output_ext=".nii.gz", output_dtype=np.int32, allow_missing_keys=allow_missing_keys,
             writer=LikeFileWriter, **options,
         )
-        self.saver = SaveImage(output_ext=".nii.gz", output_dtype=np.int32, writer=_NiftiWriter, **options)
         self.picture_saver = SaveImage(output_ext=".png", output_dtype=np.uint16, writer=_PngWriter, **options)
         self.large_saver = SaveImage(output_ext=".tif", output_dtype=np.int32, writer=_TiffWriter, **options)
         self.map_saver = SaveImage(output_ext=".nii.gz", output_dtype=np.float32, writer=LikeFileWriter, **options)
@@ -207,10 +206,6 @@ class _OneChannel:
     def set_data_array(self, data_array: Any, *_: Any, **options: Any) -> None:
         """Keep the first channel."""
         self.data_obj = np.asarray(torch.as_tensor(data_array).cpu())[0]
-
-
-class _NiftiWriter(_OneChannel, NibabelWriter):
-    pass
 
 
 class _PngWriter(_OneChannel, PILWriter):
