@@ -30,8 +30,9 @@ STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB
 INFERENCE_PACKAGES = NETWORK_PACKAGES | {"PIL", "ignite", "nibabel", "numpy", "scipy", "skimage", "tqdm"}
 INFERENCE_PACKAGES |= {"mwatershed", "waterz", "cc3d"}  # the wheels of extra `em`
+INFERENCE_PACKAGES |= {"tifffile"}  # scikit-image requires it
 SCRIPT_PACKAGES = INFERENCE_PACKAGES | {"medkd", "itk"}
-SCRIPT_PACKAGES |= {"h5py", "tifffile"}  # what public data sets come in
+SCRIPT_PACKAGES |= {"h5py"}  # what public data sets come in
 
 
 def imports(source: str) -> Iterator[str]:

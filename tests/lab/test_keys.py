@@ -78,7 +78,7 @@ def test_a_module_of_any_layer_counts(source: Path, layer: str) -> None:
     assert key(source) != first
 
 
-@pytest.mark.parametrize("name", ["checks", "overrides", "handlers/progress", "data/check"])
+@pytest.mark.parametrize("name", ["checks", "settings", "handlers/progress", "data/check"])
 def test_a_module_that_only_raises_or_tells_does_not_count(source: Path, name: str) -> None:
     change(source, "losses/some.py", f"import medkd.{name.replace('/', '.')}\n\n\nclass Loss:\n    pass\n")
     change(source, f"{name}.py", "x = 1\n")

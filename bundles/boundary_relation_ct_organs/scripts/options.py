@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from pydoc import locate
 from types import TracebackType
@@ -21,7 +22,7 @@ from monai.bundle.config_parser import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
 
-from .cases import CaseError
+from .cases import told_cause
 
 __all__ = ["check_options", "check_sizes", "current_parser", "prepare_run"]
 
@@ -30,6 +31,10 @@ _FREE = {"run", "training", "evaluating", "initialize", "finalize", *_TRACKING}
 _NAMED_BY_USERS = "key_metric"        # a dict of metrics, whose keys are what they are called in the log
 _REFERENCE = re.compile(r"[@%](\w+)")
 _CHOICES = {"resume": (False, True, "changed"), "cpu_dtype": ("float32", "bfloat16")}
+_BOUNDS = {   # of options whose other values fail late, or not at all
+    "epochs": (1, inf), "val_interval": (1, inf), "batch_size": (1, inf), "learning_rate": (0, inf),
+    "num_workers": (0, inf), "cache_rate": (0, 1), "overlap": (0, 0.99), "distill_ramp": (0, 1),
+}
 _INSIDE = ("_target_", "_disabled_", "_requires_", "_desc_", "_mode_")
 
 
@@ -98,9 +103,7 @@ def current_parser() -> ConfigParser | None:
 
 def _end_with_cause(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
-    cause: BaseException = error
-    while cause.__cause__ is not None and not isinstance(cause, CaseError):
-        cause = cause.__cause__
+    cause = told_cause(error)
     if cause is not error:
         sys.stderr.write(f"\nError: {cause}\n")
 
@@ -165,6 +168,14 @@ def _check_kind(path: str, value: Any, base: Any, file: str) -> None:
         return
     if wanted is not None and _kind(value) is not None and not _fits(value, wanted):
         raise ValueError(f"Option `{path}` must be {wanted}, as {json.dumps(base)} in {file}, got {json.dumps(value)}.")
+    low, high = _BOUNDS.get(path, (-inf, inf))
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        raise ValueError(f"Option `{path}` must be in {low:g}..{high:g}, as {json.dumps(base)} in {file}, got {value}.")
+    is_lengths = path.endswith(("spacing", "_size")) and _kind(value) == _NUMBERS
+    if is_lengths and any(one <= 0 and one != -1 for one in value):   # -1 keeps the spacing of a file
+        raise ValueError(
+            f"Option `{path}` must be numbers above 0, as {json.dumps(base)} in {file}, got {json.dumps(value)}."
+        )
     is_range = path.endswith("_range") and _kind(value) == _NUMBERS
     if is_range and any(low >= high for low, high in pairwise(value)):
         raise ValueError(f"Option `{path}` must ascend, as {json.dumps(base)} in {file}, got {json.dumps(value)}.")

@@ -15,12 +15,14 @@ from monai.data.dataset import Dataset
 from monai.data.folder_layout import FolderLayout
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.transforms import Compose, SaveImage
+from torch import Tensor, nn
 
 __all__ = ["CaseCompose", "CaseDataset", "CaseError", "CaseEvaluator", "CaseGuard", "CasesFailedError", "case_names",
-           "reason"]
+           "reason", "told_cause"]
 
 _FAILED = "failed_case"               # key of a batch that stands for a case which could not be read
 _PLACE = re.compile(r"^\s*(\S+\.(c|cc|cpp|cxx|h|hxx|py):\d+|Traceback|File \"|ITK ERROR|During handling|[-=~^*\s]*$)")
+_WRAPPERS = ("applying transform", "Failed to ")   # how MONAI's errors about another one begin
 _MOST = 20                            # failures that the last message spells out
 logger = logging.getLogger(__name__)
 
@@ -33,15 +35,21 @@ class CasesFailedError(RuntimeError):
     """Some cases have no result; the message lists them with the reason for each."""
 
 
+def told_cause(error: BaseException) -> BaseException:
+    """The error that is behind those with which MONAI wraps it."""
+    while error.__cause__ is not None and str(error).startswith(_WRAPPERS):
+        error = error.__cause__
+    return error
+
+
 def reason(error: BaseException) -> str:
-    """What went wrong first, in one line: of the first cause, the first line that says more than a place in some code.
+    """What went wrong, in one line: of the error that MONAI has wrapped, the first line that is no place in some code.
 
     Example:
         >>> reason(ValueError("itkTIFFImageIO.cxx:514:\\nITK ERROR: TIFFImageIO: 64 bits are not supported"))
         'ITK ERROR: TIFFImageIO: 64 bits are not supported'
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = told_cause(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = next((line for line in lines if not _PLACE.match(line) or "ERROR:" in line), lines[0] if lines else "")
     return f"{type(error).__name__}: {told}" if len(told.split()) < 2 else told
@@ -157,6 +165,8 @@ class CaseEvaluator(SupervisedEvaluator):
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:   # also what compiled code raises, which is no Exception
+            if problem := _channels(self.network, batchdata):
+                return self._note(problem)
             return self._note(f"{case_names(batchdata) or 'a case without a name'}: {reason(error)}")
 
     def _note(self, failure: str) -> dict[str, Any]:
@@ -209,6 +219,18 @@ def case_names(batch: Any, key: str = "image") -> str:
     image = batch.get(key) if isinstance(batch, Mapping) else None
     names = image if isinstance(image, (str, os.PathLike)) else getattr(image, "meta", {}).get("filename_or_obj", "")
     return ", ".join(dict.fromkeys(map(str, names if isinstance(names, (list, tuple)) else [names])))
+
+
+def _channels(network: nn.Module, batch: Any) -> str | None:
+    """What is wrong with the channels of a batch's images, if that is why a network has failed."""
+    image = batch.get("image") if isinstance(batch, Mapping) else None
+    weight = next((one for one in network.parameters() if one.dim() > 3), None)
+    if not isinstance(image, Tensor) or weight is None or image.shape[1] == weight.shape[1]:
+        return None
+    return (
+        f"{case_names(batch)} must have {weight.shape[1]} channel(s), as the network takes, got {image.shape[1]}; "
+        "save the one that it was trained on."
+    )
 
 
 def _check_writable(folder: str) -> None:

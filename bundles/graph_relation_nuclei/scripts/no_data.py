@@ -28,19 +28,23 @@ logger = logging.getLogger(__name__)
 
 _RARE_IN_PLANES = 0.25   # share of other voxels that may have the number that fills whole sections
 _RARE = 0.05             # the same of margins and corners, and in pictures: fluorescence may be 0 where nothing is
+_NOISE = 0.02            # share of the range of gray values within which a filling varies, where it was compressed
 _AREA = 0.01             # of a section: less is a dark or a saturated spot
 _SQUARE = 16             # pixels of a square without any noise, which is in each region, but in no tissue
+_told: set[str] = set()
 _LEAST = 64              # pixels of a section; smaller ones tell nothing
 
 
 def find_no_data(image: Array, axis: int = 0, dark: bool = False) -> Mask | None:
     """Find voxels that hold no data; a healthy image has none.
 
-    They have exactly one number, that is rare elsewhere. In a volume they are
+    They have one number, that is rare elsewhere; in volumes to within 2 % of the range, as files may have been
+    compressed or resampled. In a volume they are
 
     * whole planes of any number: straight margins, and along one axis missing sections;
     * regions of a section that touch its edge, of the smallest or the largest number, or 0, that have 1 % of its area
-      and hold a square of 16 pixels (a quarter of the section's length where that is less): slanted margins, corners.
+      and hold a square of 16 pixels (a quarter of the section's length where that is less): slanted margins, corners;
+    * the same within a section, if it is exactly the smallest number, or 0: holes.
 
     In a picture they are whole lines at its edges, of the largest number, and at most half of it. The smallest number
     counts with `dark` only: in fluorescence it is what lies between nuclei.
@@ -59,70 +63,89 @@ def find_no_data(image: Array, axis: int = 0, dark: bool = False) -> Mask | None
     if low == high:
         return None
     mask = np.zeros(image.shape, bool)
-    planes = _constant_planes(image)
+    noise = _noise(image)
+    planes = _constant_planes(image, noise)
     if image.ndim == 2:
         for value in {float(high), float(low)} if dark else {float(high)}:
-            _add(mask, image, value, planes.get(value, mask), _RARE)
+            _add(mask, np.abs(image - value) <= noise, planes.get(value, mask), _RARE)
         return mask if _AREA * mask.size <= mask.sum() <= mask.size // 2 else None
     for value, region in planes.items():
-        _add(mask, image, value, region, _RARE_IN_PLANES)
+        _add(mask, np.abs(image - value) <= noise, region, _RARE_IN_PLANES)
     for value in {float(low), float(high), 0.0}:
-        regions = _regions(np.moveaxis(image, axis, 0), value)
-        if regions is not None:
-            _add(mask, image, value, np.moveaxis(regions, 0, axis), _RARE)
+        for most, within in ((0.0, value < high), (noise, False)):
+            same = np.abs(image - value) <= most
+            regions = _regions(np.moveaxis(same, axis, 0), np.moveaxis(mask, axis, 0), within)
+            if regions is not None:
+                _add(mask, same, np.moveaxis(regions, 0, axis), _RARE)
     return mask if 0 < mask.sum() < mask.size else None
 
 
-def _add(mask: Mask, image: Array, value: float, region: Mask, rare: float) -> None:
-    """Take a region into the mask if its number hardly occurs outside."""
+def _noise(image: Array) -> float:
+    """How far from a number still counts as it: a share of a volume's range without outliers; nothing in a picture."""
+    if image.ndim == 2:
+        return 0.0
+    step = max(1, image.size // 1_000_000)                         # a million voxels tell it well enough
+    low, high = np.percentile(image.ravel()[::step], (1, 99))
+    return _NOISE * float(high - low)
+
+
+def _add(mask: Mask, same: Mask, region: Mask, rare: float) -> None:
+    """Take a region into the mask if its number, which all voxels of `same` have, hardly occurs outside."""
     outside = ~(mask | region)
     count = int(outside.sum())
-    if not count or int(((image == value) & outside).sum()) <= rare * count:
+    if not count or int((same & outside).sum()) <= rare * count:
         mask |= region
 
 
-def _constant_planes(image: Array) -> dict[float, Mask]:
+def _constant_planes(image: Array, noise: float) -> dict[float, Mask]:
     """Number -> planes that consist of it: from the edges inward, and within a volume along one axis."""
     rows: list[tuple[int, Array, Mask, Mask]] = []                 # axis, number, planes, those that reach an edge
     for axis in range(image.ndim):
         if image.size // image.shape[axis] < (_LEAST if image.ndim == 3 else _SQUARE):
             continue
         others = tuple(other for other in range(image.ndim) if other != axis)
-        low, same = image.min(others), image.min(others) == image.max(others)
-        rows.append((axis, low, same, _reached(same, low) | _reached(same[::-1], low[::-1])[::-1]))
+        least, most = image.min(others).astype(float), image.max(others).astype(float)
+        same, low = most - least <= noise, (least + most) / 2
+        rows.append((axis, low, same, _reached(same, low, noise) | _reached(same[::-1], low[::-1], noise)[::-1]))
     crossed = sum(bool((same & ~edges).any()) for _, _, same, edges in rows) > 1   # a drawn grid, no lost sections
     found: dict[float, Mask] = {}
     for axis, low, same, edges in rows:
         for place in np.flatnonzero(edges if crossed or image.ndim == 2 else same):
-            planes = found.setdefault(float(low[place]), np.zeros(image.shape, bool))
+            value = next((one for one in found if abs(one - low[place]) <= noise), float(low[place]))
+            planes = found.setdefault(value, np.zeros(image.shape, bool))
             planes[tuple(place if one == axis else slice(None) for one in range(image.ndim))] = True
     return found
 
 
-def _reached(same: Mask, value: Array) -> Mask:
+def _reached(same: Mask, value: Array, noise: float) -> Mask:
     """Which are in one row, of one number, with the first."""
-    return np.logical_and.accumulate(same & (value == value[0]))
+    return np.logical_and.accumulate(same & (np.abs(value - value[0]) <= noise))
 
 
-def _regions(sections: Array, value: float) -> Mask | None:
-    """Regions of a number at the edges of sections (Z, Y, X)."""
-    height, width = sections.shape[1:]
+def _regions(same: Mask, known: Mask, within: bool) -> Mask | None:
+    """Regions of one number, which the voxels of `same` (Z, Y, X) have, at the edges of sections; or also within.
+
+    What is `known` is none again, and has edges that others may touch.
+    """
+    height, width = same.shape[1:]
     side = min(_SQUARE, height // 4, width // 4)
     least = _AREA * height * width
     found: Mask | None = None
-    for place, section in enumerate(sections if side > 1 else ()):
-        flat = section == value
+    for place in range(len(same) if side > 1 else 0):
+        flat = same[place] & ~known[place]
         if flat.sum() < max(least, side * side) or flat.all():
             continue
-        squares = ndimage.minimum_filter(flat.view(np.uint8), side, mode="constant") > 0
+        squares = ndimage.grey_opening(same[place].view(np.uint8), side, mode="constant") > 0
         if not squares.any():
             continue
         parts = ndimage.label(flat)[0]
-        edge = np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
-        large = np.flatnonzero(np.bincount(parts.ravel()) >= least)
+        beside = parts[ndimage.binary_dilation(known[place])]
+        edge = parts if within else np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1], beside])
+        sizes = np.bincount(parts.ravel()).clip(1)
+        large = np.flatnonzero(sizes >= least)
         kept = np.intersect1d(np.intersect1d(np.unique(parts[squares]), edge), large[large > 0])
         if len(kept):
-            found = np.zeros(sections.shape, bool) if found is None else found
+            found = np.zeros(same.shape, bool) if found is None else found
             found[place] = np.isin(parts, kept)
     return found
 
@@ -249,10 +272,14 @@ class FillNoDatad(MapTransform):
             missing, open_ones = int(found.all(others).sum()), int(left.all(others).sum())
             if missing:
                 parts.append(f"{missing} of {found.shape[axis]} sections are missing, {missing - open_ones} bridged")
-        share = 100.0 * float(left.mean())
-        parts.append(f"{share:.2g} % of voxels hold no data" if left.any() else "no voxel is left without data")
-        name = _file(image).get("filename_or_obj", "image")
-        logger.warning("%s: %s.", name, "; ".join(parts))
+        if (found & ~left).any() and not parts:
+            parts.append(f"{100.0 * float((found & ~left).mean()):.2g} % of voxels are filled from the sections beside")
+        if left.any():
+            parts.append(f"{100.0 * float(left.mean()):.2g} % of voxels hold no data")
+        line = f"{_file(image).get('filename_or_obj', 'image')}: {'; '.join(parts)}."
+        if line not in _told:                                      # a training reads a file several times
+            _told.add(line)
+            logger.warning("%s", line)
 
 
 def _file(image: Any) -> dict[str, Any]:

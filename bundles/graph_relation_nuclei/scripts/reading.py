@@ -173,7 +173,13 @@ class _Loader(LoadImage):
         return array, meta, declared
 
     def _check_numbers(self, path: str, array: Any) -> None:
-        """Raise where an integer type does not hold the numbers of a label."""
+        """Raise where an integer type does not hold the numbers of a label, or an image has some that are none."""
+        if not self.is_label and array.dtype.kind == "f" and not np.isfinite(array).all():
+            count = int(array.size - np.isfinite(array).sum())
+            raise ValueError(
+                f"{path} must have finite values, got {count:,} NaN or infinite voxels; replace them, by the lowest "
+                "number where there is no data."
+            )
         if not self.is_label or not np.issubdtype(self.numbers, np.integer) or array.dtype.kind in "bi":
             return
         most = np.iinfo(self.numbers).max
@@ -228,10 +234,8 @@ class _Loader(LoadImage):
             image.meta[FILE_SHAPE] = np.asarray(image.shape[1:] if is_dicom else shape)
             image.meta["spatial_shape"] = np.asarray(image.shape[1:])
         if self.spatial_dims not in (None, image.dim() - 1):
-            kind = "volumes" if image.dim() == 4 else "slices, 2d.json"
-            raise ValueError(
-                f"{path} must have {self.spatial_dims} spatial axes, got {shape}; take the config for {kind}."
-            )
+            way_out = "give a volume" if self.spatial_dims == 3 else "save its sections as files of their own"
+            raise ValueError(f"{path} must have {self.spatial_dims} spatial axes, got {shape}; {way_out}.")
         return image
 
 

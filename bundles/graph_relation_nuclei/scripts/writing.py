@@ -16,7 +16,7 @@ from .reading import FILE_SHAPE, LOADED_AFFINE
 
 __all__ = ["LikeFileWriter"]
 
-_EXPLICIT_UNITS = (1, 3)   # of NIfTI: meters and microns; without a code readers take millimeters
+_EXPLICIT_UNITS = (1, 2, 3)   # of NIfTI: meters, millimeters, microns
 
 
 class LikeFileWriter(NibabelWriter):

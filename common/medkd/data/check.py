@@ -254,10 +254,10 @@ def _look(case: Case, file: tuple[str, str, Header], loaded: Mapping[Any, Any], 
 def _rank_problems(volume: Volume, spatial_dims: int | None) -> Iterator[str]:
     is_flat = len(volume.file_shape) < (spatial_dims or 0)         # a picture, which inference takes for one section
     if is_flat or spatial_dims not in (None, len(volume.shape)):
-        way_out = f"take the config for {'volumes' if spatial_dims == 2 else 'slices, 2d.json'}"
+        way_out = "give volumes, or a config for slices" if spatial_dims == 3 else "save its sections as pictures"
         if volume.header.pages > 1 and spatial_dims == 2:
             way_out = f"save its {volume.header.pages} pages as files of their own"
-        elif volume.shape[2:] == (1,):
+        elif volume.shape[2:] == (1,) and not is_flat:
             way_out = "save it without the axis of one voxel"
         shape = volume.file_shape if is_flat else volume.shape
         yield f"{volume.path} must have {spatial_dims} spatial axes, got {shape}; {way_out}."

@@ -113,7 +113,8 @@ def _values_outside(volume: Volume, num_classes: int | None, allow_ignored: bool
         return
     way_out = "map these values, or set `num_classes` to the number of classes with the background"
     if any(value < 0 or value == 255 for value in outside):
-        way_out += "; voxels cannot be ignored here, as the supervised loss has no notion of them"
+        no_way = "; voxels cannot be ignored here, as the supervised loss has no notion of them"
+        way_out = "map what is to be ignored to -1, and other values to classes" if allow_ignored else way_out + no_way
     yield f"{volume.path} must have values in 0..{num_classes - 1}, got {got}; {way_out}."
 
 

@@ -23,7 +23,8 @@ _MOST = 160               # characters of a reason
 _WAYS_OUT = (
     (r"64-bit samples|unsupported (?:data )?type|not support.*(?:type|bit)|can ?not handle|is not wrapped",
      "save it in a type that the reader knows: labels as 32-bit, 16-bit or 8-bit integers, images as 8-bit or 16-bit"),
-    (r"end-of-stream|truncated|ended before|Expected \d+ bytes|unexpected end|incorrect data check|CRC|damaged|EOF",
+    (r"end-of-stream|truncated|failed to read \d+ bytes|ended before|"
+     r"Expected \d+ bytes|unexpected end|incorrect data check|CRC|damaged|EOF",
      "it is cut or damaged: copy it again"),
     (r"Empty file|file is empty|size 0", "it is empty: copy it again"),
     (r"not a gzip|Error -3 while|invalid (?:stored )?block|cannot identify|Could not create IO|not a TIFF|bad magic|"

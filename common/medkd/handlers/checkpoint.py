@@ -81,6 +81,7 @@ class CheckpointHandler:
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
         engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._check_losses)   # whatever the order of handlers
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         engine.add_event_handler(Events.COMPLETED, self._finish)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._break_off)
@@ -102,8 +103,8 @@ class CheckpointHandler:
         self._folder.set_checkpoints_aside()
         check_writable(self._folder.checkpoints, "`ckpt_dir`")
 
-    def _check_objects(self, engine: Any) -> None:
-        """Refuse losses that a resumed run would lack, and tell of what it would start anew."""
+    def _check_losses(self, engine: Any) -> None:
+        """Refuse losses that a resumed run would lack."""
         modules = [part for value in self.objects.values() if isinstance(value, nn.Module) for part in value.modules()]
         for module in getattr(engine.state, "distill_modules", ()):
             if module.state_dict() and not any(module is part for part in modules):
@@ -112,6 +113,10 @@ class CheckpointHandler:
                     "which learns or remembers: a resumed run would have it as it was before training. Add it: "
                     '{"network": ..., "distill_loss": ..., "optimizer": ...}.'
                 )
+
+    def _check_objects(self, engine: Any) -> None:
+        """Also tell of what a resumed run would start anew."""
+        self._check_losses(engine)
         for name, thing in _moved_by(engine):
             if not any(thing is value for value in self.objects.values()):
                 logger.warning("`objects` has no %s of this trainer: a resumed run would start it anew. Add it.", name)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = ["built_settings", "describe_data", "differences"]
 
 Record = Mapping[str, Any]
 
+_PART = 1 << 16         # bytes at the beginning and the end of a file that tell it from another of its size
 _SHOWN = 12                # differences of one kind in a message
 _LONGEST = 80              # characters of a value in a message
 # what a schedule counts, or what follows from its counting, beside what it was built with
@@ -42,20 +44,22 @@ def built_settings(objects: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_data(**loaders: Any) -> dict[str, Any]:
-    """The cases of data loaders, each with the names and sizes in bytes of its files; other plain values as they are.
+    """The cases of data loaders, each with the names and prints of its files; other plain values as they are.
+
+    A print is the size in bytes and a checksum of the beginning and the end, where compressed files have one of all.
 
     Args:
         loaders: name -> loader whose data set holds a list of dicts, as MONAI's do; others have no cases to compare.
 
     Returns:
-        `root`, the folder in which all files lie, and `lists`: name -> case -> (key, file or value, size or None).
+        `root`, the folder in which all files lie, and `lists`: name -> case -> (key, file or value, print or None).
     """
     lists = {name: [list(_entries(case)) for case in _cases(loader)] for name, loader in loaders.items()}
-    files = [text for cases in lists.values() for case in cases for _, text, size in case if size is not None]
+    files = [text for cases in lists.values() for case in cases for _, text, mark in case if mark is not None]
     root = _common_folder(files)
 
-    def shorten(key: str, text: str, size: int | None) -> list[Any]:
-        return [key, text if size is None else os.path.relpath(text, root), size]
+    def shorten(key: str, text: str, mark: list[int] | None) -> list[Any]:
+        return [key, text if mark is None else os.path.relpath(text, root), mark]
 
     return {
         "root": root,
@@ -70,22 +74,28 @@ def _cases(loader: Any) -> Sequence[Any]:
     return dataset.data if dataset is not None else ()
 
 
-def _entries(case: Any) -> Iterator[tuple[str, str, int | None]]:
+def _entries(case: Any) -> Iterator[tuple[str, str, list[int] | None]]:
     for key, value in sorted(case.items(), key=lambda item: str(item[0])) if isinstance(case, Mapping) else ():
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(one, (str, os.PathLike)):
-                size = _size(Path(one))
-                yield str(key), os.fspath(one) if size is None else os.path.abspath(one), size
+                mark = _print(Path(one))
+                yield str(key), os.fspath(one) if mark is None else os.path.abspath(one), mark
             elif isinstance(one, (bool, int, float)):
                 yield str(key), str(one), None
 
 
-def _size(path: Path) -> int | None:
-    """Bytes of a file; of a folder, such as a zarr or a DICOM series, the number of its entries."""
+def _print(path: Path) -> list[int] | None:
+    """Bytes and checksum of a file; of a folder, such as a zarr or a DICOM series, the number of its entries."""
     if not path.suffix and not path.is_absolute():                 # a word, even if something here has that name
         return None
     try:
-        return len(os.listdir(path)) if path.is_dir() else path.stat().st_size
+        if path.is_dir():
+            return [len(os.listdir(path)), 0]
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            checksum = zlib.crc32(file.read(_PART))
+            file.seek(max(0, size - _PART))
+            return [size, zlib.crc32(file.read(), checksum)]
     except (OSError, ValueError):                                  # no file: some other text
         return None
 
@@ -136,7 +146,7 @@ def _changed_data(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         before, after = (_placed(one["lists"].get(name, []), root) for one, root in zip((old, new), roots, strict=True))
         if before == after:
             continue
-        found = _some(list(_changed_files(_sizes(before), _sizes(after))), "files")
+        found = _some(list(_changed_files(_prints(before), _prints(after))), "files")
         if len(before) != len(after) and not found:
             found = [f"{len(before)} cases, now {len(after)}"]
         lines += [f"{name} data: {line}" for line in found or ["cases in another order, or with other values"]]
@@ -149,25 +159,27 @@ def _roots(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
     if roots[0] == roots[1]:
         return "", ""
     files = [
-        {text for cases in one["lists"].values() for text in _sizes(_placed(cases, one["root"]))} for one in (old, new)
+        {text for cases in one["lists"].values() for text in _prints(_placed(cases, one["root"]))} for one in (old, new)
     ]
     return roots if files[0] & files[1] else ("", "")
 
 
-def _placed(cases: Sequence[Any], root: str) -> list[list[tuple[str, str, int | None]]]:
-    return [[(key, text if size is None else os.path.join(root, text), size) for key, text, size in case]
+def _placed(cases: Sequence[Any], root: str) -> list[list[tuple[str, str, list[int] | None]]]:
+    return [[(key, text if mark is None else os.path.join(root, text), mark) for key, text, mark in case]
             for case in cases]
 
 
-def _sizes(cases: Sequence[Any]) -> dict[str, int]:
-    return {text: size for case in cases for _, text, size in case if size is not None}
+def _prints(cases: Sequence[Any]) -> dict[str, list[int]]:
+    return {text: mark for case in cases for _, text, mark in case if mark is not None}
 
 
-def _changed_files(old: Mapping[str, int], new: Mapping[str, int]) -> Iterator[str]:
+def _changed_files(old: Mapping[str, list[int]], new: Mapping[str, list[int]]) -> Iterator[str]:
     for file in {**old, **new}:
         if file not in new:
             yield f"{file} is missing"
         elif file not in old:
             yield f"{file} is new"
+        elif old[file][0] != new[file][0]:
+            yield f"{file} has {new[file][0]:,} bytes, had {old[file][0]:,}"
         elif old[file] != new[file]:
-            yield f"{file} has {new[file]:,} bytes, had {old[file]:,}"
+            yield f"{file} has other content"

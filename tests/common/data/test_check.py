@@ -309,12 +309,12 @@ def test_label_of_several_volumes_is_refused(make: Make) -> None:
 def test_pictures_are_refused_where_volumes_are_expected(tmp_path: Path) -> None:
     items = pictures(tmp_path, np.ones((9, 6), np.uint8))
     check_data(items[:1], items[1:], spatial_dims=2)
-    with pytest.raises(DataError, match=r"image0.png must have 3 spatial axes, got \(6, 9\); take .*2d.json"):
+    with pytest.raises(DataError, match=r"image0.png must have 3 spatial axes, got \(6, 9\); give volumes"):
         check_data(items[:1], items[1:], spatial_dims=3)
 
 
 def test_volumes_are_refused_where_slices_are_expected(make: Make) -> None:
-    with pytest.raises(DataError, match=r"a_image.nii.gz must have 2 spatial axes, got \(8, 7, 6\); take the config"):
+    with pytest.raises(DataError, match=r"a_image.nii.gz must have 2 spatial axes, got \(8, 7, 6\); save its sections"):
         check_data([make("a")], [make("b")], spatial_dims=2)
     one = {"image": noise(0)[..., :1], "label": marked(1)[..., :1]}
     message = r"c_image.nii.gz must have 2 spatial axes, got \(8, 7, 1\); save it without the axis of one voxel"

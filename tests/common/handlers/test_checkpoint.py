@@ -315,6 +315,13 @@ class Publisher:
         engine.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "distill_modules", self.losses))
 
 
+def test_a_loss_that_learns_has_to_be_saved_whatever_the_order_of_handlers(tmp_path: Path) -> None:
+    network = toys.student()
+    handlers = [CheckpointHandler(tmp_path, {"network": network}), Publisher(toys.hint_loss())]
+    with pytest.raises(ValueError, match="`objects` must have the losses of the .*, got no HintLoss"):
+        toys.make_trainer(network, handlers, epochs=1).run()
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_loss_that_learns_or_remembers_has_to_be_saved(tmp_path: Path, nested: bool) -> None:
     learning, remembering, plain = toys.hint_loss(), toys.memory_loss(), SoftLabelLoss()

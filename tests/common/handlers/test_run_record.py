@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,13 @@ def write(folder: Path, *names: str) -> list[dict[str, str]]:
             file.write_bytes(bytes(10))
         result.append({key: str(file) for key, file in case.items()})
     return result
+
+
+def test_a_file_with_other_content_of_the_same_size_is_told(tmp_path: Path) -> None:
+    cases = write(tmp_path, "a", "b")
+    old = described(cases)
+    Path(cases[1]["label"]).write_bytes(b"123456789" + bytes(1))
+    assert told(old, described(cases)) == ["training data: label/b.nii.gz has other content"]
 
 
 def described(training: list[Any], validation: list[Any] = ()) -> dict[str, Any]:   # type: ignore[assignment]
@@ -151,8 +159,10 @@ def test_folders_wrappers_and_lists_of_files_are_cases_too(tmp_path: Path) -> No
     dataset = Subset(CacheDataset(cases, transform=[], num_workers=None, progress=False), [0])
     found = describe_data(training=SimpleNamespace(dataset=dataset))
     assert found["root"] == str(tmp_path)
+    mark = [10, zlib.crc32(bytes(20))]                              # its beginning and its end are the same
     assert found["lists"]["training"] == [[
-        ["image", "image/a.nii.gz", 10], ["image", "label/a.nii.gz", 10], ["label", "dicom", 1], ["patient", "p", None],
+        ["image", "image/a.nii.gz", mark], ["image", "label/a.nii.gz", mark], ["label", "dicom", [1, 0]],
+        ["patient", "p", None],
     ]]
 
 

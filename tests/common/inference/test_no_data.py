@@ -98,7 +98,7 @@ def test_what_is_dark_or_saturated_in_tissue_is_data() -> None:
     noise = tissue(1, 0, 256)
     clipped = np.clip(noise, 60, 200)                              # a quarter of it at each end
     spot = noise.copy()
-    spot[:, 20:40, 20:40] = 0                                      # inside: a vessel
+    spot[:, 20:40, 20:40] = noise[:, 20:40, 20:40] // 25           # inside, nearly black: a vessel
     small = noise.copy()
     small[:, :5, :5] = 0                                           # at the edge, but small
     binary = (noise > 128).astype(np.float32)
@@ -203,7 +203,7 @@ def test_bridged_sections_alone_leave_no_mask(caplog: pytest.LogCaptureFixture) 
         result = FillNoDatad("image")(case(region("sections")))
     assert result.keys() == {"image", "label"}
     assert (result["label"] == 1).all()
-    assert "3 of 20 sections are missing, 3 bridged; no voxel is left without data" in caplog.text
+    assert "3 of 20 sections are missing, 3 bridged." in caplog.text
     assert "no_data" in FillNoDatad("image", bridge=1)(case(region("sections")))
     with pytest.raises(ValueError, match="`bridge` must be a number of sections of at least 0, got -1"):
         FillNoDatad("image", bridge=-1)
@@ -271,3 +271,22 @@ def test_results_are_zero_where_there_is_no_data() -> None:
     assert result.sum(dim=(0, 2, 3)).tolist() == [90, 90, 0, 90]
     assert pred.min() == 1
     assert ClearNoDatad("pred")({"pred": pred})["pred"] is pred
+
+
+@pytest.mark.parametrize("kind", ["margin", "slanted", "sections", "rare"])
+def test_a_filling_that_was_compressed_is_found(kind: str) -> None:
+    image = tissue(3, 20)
+    mask = region("margin" if kind == "rare" else kind) if kind != "slanted" else np.zeros(SHAPE, bool)
+    for row in range(SHAPE[1]) if kind == "slanted" else ():
+        mask[:, row, : 18 + row // 4] = True
+    noise = np.random.default_rng(1)
+    image[mask] = noise.random(mask.sum()) < 0.02 if kind == "rare" else noise.integers(0, 3, mask.sum())
+    assert np.array_equal(find_no_data(image), mask)
+
+
+def test_a_black_hole_within_is_found() -> None:
+    image = tissue(4)
+    mask = np.zeros(SHAPE, bool)
+    mask[:, 20:40, 20:40] = True
+    image[mask] = 0
+    assert np.array_equal(find_no_data(image), mask)

@@ -84,6 +84,8 @@ def test_what_has_a_meaning_passes(changes: dict[str, Any]) -> None:
     ({"patch_size": 64}, r"Option `patch_size` must be a list of numbers, as \[8, 8\] in train.json, got 64"),
     ({"patch_size": "64,64"}, r"Option `patch_size` must be a list of numbers, .* got \"64,64\""),
     ({"intensity_range": [300, -200]}, r"Option `intensity_range` must ascend, as \[-200, 300\] .* got \[300, -200\]"),
+    ({"patch_size": [0, 8]}, r"Option `patch_size` must be numbers above 0, .* got \[0, 8\]"),
+    ({"epochs": -3}, "Option `epochs` must be in 1..inf, as 3 in train.json, got -3"),
     ({"weights": 3}, "Option `weights` must be a section"),
 ])
 def test_what_has_none_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -147,16 +149,16 @@ def test_nothing_happens_outside_of_a_config() -> None:
     assert current_parser() is None
 
 
-def test_an_error_ends_with_its_first_cause_if_it_has_one(
+def test_an_error_ends_with_what_monai_has_wrapped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)         # set back after the test
     prepare_run([MAIN, "run"])
-    alone, first, second = ValueError("alone"), RuntimeError("first"), RuntimeError("second")
-    second.__cause__, last = first, RuntimeError("last")
-    last.__cause__ = second
+    alone, deep, told = ValueError("alone"), OSError("deep"), OSError("`ckpt_dir` must be a folder")
+    wrapper, last = RuntimeError("Failed to instantiate component"), RuntimeError("Failed to evaluate expression")
+    told.__cause__, wrapper.__cause__, last.__cause__ = deep, told, wrapper
     sys.excepthook(RuntimeError, last, None)
-    assert capsys.readouterr().err.endswith("\nError: first\n")
+    assert capsys.readouterr().err.endswith("\nError: `ckpt_dir` must be a folder\n")
     sys.excepthook(ValueError, alone, None)
     assert "Error: alone" in (said := capsys.readouterr().err)
     assert "\nError:" not in said
