@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 CREMI: Ranges = {"training": (0, 50), "validation": (100, 125), "test": (50, 100)}
 AC4: Ranges = {"training": (0, 80), "validation": (80, 100)}
 AC3: Ranges = {"test": (0, 100)}
+_CHANNELS = (2, 3, 4)                                              # gray or colors, with or without alpha
 _HDF5, _TIFF, _SECTIONS = (".h5", ".hdf", ".hdf5"), (".tif", ".tiff"), (".png", ".tif", ".tiff")
 
 
@@ -97,7 +99,8 @@ def prepare_ac3ac4(
     """Write the slabs of AC4, sections 0-79 for training and 80-99 for validation, and of AC3, 0-99 for the test.
 
     Each source is a TIFF of many pages, HDF5 with a dataset `main` or `data`, or a folder of sections as PNG or TIFF,
-    counted in the order of their names. Labels in color are numbered by color. Voxels have 30 x 6 x 6 nm.
+    counted in the order of their names. Labels in color are numbered by color; images may be stored in colors, but must
+    be gray. An axis of one channel, anywhere, and alpha are left out. Voxels have 30 x 6 x 6 nm.
 
     Args:
         ac4_image: gray values of 8 bits.
@@ -122,7 +125,7 @@ def prepare_ac3ac4(
         _check_source(label, output)
     lists: dict[str, list[dict[str, str]]] = {name: [] for name in (*AC4, *AC3)}
     for name, (image_path, label_path, ranges) in pairs.items():
-        image, label = _read_stack(image_path), _read_stack(label_path)
+        image, label = _read_stack(image_path), _read_stack(label_path, is_label=True)
         volume = _Volume(name, image, label[::-1] if reverse_labels else label)
         _check_volume(volume, ranges)
         _check_order(volume, reverse_labels)
@@ -161,36 +164,78 @@ def _dataset(file: Any, path: Path, *names: str) -> Any:
     return file[found[0]]
 
 
-def _read_stack(path: Path) -> Array:
-    """Read a whole volume; colors become numbers."""
+def _read_stack(path: Path, is_label: bool = False) -> Array:
+    """Read a whole volume: sections, rows, columns. Colors of a label become numbers, an image must be gray."""
     if path.is_dir():
         files = [file for file in path.iterdir() if file.suffix.lower() in _SECTIONS and file.name[0] != "."]
         files.sort(key=lambda file: (len(file.name), file.name))   # 2.png before 10.png
         if not files:
             raise ValueError(f"{path} must hold sections as PNG or TIFF, got none.")
-        return np.stack([_number_colors(_read_section(file)) for file in tqdm(files, f"reading {path.name}")])
+        sections = [_read_section(file, is_label) for file in tqdm(files, f"reading {path.name}")]
+        if odd := [file for file, section in zip(files, sections, strict=True) if section.shape != sections[0].shape]:
+            raise ValueError(f"{path} must hold sections of one size, got another one in {odd[0].name}.")
+        return np.stack(sections)
     if path.suffix.lower() in _HDF5:
         with _open_hdf5(path) as file:
-            return np.asarray(_dataset(file, path, "main", "data"))
+            return _three_axes(np.asarray(_dataset(file, path, "main", "data")), path, is_label)
     if path.suffix.lower() in _TIFF:
-        import tifffile  # comes with scikit-image, which the bundle lists
-
-        stack: Array = tifffile.imread(path)
-        return _number_colors(stack) if stack.ndim == 4 else stack
+        return _three_axes(_read_tiff(path, is_label), path, is_label)
     raise ValueError(f"{path} must be a TIFF, HDF5 ({', '.join(_HDF5)}) or a folder of sections, got {path.suffix!r}.")
 
 
-def _read_section(path: Path) -> Array:
+def _read_tiff(path: Path, is_label: bool) -> Array:
+    """Pages as they are stored, but an image whose gray values are indices or inverted: as they are meant."""
+    import tifffile  # comes with scikit-image, which the bundle lists
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            stack: Array = file.series[0].asarray()
+            kind, palette = file.pages[0].photometric, file.pages[0].colormap
+    except (tifffile.TiffFileError, IndexError, struct.error) as error:
+        raise ValueError(f"{path} must be a TIFF, got a file that cannot be read ({error}); copy it again.") from error
+    if is_label:
+        return stack
+    if palette is not None:
+        return np.moveaxis((palette >> 8).astype(np.uint8)[:, stack], 0, -1)
+    return np.invert(stack) if kind == tifffile.PHOTOMETRIC.MINISWHITE and stack.dtype.kind in "bu" else stack
+
+
+def _read_section(path: Path, is_label: bool) -> Array:
     with Image.open(path) as section:
-        return np.asarray(section.convert("RGB") if section.mode in ("P", "RGBA") else section)
+        if getattr(section, "n_frames", 1) > 1:
+            raise ValueError(f"{path} must be one section, got {section.n_frames} pages; give the file itself.")
+        kept = section.mode in ("L", "LA", "RGB", "RGBA", "F") or section.mode.startswith("I")
+        plain = section if kept else section.convert("L" if section.mode == "1" else "RGB")
+        picture = np.asarray(plain)
+    return _without_channels(picture, path, is_label) if picture.ndim == 3 else picture
 
 
-def _number_colors(picture: Array) -> Array:
-    """Red, green and blue to one number; what has two axes stays."""
-    if picture.ndim == 2:
-        return picture
-    red, green, blue = (picture[..., channel].astype(np.uint32) for channel in range(3))
-    return red << 16 | green << 8 | blue
+def _three_axes(stack: Array, path: Path, is_label: bool) -> Array:
+    """Take away what is no axis of sections, rows or columns: axes of length 1, and channels behind or before them."""
+    shape = stack.shape
+    for axis in (-1, 1, 0, 0):
+        if stack.ndim > 3 and stack.shape[axis] == 1:
+            stack = stack.squeeze(axis)
+    if stack.ndim == 4 and stack.shape[-1] not in _CHANNELS and stack.shape[1] in _CHANNELS:
+        stack = np.moveaxis(stack, 1, -1)                          # planes of colors in each page
+    if stack.ndim == 4 and stack.shape[-1] in _CHANNELS:
+        stack = _without_channels(stack, path, is_label)
+    if stack.ndim > 3:
+        raise ValueError(f"{path} must have sections, rows and columns, got {shape}; save one channel of one time.")
+    return stack
+
+
+def _without_channels(picture: Array, path: Path, is_label: bool) -> Array:
+    """Gray values of an image that is stored in colors; one number for each color of a label. Alpha says nothing."""
+    colors = picture[..., :1] if picture.shape[-1] < 3 else picture[..., :3]
+    first = colors[..., 0]
+    is_gray = (colors == first[..., None]).all(-1)                 # red, green and blue are equal
+    if is_label:
+        red, green, blue = (colors[..., min(place, colors.shape[-1] - 1)].astype(np.int64) for place in range(3))
+        return np.where(is_gray, first, 1 << 48 | red << 32 | green << 16 | blue)
+    if not is_gray.all():
+        raise ValueError(f"{path} must be gray, got colors; save it with one channel.")
+    return first
 
 
 def _check_volume(volume: _Volume, ranges: Ranges) -> None:

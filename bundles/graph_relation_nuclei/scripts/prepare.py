@@ -5,7 +5,8 @@
     python -m scripts.prepare cvppp TRAINING OUTPUT [--test FOLDER]        leaves; folders A1 of both archives
     python -m scripts.prepare celegans IMAGES MASKS OUTPUT                 worms; a folder per archive
 
-Pictures become 8-bit, those of 16 bits from their darkest to their brightest pixel; labels are 16-bit instance numbers.
+Pictures become 8-bit, those of 16 bits from their darkest to their brightest pixel; labels are 16-bit instance numbers,
+or TIFF of 32 bits where there are more.
 The lists are those of the paper's code where it has them. Sources stay as they are.
 """
 
@@ -16,7 +17,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ CVPPP_VALIDATION = (
     "002", "016", "029", "037", "045", "046", "055", "061", "072", "080",
     "088", "099", "104", "108", "115", "127", "130", "142", "148", "159",
 )
+_PLAIN = {                                                         # mode of Pillow -> the one that means the same
+    "1": "L", "LA": "L", "La": "L", "P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "RGBX": "RGB",
+    "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "HSV": "RGB",
+}
 _PICTURE = re.compile(r"[^.].*_(?P<well>[A-P]\d\d)_w(?P<channel>[12])_.*\.tiff?", re.IGNORECASE)
 _WORM = re.compile(r"(?P<well>[A-P]\d\d)_(?P<number>\d+)_ground_truth\.png", re.IGNORECASE)
 
@@ -63,7 +69,8 @@ def prepare_bbbc039(source: str | Path, output: str | Path, min_size: int = 25) 
     lists = {name: _read_names(source / "metadata" / f"{name}.txt") for name in ("training", "validation", "test")}
 
     def read(name: str) -> tuple[Array, Array]:
-        mask = _read(source / "masks" / f"{name}.png", "RGB")[..., 0]
+        mask = _read(source / "masks" / f"{name}.png")             # colors of which the first tells, or numbers
+        mask = mask[..., 0] if mask.ndim == 3 else mask
         nuclei = connected_components(mask, background=0)
         sizes = np.bincount(nuclei.ravel())
         return _read(source / "images" / f"{name}.tif"), np.where(sizes[nuclei] < min_size, 0, nuclei)
@@ -117,7 +124,7 @@ def prepare_cvppp(training: str | Path, output: str | Path, test: str | Path | N
 
     def read(name: str) -> tuple[Array, Array | None]:
         picture = _read(home[name] / f"{name}_rgb.png", "RGB")
-        return picture, None if name in lists["unlabeled"] else _read(label_path(name))   # a palette's indices
+        return picture, None if name in lists["unlabeled"] else _read_numbers(label_path(name))
 
     return _write(output, lists, read)
 
@@ -169,7 +176,7 @@ def prepare_celegans(images: str | Path, masks: str | Path, output: str | Path, 
 
     def read(well: str) -> tuple[Array, Array | None]:
         picture = _read(pictures[well])
-        return picture, _stack_masks(worms[well], picture.shape) if well in worms else None
+        return picture, _stack_masks(worms[well], picture.shape[:2]) if well in worms else None
 
     return _write(output, lists, read)
 
@@ -194,11 +201,31 @@ def _check_sources(sources: Iterable[Path], output: Path) -> None:
 
 
 def _read(path: Path, mode: str | None = None) -> Array:
-    """Pixels of a picture, in a mode of Pillow if one is named."""
+    """Pixels of a picture, in a mode of Pillow if one is named, else in gray or red, green and blue, as it is meant."""
+    with _open(path) as picture:
+        plain = _PLAIN.get(picture.mode, picture.mode) if mode is None else mode
+        return np.asarray(picture if picture.mode == plain else picture.convert(plain))
+
+
+def _read_numbers(path: Path) -> Array:
+    """Numbers of a label: the indices of a palette, or gray values, also where those are stored in colors."""
+    with _open(path) as picture:
+        numbers = np.asarray(picture.convert("L") if picture.mode == "1" else picture)
+    if numbers.ndim == 3:
+        colors = numbers[..., : 1 if numbers.shape[-1] < 3 else 3]
+        return colors[..., 0] if (colors == colors[..., :1]).all() else colors
+    return numbers
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """One picture; Pillow would read the first one of several pages, and say nothing."""
     if not path.is_file():
         raise FileNotFoundError(f"`source` must hold {path.name}, got no {path}.")
     with Image.open(path) as picture:
-        return np.asarray(picture.convert(mode) if mode else picture)
+        if getattr(picture, "n_frames", 1) > 1:
+            raise ValueError(f"{path} must be one picture, got {picture.n_frames} pages; save them as files.")
+        yield picture
 
 
 def _write(output: Path, lists: Lists, read: Read) -> Path:
@@ -227,8 +254,13 @@ def _write_case(output: Path, name: str, picture: Array, label: Array | None) ->
                 f"{label.shape}."
             )
         item["label"] = f"labels/{name}.png"
-        numbers = np.unique(np.append(label, 0))                   # 0 stays 0, also where nothing is background
-        Image.fromarray(np.searchsorted(numbers, label).astype(np.uint16)).save(output / item["label"])
+        known = np.unique(np.append(label, 0))                     # 0 stays 0, also where nothing is background
+        numbers = np.searchsorted(known, label)
+        if len(known) <= 2**16:
+            Image.fromarray(numbers.astype(np.uint16)).save(output / item["label"])
+        else:                                                      # more than PNG holds
+            item["label"] = f"labels/{name}.tif"
+            Image.fromarray(numbers.astype(np.int32)).save(output / item["label"])
     return item
 
 

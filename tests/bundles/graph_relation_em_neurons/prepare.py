@@ -232,6 +232,87 @@ def test_labels_that_run_the_right_way_must_not_be_reversed(tmp_path: Path) -> N
         prepare_ac3ac4(*files, tmp_path / "data", reverse_labels=True)
 
 
+WAYS = ["ZYX1", "Z1YX", "1ZYX", "ZYXRGB", "ZYXRGBA", "ZRGBYX", "ZYXLA", "palette", "miniswhite"]
+
+
+def stored(path: Path, gray: np.ndarray, way: str) -> Path:
+    """A stack as TIFF, in one of the ways in which gray values are stored."""
+    alpha = np.full_like(gray, gray.max())
+    whole = {
+        "ZYX1": gray[..., None], "Z1YX": gray[:, None], "1ZYX": gray[None], "ZYXRGB": np.stack([gray] * 3, -1),
+        "ZYXRGBA": np.stack([gray] * 3 + [alpha], -1), "ZRGBYX": np.stack([gray] * 3, 1),
+        "ZYXLA": np.stack([gray, alpha], -1),
+    }
+    if way == "palette":                                           # indices run against the gray values that they mean
+        colors = np.repeat(np.arange(255, -1, -1, dtype=np.uint16)[None] * 257, 3, 0)
+        tifffile.imwrite(path, 255 - gray, photometric="palette", colormap=colors)
+    elif way == "miniswhite":
+        tifffile.imwrite(path, 255 - gray, photometric="miniswhite")
+    else:
+        tifffile.imwrite(path, whole[way], photometric="rgb" if way.startswith("ZYXRGB") else "minisblack")
+    return path
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stacks_are_read_in_every_way_that_gray_is_stored(tmp_path: Path, way: str) -> None:
+    files, (image, ids, *_) = ac_tiffs(tmp_path)
+    stored(files[0], image.astype(np.uint8), way)
+    if way not in ("palette", "miniswhite"):
+        stored(files[1], ids.astype(np.uint16), way)
+    lists = check(prepare_ac3ac4(*files, tmp_path / "data"))
+    assert np.array_equal(voxels(lists["training"][0]["image"]), image[:80])
+    assert same_partition(voxels(lists["training"][0]["label"]), ids[:80])
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
+def test_sections_are_read_in_every_way_that_gray_is_stored(tmp_path: Path, mode: str) -> None:
+    stack = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    folder = tmp_path / "EM"
+    folder.mkdir()
+    for number, section in enumerate(stack):
+        picture = Image.fromarray(255 - section if mode == "P" else section).convert(mode)
+        if mode == "P":
+            picture.putpalette([255 - place // 3 for place in range(768)])
+        picture.save(folder / f"{number}.png")
+    assert np.array_equal(prepare._read_stack(folder), stack)
+    if mode != "P":
+        assert np.array_equal(prepare._read_stack(folder, is_label=True), stack)
+
+
+def test_gray_and_color_of_a_label_stay_apart(tmp_path: Path) -> None:
+    colors = np.array([[[5, 5, 5], [0, 0, 5], [0, 0, 0]], [[0, 5, 0], [5, 5, 5], [255, 255, 255]]], np.uint8)
+    ids = np.array([[1, 2, 0], [3, 1, 4]])
+    colors, ids = np.stack([colors, colors[:, ::-1]]), np.stack([ids, ids[:, ::-1]])
+    for label in (colors, colors.astype(np.uint16) * 257):
+        tifffile.imwrite(tmp_path / "label.tif", label, photometric="rgb")
+        found = prepare._read_stack(tmp_path / "label.tif", is_label=True)
+        assert same_partition(found, ids)
+        assert np.array_equal(found == 0, ids == 0)
+
+
+def test_images_in_color_and_further_axes_are_refused_by_name(tmp_path: Path) -> None:
+    files, (image, *_) = ac_tiffs(tmp_path)
+    color = tmp_path / "color.tif"
+    tifffile.imwrite(color, np.stack([image, image, 255 - image], -1).astype(np.uint8), photometric="rgb")
+    with pytest.raises(ValueError, match=r"color.tif must be gray, got colors; save it with one channel\."):
+        prepare_ac3ac4(color, *files[1:], tmp_path / "data")
+    times = tiff(tmp_path / "times.tif", np.stack([image] * 5).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"times.tif must have sections, rows and columns, got \(5, 100, 12, 10\)"):
+        prepare_ac3ac4(times, *files[1:], tmp_path / "data")
+    (tmp_path / "cut.tif").write_bytes(b"II*")
+    with pytest.raises(ValueError, match=r"cut.tif must be a TIFF, got a file that cannot be read"):
+        prepare_ac3ac4(tmp_path / "cut.tif", *files[1:], tmp_path / "data")
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    tiff(pages / "1.tif", image[:3].astype(np.uint8))
+    with pytest.raises(ValueError, match=r"1.tif must be one section, got 3 pages; give the file itself"):
+        prepare_ac3ac4(pages, *files[1:], tmp_path / "data")
+    sizes = package(tmp_path / "sizes", "%d.png", image[:2].astype(np.uint8), 1, backwards=False)
+    Image.fromarray(image[0, :5].astype(np.uint8)).save(sizes / "3.png")
+    with pytest.raises(ValueError, match=r"sizes must hold sections of one size, got another one in 3.png"):
+        prepare_ac3ac4(sizes, *files[1:], tmp_path / "data")
+
+
 def test_sections_without_leading_zeros_are_read_in_their_order(tmp_path: Path) -> None:
     stack = np.arange(12, dtype=np.uint8)[:, None, None] * np.ones((1, 3, 4), np.uint8)
     assert np.array_equal(prepare._read_stack(package(tmp_path / "EM", "%d.png", stack, 1, backwards=False)), stack)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
+from monai.transforms import LoadImage
 from PIL import Image
 
 sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
@@ -168,6 +170,76 @@ def test_without_background_instances_are_still_numbered_from_one_on(tmp_path: P
     assert np.unique(pixels(lists["training"][1]["label"])).tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16", "tiff"])
+def test_labels_are_read_in_every_way_that_numbers_are_stored(tmp_path: Path, mode: str) -> None:
+    source = a1(tmp_path / "A1")
+    path = source / "plant003_label.png"
+    if mode == "I;16":
+        Image.fromarray(LEAVES.astype(np.uint16) * 9_000).save(path)
+    elif mode == "tiff":
+        Image.fromarray(LEAVES.astype(np.int32) * 100_000).save(path, format="tiff")
+    elif mode != "P":
+        Image.fromarray(LEAVES).convert(mode).save(path)
+    lists = check(prepare_cvppp(source, tmp_path / "data"))
+    label = pixels(next(item["label"] for item in lists["training"] if "plant003" in item["label"]))
+    assert np.array_equal(label, np.searchsorted([0, 3, 7], LEAVES))
+
+
+def test_more_instances_than_a_png_holds_are_kept(tmp_path: Path) -> None:
+    source = a1(tmp_path / "A1")
+    numbers = np.arange(270 * 260, dtype=np.int32).reshape(270, 260)
+    Image.fromarray(np.zeros((270, 260, 3), np.uint8)).save(source / "plant003_rgb.png")
+    Image.fromarray(numbers).save(source / "plant003_label.png", format="tiff")
+    path = prepare_cvppp(source, tmp_path / "data")
+    item = next(item for item in load_datalist(path, "training") if "plant003" in item["label"])
+    assert item["label"].endswith("labels/plant003.tif")
+    label = LoadImage(dtype=torch.int64)(item["label"])
+    assert np.array_equal(label.numpy().T, numbers)
+
+
+def gray_picture(path: Path, mode: str) -> np.ndarray:
+    """One picture of gray values, stored in some way; the values."""
+    gray = np.arange(24 * 30, dtype=np.uint8).reshape(SHAPE)
+    if mode == "P":
+        picture = Image.fromarray(255 - gray).convert("P")
+        picture.putpalette([255 - place // 3 for place in range(768)])       # indices run against what they mean
+    elif mode == "MINISWHITE":
+        tifffile.imwrite(path, 255 - gray, photometric="miniswhite")
+        return gray
+    else:
+        picture = Image.fromarray(gray).convert(mode)
+    picture.save(path)
+    return gray
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "MINISWHITE"])
+def test_gray_pictures_are_read_in_every_way_that_they_are_stored(tmp_path: Path, mode: str) -> None:
+    source = bbbc039(tmp_path / "source")
+    name = "IXMtest_A00_s0_w1-0F-training"
+    gray = gray_picture(source / f"images/{name}.tif", mode)
+    lists = check(prepare_bbbc039(source, tmp_path / "data"))
+    found = pixels(lists["training"][0]["image"])
+    assert np.array_equal(found if found.ndim == 2 else found[..., 0], gray)
+    assert found.ndim == 2 or (found == found[..., :1]).all()
+
+
+def test_worms_fit_pictures_that_are_stored_in_colors(tmp_path: Path) -> None:
+    images, masks = bbbc010(tmp_path, plate(20))
+    for path in images.glob("1649*_w2_*.tif"):
+        Image.fromarray(np.stack([WORMS[1]] * 3, axis=-1)).save(path)
+    lists = check(prepare_celegans(images, masks, tmp_path / "data"))
+    expected = drawn((3, 6, 2, 28, 1), (1, 20, 10, 13, 2), (15, 18, 20, 26, 3))
+    assert np.array_equal(pixels(lists["test"][0]["label"]), expected)
+
+
+def test_pictures_of_several_pages_are_refused_by_name(tmp_path: Path) -> None:
+    source = bbbc039(tmp_path / "source")
+    path = source / "images/IXMtest_A00_s0_w1-0F-training.tif"
+    tifffile.imwrite(path, np.zeros((3, *SHAPE), np.uint16), photometric="minisblack")
+    with pytest.raises(ValueError, match=r"s0_w1-0F-training.tif must be one picture, got 3 pages; save them as files"):
+        prepare_bbbc039(source, tmp_path / "data")
+
+
 def test_test_plants_without_a_label_are_unlabeled(tmp_path: Path) -> None:
     for number, labeled in (("004", False), ("005", True), ("006", False)):
         plant(tmp_path / "testing/A1", number, labeled)
@@ -181,7 +253,7 @@ def test_cvppp_that_is_not_a1_is_refused(tmp_path: Path) -> None:
     source, output = a1(tmp_path / "A1"), tmp_path / "data"
     with pytest.raises(ValueError, match=r"A1b must have other plants than .*A1, got some of the same name\."):
         prepare_cvppp(source, output, shutil.copytree(source, tmp_path / "A1b"))
-    Image.fromarray(np.stack([LEAVES] * 3, axis=-1)).save(source / "plant003_label.png")
+    Image.fromarray(np.stack([LEAVES, LEAVES, LEAVES // 2], axis=-1)).save(source / "plant003_label.png")
     with pytest.raises(ValueError, match=r"label of plant003 must have one channel .*, got \(24, 30, 3\)\."):
         prepare_cvppp(source, output)
     (source / "plant003_label.png").unlink()
