@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, PathLike
+from monai.config import KeysCollection
 from monai.data.image_writer import PILWriter
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms import MapTransform, SaveImage, SaveImaged
@@ -176,8 +176,8 @@ class SaveInstancesd(SaveImaged):
             keys, output_ext=".nii.gz", output_dtype=np.int32, allow_missing_keys=allow_missing_keys,
             writer=LikeFileWriter, **options,
         )
-        self.picture_saver = SaveImage(output_ext=".png", output_dtype=np.uint16, writer=_PngWriter, **options)
-        self.large_saver = SaveImage(output_ext=".tif", output_dtype=np.int32, writer=_TiffWriter, **options)
+        self.picture_saver = SaveImage(output_ext=".png", output_dtype=np.uint16, writer=_PictureWriter, **options)
+        self.large_saver = SaveImage(output_ext=".tif", output_dtype=np.int32, writer=_PictureWriter, **options)
         self.map_saver = SaveImage(output_ext=".nii.gz", output_dtype=np.float32, writer=LikeFileWriter, **options)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -208,15 +208,5 @@ class _OneChannel:
         self.data_obj = np.asarray(torch.as_tensor(data_array).cpu())[0]
 
 
-class _PngWriter(_OneChannel, PILWriter):
+class _PictureWriter(_OneChannel, PILWriter):
     pass
-
-
-class _TiffWriter(_OneChannel, PILWriter):
-    """Writes numbers of 32 bits, which Pillow reads as mode I, as TIFF that lies on its picture."""
-
-    def write(self, filename: PathLike, verbose: bool = False, **options: Any) -> None:
-        import tifffile  # comes with scikit-image
-
-        numbers = np.asarray(self.data_obj, dtype=np.int32)        # columns, rows
-        tifffile.imwrite(filename, numbers.T, compression="zlib")

@@ -68,7 +68,7 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
 
     Raises:
         ValueError: another method, shapes that do not agree, or no affinities of the nearest neighbors along all axes,
-            which all but `mutex` need.
+            which all but `mutex` need; `watershed` section by section does without those between sections.
         ImportError: the package that the method needs is not installed.
         RuntimeError: the package that the method needs cannot go on.
 
@@ -81,8 +81,8 @@ def instances(   # noqa: PLR0913 - options of a config, each with a default
     if method == "mutex":
         found = _mutex(affinities, offsets, stride, bias, allowed)
     else:
-        channels = _all_axes(nearest, offsets)
-        neighbors = affinities[channels].astype(np.float32, copy=False)   # (rank, *S)
+        apart = method == "watershed" and per_section              # sections need not link
+        neighbors = _neighbors(affinities, nearest, offsets, range(affinities.ndim - 1)[-2 if apart else 0 :])
         found = _merged(neighbors, method, threshold, seed_distance, per_section, mask)
     if allowed is not None:
         found = np.where(allowed, found, 0)
@@ -199,15 +199,24 @@ def _nearest(offsets: Sequence[Sequence[int]]) -> dict[int, int]:
     return {axis: steps.index(unit) for axis, unit in units.items() if unit in steps}
 
 
-def _all_axes(nearest: Mapping[int, int], offsets: Sequence[Sequence[int]]) -> list[int]:
-    """Channels of `nearest`; raise where an axis has none."""
-    for axis in range(rank := len(offsets[0])):
+def _neighbors(
+    affinities: Array, nearest: Mapping[int, int], offsets: Sequence[Sequence[int]], needed: Sequence[int]
+) -> Array:
+    """Affinities of `nearest`, shape (rank, *S), 0 along an axis that has none; raise where it is needed."""
+    rank = affinities.ndim - 1
+    for axis in needed:
         if axis not in nearest:
             wanted = [-int(axis == other) for other in range(rank)]
             raise ValueError(
-                f"`offsets` must hold {wanted}, the previous neighbor along axis {axis}, got {list(offsets)}."
+                f"`offsets` must hold {wanted}, the previous neighbor along axis {axis}, got {list(offsets)}; take "
+                "'mutex', or for sections that do not link 'watershed' with `per_section`."
             )
-    return list(nearest.values())
+    if len(nearest) == rank:
+        return affinities[list(nearest.values())].astype(np.float32, copy=False)
+    neighbors = np.zeros((rank, *affinities.shape[1:]), np.float32)
+    for axis, channel in nearest.items():
+        neighbors[axis] = affinities[channel]
+    return neighbors
 
 
 def _drop_small(found: Array, min_size: int) -> Array:
