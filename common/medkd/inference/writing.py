@@ -38,6 +38,9 @@ class LikeFileWriter(NibabelWriter):
             self.data_obj = self.data_obj[..., 0]
             while self.data_obj.ndim > rank and self.data_obj.shape[-1] == 1:
                 self.data_obj = self.data_obj[..., 0]
+            axes = np.asarray(meta.get("dim", ())).ravel()[:5].tolist()   # of NIfTI: their number, then their lengths
+            if self.data_obj.ndim == 3 and axes[:1] == [4] and axes[4:] == [1]:
+                self.data_obj = self.data_obj[..., None]           # a channel that the file has, too
 
     def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = True, **options: Any) -> None:
         """Take the affine, brought back to that of the file."""

@@ -29,7 +29,7 @@ def save(path: Path, shape: tuple[int, ...], spacing: tuple[float, ...] = (10.0,
     return path
 
 
-@pytest.mark.parametrize("shape", [(40, 50, 1), (40, 1, 1), (1, 40, 50), (40, 50), (8, 9, 10), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(40, 50, 1), (40, 1, 1), (1, 40, 50), (40, 50), (8, 9, 10), (1, 1, 1), (8, 9, 7, 1)])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_result_has_the_axes_of_its_file(tmp_path: Path, shape: tuple[int, ...], rank: int) -> None:
     path = save(tmp_path / "a.nii.gz", shape)
@@ -66,8 +66,7 @@ def test_a_result_has_the_affine_and_the_unit_of_its_file(
     found, file = nib.load(tmp_path / "a_seg.nii.gz"), nib.load(path)
     np.testing.assert_allclose(found.affine, file.affine, rtol=1e-6)
     assert found.get_data_dtype() == np.uint8
-    if unit != "mm":
-        assert found.header.get_xyzt_units()[0] == unit
+    assert found.header.get_xyzt_units()[0] == unit
 
 
 def test_a_result_on_another_grid_is_in_the_unit_of_its_file(tmp_path: Path) -> None:
