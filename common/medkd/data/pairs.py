@@ -62,7 +62,8 @@ def find_files(source: Path, folder: str, argument: str, without: Sequence[str] 
     if not (source / folder).is_dir():
         there = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
         raise FileNotFoundError(
-            f"`{argument}` must be a folder of {source}, got {folder!r}; it has {quote(there)}."
+            f"`{argument}` must be a folder of {source}, got {folder!r}; it has {quote(there)}"
+            + ("; give --images imagesTr --labels labelsTr." if {"imagesTr", "labelsTr"} <= set(there) else ".")
         )
     found: dict[str, str] = {}
     strange: list[str] = []

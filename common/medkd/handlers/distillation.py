@@ -109,7 +109,7 @@ class DistillationHandler:
             raise ValueError(
                 "`engine` must have one DistillationHandler, got a second; put all losses into one handler, `loss` "
                 "takes a list. Several teachers (one for each organ group, say) become one network that runs them and "
-                "joins their outputs along the channels, each with taps below its name."
+                "gives one prediction with a channel for each class of the student."
             )
         engine.state.distillation_handler = self
         engine.register_events(*DistillationEvents)

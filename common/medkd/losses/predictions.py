@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import get_args
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from medkd.ops.prediction import Activation, TeacherOutput, logits_of, region_co
 __all__ = ["Predictions"]
 
 _NEAR = 0.05                                                       # so near to 0 and to 1 are certain probabilities
+logger = logging.getLogger(__name__)
 _LOGITS_WAY_OUT = "let the network give logits, without its last activation"
 
 
@@ -95,6 +97,11 @@ class Predictions:
                 self._refuse(role, "values within [0, 1], most of them near 0 or 1, as after a sigmoid", way_out)
         elif low < _NEAR and high > 1.0 - _NEAR:
             self._refuse(role, "values within [0, 1] from near 0 to near 1, as after a sigmoid", way_out)
+        if self._left[role] == 0 and low >= -1e-3 and high <= 1.0 + 1e-3:
+            logger.warning(
+                "All values of `%s['pred']` lie within [0, 1] so far, from %.3g to %.3g in the last batch; if they are "
+                "probabilities, %s.", role, low, high, way_out,
+            )
 
     def _refuse(self, role: str, found: str, way_out: str) -> None:
         raise ValueError(

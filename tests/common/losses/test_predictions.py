@@ -50,6 +50,14 @@ def test_probabilities_in_the_place_of_logits_are_refused(
         value_of(activated, logits(channels), activation=activation)
 
 
+def test_values_that_never_leave_0_to_1_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    loss, vague = SoftLabelLoss(), 0.3 + 0.2 * torch.rand(2, 3, 6, 8)
+    for _ in range(20):
+        loss({"pred": logits()}, {"pred": vague})
+    assert caplog.text.count("All values of `teacher['pred']` lie within [0, 1] so far") == 1
+    assert "student" not in caplog.text
+
+
 def test_a_batch_that_tells_nothing_is_followed_by_a_look_at_the_next() -> None:
     loss = SoftLabelLoss(**SIGMOID)
     nothing, something = torch.full((2, 3, 6, 8), -9.0).sigmoid(), logits().sigmoid()
