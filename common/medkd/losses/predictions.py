@@ -97,7 +97,7 @@ class Predictions:
                 self._refuse(role, "values within [0, 1], most of them near 0 or 1, as after a sigmoid", way_out)
         elif low < _NEAR and high > 1.0 - _NEAR:
             self._refuse(role, "values within [0, 1] from near 0 to near 1, as after a sigmoid", way_out)
-        if self._left[role] == 0 and low >= -1e-3 and high <= 1.0 + 1e-3:
+        if self._left[role] == 0 and -1e-3 <= low < high <= 1.0 + 1e-3:
             logger.warning(
                 "All values of `%s['pred']` lie within [0, 1] so far, from %.3g to %.3g in the last batch; if they are "
                 "probabilities, %s.", role, low, high, way_out,
