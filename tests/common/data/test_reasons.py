@@ -50,7 +50,7 @@ def cut_after(share: float, name: str, folder: Path) -> bytes:
         ("x.png", 0.5, "'image file is truncated.*; it is cut or damaged: copy it again"),
         ("x.nii.gz", b"", "it is empty: copy it again"),
         ("x.nii.gz", b"no volume" * 9, "its content is not what its name says"),
-        ("x.nii.gz", gzip.compress(b"no volume" * 99), "its content is not what its name says"),
+        ("x.nii.gz", gzip.compress(b"no volume" * 99, mtime=0), "its content is not what its name says"),
         ("x.png", b"no picture", "its content is not what its name says"),
         ("x.tif", b"no picture", "its content is not what its name says"),
         ("x.mha", b"no picture", "must be a readable image, got "),
