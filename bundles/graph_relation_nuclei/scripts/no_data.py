@@ -20,7 +20,7 @@ from monai.utils import convert_to_dst_type
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["ClearNoDatad", "FillNoDatad", "NormalizeDatad", "bridged", "filled", "find_no_data"]
+__all__ = ["ClearNoDatad", "FillNoDatad", "NormalizeDatad", "bridged", "filled", "find_no_data", "section_axis"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -240,7 +240,7 @@ class FillNoDatad(MapTransform):
         for key in self.key_iterator(result):
             image = result[key]
             voxels = np.asarray(torch.as_tensor(image).cpu())      # (C, *S)
-            axis = _section_axis(image)
+            axis = section_axis(image) if isinstance(image, MetaTensor) and image.dim() == 4 else 0
             found = find_no_data(_gray(voxels), axis, dark=not bool((voxels == voxels[:1]).all()))
             if found is None:
                 continue
@@ -287,12 +287,10 @@ def _file(image: Any) -> dict[str, Any]:
     return {key: meta[key] for key in ("filename_or_obj",) if key in meta}
 
 
-def _section_axis(image: Any) -> int:
-    """Spatial axis of the largest spacing, the first of equal ones."""
-    if not isinstance(image, MetaTensor) or image.dim() != 4:
-        return 0
-    spacing = np.asarray(image.pixdim)
-    return int(np.argmax((spacing / spacing.max()).round(4)))
+def section_axis(volume: MetaTensor) -> int:
+    """Spatial axis of the largest spacing, the first of equal ones, of a volume (C, *S)."""
+    spacing = np.asarray(volume.pixdim)
+    return int(np.argmax((spacing / spacing.max()).round(4)))      # in any unit, mm as well as nm
 
 
 def _gray(voxels: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 
 from medkd.data.report import numbers
 from medkd.data.volumes import Volume
+from medkd.inference import machine
 
 __all__ = ["grid_problems", "odd_spacing", "spacing_hint", "turned"]
 
@@ -97,12 +98,9 @@ def turned(volume: Volume, loaded: Mapping[Any, Any], orientation: Turning | Non
 
 def free_memory() -> float:
     """Bytes that a process may still take; infinity where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024.0
-    except (OSError, KeyError, ValueError):
-        pass
+    known = machine.free_memory()
+    if known is not None:
+        return float(known)
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):

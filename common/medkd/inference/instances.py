@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data.image_writer import PILWriter
-from monai.data.meta_tensor import MetaTensor
 from monai.transforms import MapTransform, SaveImage, SaveImaged
 from monai.utils import convert_to_dst_type
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .no_data import section_axis
 from .partition import WHEELS, Partition, instances
 from .writing import LikeFileWriter
 
@@ -143,12 +143,6 @@ def _consecutive(numbers: Tensor) -> Tensor:
         return torch.where(numbers == 0, 0, places + 1 - below)
     below += int((found < 0).sum())
     return torch.where(numbers > 0, places + 1 - below, numbers.long().clamp(min=-1))
-
-
-def section_axis(volume: MetaTensor) -> int:
-    """Spatial axis of the largest spacing, the first of equal ones, of a volume (C, *S)."""
-    spacing = np.asarray(volume.pixdim)
-    return int(np.argmax((spacing / spacing.max()).round(4)))      # in any unit, mm as well as nm
 
 
 def _apart(numbers: Tensor, axis: int) -> Tensor:

@@ -5,35 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-__all__ = ["EnsureResamplabled", "free_memory", "resampling_problem"]
+from .machine import free_memory
 
-_GROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+__all__ = ["EnsureResamplabled", "resampling_problem"]
+
 _MOST = 8.0      # from 1.2 nm to 10 nm, or from sections of 80 nm; a wrong unit makes 1,000 of it
 _SHRINKING = 4.0   # by this much and to less than a patch: there is nothing left to see
-
-
-def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, or less where a control group says so; None: unknown."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError, IndexError):
-        pass
-    for limit, used in _GROUPS:
-        try:
-            most, now = (int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii")) for name in (limit, used))
-            found.append(max(most - now, 0))
-        except (OSError, ValueError):                              # no such group, or `max`
-            continue
-    return min(found, default=None)
 
 
 def resampling_problem(

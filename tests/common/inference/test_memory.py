@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from medkd.inference import memory
-from medkd.inference.memory import EnsureDecodabled, decoding_bytes, free_memory
+from medkd.inference import machine, memory
+from medkd.inference.machine import free_memory
+from medkd.inference.memory import EnsureDecodabled, decoding_bytes
 
 NEAR = [[-1, 0, 0], [0, -1, 0], [0, 0, -1]]
 FAR = [[-3, 0, 0], [0, -3, 0], [0, 0, -3], [-9, 0, 0], [0, -9, 0]]
@@ -84,12 +85,12 @@ def test_free_memory_is_the_least_that_machine_and_groups_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: str | None, groups: dict[str, str], own: str,
     free: int | None,
 ) -> None:
-    monkeypatch.setattr(memory, "_SYSTEM", system(tmp_path, available, groups, own))
+    monkeypatch.setattr(machine, "_SYSTEM", system(tmp_path, available, groups, own))
     assert free_memory() == free
 
 
 def test_image_whose_instances_do_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_SYSTEM", system(tmp_path, str(2 * 2**20), {}))   # 2 GiB
+    monkeypatch.setattr(machine, "_SYSTEM", system(tmp_path, str(2 * 2**20), {}))   # 2 GiB
     image = torch.zeros(1, 1).expand(1, 10**7).reshape(1, 100, 1000, 100)
     message = (
         "`image` of (100, 1000, 100) voxels must leave memory for its instances, about 4.0 GiB by 'mutex', got 2.0 GiB "
@@ -106,9 +107,9 @@ def test_nothing_is_refused_where_free_memory_is_unknown_or_affinities_are_saved
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = torch.zeros(1, 1, 1, 1).expand(1, 10_000, 10_000, 10_000)
-    monkeypatch.setattr(memory, "_SYSTEM", tmp_path)
+    monkeypatch.setattr(machine, "_SYSTEM", tmp_path)
     assert EnsureDecodabled("image", NEAR)({"image": image})["image"] is image
-    monkeypatch.setattr(memory, "_SYSTEM", system(tmp_path / "small", "1", {}))
+    monkeypatch.setattr(machine, "_SYSTEM", system(tmp_path / "small", "1", {}))
     with pytest.raises(MemoryError, match="cut the image into blocks"):
         EnsureDecodabled("image", NEAR)({"image": image})
     monkeypatch.setattr(memory, "find_spec", lambda name: None)

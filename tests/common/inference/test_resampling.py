@@ -10,7 +10,8 @@ import torch
 from monai.data import MetaTensor
 
 from medkd.inference import resampling
-from medkd.inference.resampling import EnsureResamplabled, free_memory, resampling_problem
+from medkd.inference.machine import free_memory
+from medkd.inference.resampling import EnsureResamplabled, resampling_problem
 
 SHAPE = (40, 250, 250)
 
