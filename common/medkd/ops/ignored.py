@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IGNORED", "ignored_voxels", "is_ignored", "on_grid"]
+__all__ = ["IGNORED", "UNLABELED", "ignored_voxels", "is_ignored", "on_grid"]
 
 IGNORED = -1
+UNLABELED = -2    # all of a case without a label: it counts in no supervised loss, and in every distillation term
 _NEVER_NEGATIVE = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 
