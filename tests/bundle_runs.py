@@ -27,7 +27,8 @@ def run(bundle: Path, run_id: str, *configs: str, **options: Any) -> None:
     """Run an id with config files by name and further options; datasets are filled without threads."""
     files = [str(bundle / "configs" / f"{name}.json") for name in configs]
     if configs[0] == "train":
-        options = {"train#dataset#num_workers": 0, "validate#dataset#num_workers": 0} | options
+        threads = ("train#dataset#num_workers", "train#unlabeled#num_workers", "validate#dataset#num_workers")
+        options = dict.fromkeys(threads, 0) | options
     try:
         monai.bundle.run(run_id, config_file=files, bundle_root=str(bundle), **options)
     finally:

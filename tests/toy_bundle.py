@@ -30,7 +30,11 @@ LOAD = [
     {"_target_": "LoadImaged", "keys": ["image", "label"], "allow_missing_keys": True},
     {"_target_": "EnsureChannelFirstd", "keys": ["image", "label"], "allow_missing_keys": True},
 ]
-ENSURE = {"_target_": "EnsureTyped", "keys": ["image", "label"]}
+ENSURE = {"_target_": "EnsureTyped", "keys": ["image", "label"], "allow_missing_keys": True}
+CUT = {"keys": ["image", "label", "centers", "soft_label"], "allow_missing_keys": True}
+MOVED = {"keys": ["image", "label", "teacher_pred"], "allow_missing_keys": True}
+SOFT_LABELS = {"_target_": "medkd.data.soft_labels.SoftLabeld", "soft_labels": "@soft_labels", "keys": "@teacher_input"}
+KNOWN = {"_target_": "medkd.metrics.ignored.IgnoredAsBackgroundd", "keys": "pred"}
 ONE_HOT = {"_target_": "AsDiscreted", "keys": ["pred", "label"], "argmax": [True, False], "to_onehot": "@out_channels"}
 DICE = {"_target_": "MeanDice", "include_background": False, "output_transform": "@pred_and_label"}
 WINDOWS = {"_target_": "SlidingWindowInferer", "roi_size": "@patch_size", "sw_batch_size": 4}
@@ -73,7 +77,22 @@ OWN_VALUES: dict[str, Config] = {
         ],
         "distill_weights": TERMS,
         "distill_ramp": 0.5,
-        "loss": {"_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True},
+        "cache_teacher": True,
+        "soft_label_dir": "$os.path.dirname(@teacher_path) + '/soft_labels'",
+        "soft_labels": {
+            "_target_": "medkd.data.soft_labels.SoftLabels",
+            "teacher": "@teacher",
+            "directory": "@soft_label_dir",
+            "inferer": "@validate#inferer",
+            "losses": "@distill_loss",
+            "weights": "@distill_weights",
+            "cache": "@cache_teacher",
+            "device": "@device",
+        },
+        "loss": {
+            "_target_": "medkd.losses.ignoring.IgnoringLoss",
+            "loss": {"_target_": "DiceCELoss", "to_onehot_y": True, "softmax": True},
+        },
         "optimizer": {
             "_target_": "torch.optim.AdamW",
             "params": "$@trainable_parameters(@network, @distill_loss)",
@@ -88,8 +107,10 @@ OWN_VALUES: dict[str, Config] = {
         "loading": {"_target_": "Compose", "transforms": LOAD},
         "train#deterministic_transforms": ["@loading", ENSURE],
         "train#random_transforms": [
-            {"_target_": "RandSpatialCropd", "keys": ["image", "label"], "roi_size": "@patch_size"},
-            {"_target_": "RandFlipd", "keys": ["image", "label"], "prob": 0.5, "spatial_axis": 0},
+            SOFT_LABELS,
+            {"_target_": "RandSpatialCropd", **CUT, "roi_size": "@patch_size"},
+            {"_target_": "medkd.data.soft_labels.UnpackSoftLabeld", "soft_labels": "@soft_labels"},
+            {"_target_": "RandFlipd", **MOVED, "prob": 0.5, "spatial_axis": 0},
             {"_target_": "RandGaussianNoised", "keys": "image", "std": 0.1, "prob": 0.7},
         ],
         "train#inferer": {"_target_": "SimpleInferer"},
@@ -97,7 +118,7 @@ OWN_VALUES: dict[str, Config] = {
         "train#key_metric": None,
         "train#trainer#epoch_length": None,
         "validate#inferer": WINDOWS,
-        "validate#postprocessing": {"_target_": "Compose", "transforms": [ONE_HOT]},
+        "validate#postprocessing": {"_target_": "Compose", "transforms": [KNOWN, ONE_HOT]},
         "validate#key_metric": {"val_mean_dice": DICE},
     },
     "evaluate": {

@@ -17,17 +17,21 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
 from medkd.checks import suggest
+from medkd.handlers.agreement import TeacherAgreement
 from medkd.handlers.cpu_autocast import cpu_autocast
 from medkd.handlers.start_checks import check_optimizer, with_state
 from medkd.handlers.step_checks import TermCheck, refuse_deaf
 from medkd.handlers.teacher import Teacher, TeacherView
 from medkd.handlers.teacher_check import TeacherCheck
 from medkd.losses.base import DistillationLoss, TapPair, distils
+from medkd.ops.prediction import logits_of
+from medkd.ops.soft_label import complete
 from medkd.outputs import MainOutput, plain_tensor
 from medkd.taps import FeatureTaps, unwrap
 
 __all__ = ["DistillationEvents", "DistillationHandler"]
 
+CACHED = "teacher_pred"    # key of a batch
 _WAY_OUT = "wrap the network so that `forward` returns the prediction alone, shape (B, K, *S)"
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,10 @@ class DistillationHandler:
 
     A network may give the heads of deep supervision as a list: the one of full resolution is distilled.
 
+    A batch may bring what the teacher says of it, cut out of soft labels of whole volumes, as `teacher_pred`: class
+    probabilities (B, K, *S), see `medkd.data.soft_labels`. Where all losses with a weight read the prediction only, the
+    teacher does not run in the steps then. Samples without a label, `UNLABELED` everywhere, are distilled like others.
+
     Args:
         teacher: the teacher by reference, or a ready network.
         loss: one loss, or a list of losses with distinct terms.
@@ -64,6 +72,7 @@ class DistillationHandler:
         teacher_input: key of the batch that the teacher sees, in training and in its check, shape (B, C, *S). For
             `image` it is what `prepare_batch` gave the student's network.
         validator: an evaluator without handlers for the teacher's check; None only warns.
+        agreement: what replaces the labels of validation cases that have none; the teacher is then checked by it.
         teacher_check: `{"metric": name, "mode": "refuse" | "warn" | "off"}`; None is off.
 
     Raises:
@@ -83,12 +92,16 @@ class DistillationHandler:
         self, teacher: Teacher | nn.Module, loss: DistillationLoss | Sequence[DistillationLoss],
         weights: Mapping[str, float] | None = None, teacher_input: str = "image",
         validator: SupervisedEvaluator | None = None, teacher_check: Mapping[str, str] | None = None,
+        agreement: TeacherAgreement | None = None,
     ) -> None:
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
         self.losses = [loss] if isinstance(loss, DistillationLoss) else list(loss)
         self.weights = _resolve_weights(self.losses, weights)
         self.teacher_input = teacher_input
+        self.agreement = agreement
         self._view = TeacherView(teacher_input)
+        self._cached_view = TeacherView(CACHED)
+        self._reads_prediction_only = False
         regions = any(getattr(one, "activation", "softmax") == "sigmoid" for one in self.losses)
         self.check = _make_check(validator, teacher_check, teacher_input, regions)
         self._callables: list[nn.Module] = []
@@ -124,6 +137,7 @@ class DistillationHandler:
         self._finish(engine)                                       # hooks of a run that broke off
         self._running = engine
         self._view.start()
+        self._cached_view.start()
         state = engine.state
         state.distill_weights = dict(self.weights)
         state.distill_factors = dict.fromkeys(self.weights, 1.0)
@@ -140,13 +154,16 @@ class DistillationHandler:
         check_optimizer(engine.optimizer, engine.network, active)
         heads = {f"the loss {type(loss).__name__}": loss for loss in active}
         self._network = self.teacher.load(state.device, apart_from={"the student": engine.network, **heads})
-        if self.check is not None:
+        if self.agreement is not None and self.agreement.is_needed:
+            self.agreement.predict(self._network)
+        elif self.check is not None:
             self.check(self._network)
         pairs = self._activate_losses(active, state.device)
         self._taps = (
             FeatureTaps(engine.network, [student for student, _ in pairs], "student"),
             FeatureTaps(self._network, [teacher for _, teacher in pairs], "teacher"),
         )
+        self._reads_prediction_only = not pairs
         state.distill_modules = with_state(active)
         path, sha256 = self.teacher.path, self.teacher.file_sha256
         state.distillation = {"mode": "distilled", "teacher": path and str(path), "teacher_sha256": sha256}
@@ -169,7 +186,11 @@ class DistillationHandler:
             )
         if self._taps is not None:
             self._taps[0].open()
-            self._view.remember(engine.state.batch)
+            view = self._cached_view if self._is_cached(engine.state.batch) else self._view
+            view.remember(engine.state.batch)
+
+    def _is_cached(self, batch: Any) -> bool:
+        return self._reads_prediction_only and isinstance(batch, Mapping) and CACHED in batch
 
     def _run_teacher(self, engine: SupervisedTrainer) -> None:
         if self._taps is None or self._network is None:
@@ -179,17 +200,35 @@ class DistillationHandler:
         axes = output["image"].dim() if isinstance(output["image"], Tensor) else None
         student["pred"] = self._main[0](output["pred"], axes)
         refuse_deaf(student)
-        image = plain_tensor(self._view.image(engine.state.batch, output["image"])).to(
+        is_cached = self._is_cached(engine.state.batch)
+        engine.state.student = student
+        engine.state.teacher = self._remembered(engine) if is_cached else self._live(engine, self._network)
+        engine.state.distillation["predictions"] = "cached" if is_cached else "live"
+        engine.fire_event(DistillationEvents.TEACHER_COMPLETED)
+
+    def _live(self, engine: SupervisedTrainer, network: nn.Module) -> dict[str, Tensor]:
+        """What the teacher says of the very batch that the student saw."""
+        image = plain_tensor(self._view.image(engine.state.batch, engine.state.output["image"])).to(
             device=engine.state.device, dtype=self.teacher.dtype, non_blocking=engine.non_blocking
         )
-        self._network.eval()
+        network.eval()
         self._taps[1].open()
         with torch.no_grad(), cpu_autocast(engine):
-            pred = self._network(image)
+            pred = network(image)
         teacher = self._taps[1].close()
         teacher["pred"] = self._main[1](pred, image.dim())
-        engine.state.student, engine.state.teacher = student, teacher
-        engine.fire_event(DistillationEvents.TEACHER_COMPLETED)
+        return teacher
+
+    def _remembered(self, engine: SupervisedTrainer) -> dict[str, Tensor]:
+        """What soft labels of whole volumes say of it, in the form in which the losses read the teacher."""
+        given = plain_tensor(self._cached_view.image(engine.state.batch, engine.state.output["image"]))
+        pred = given.to(device=engine.state.device, dtype=torch.float32, non_blocking=engine.non_blocking)
+        reader = next((loss for loss in self.losses if hasattr(loss, "activation")), None)
+        activation = getattr(reader, "activation", "softmax")
+        if activation == "softmax" and pred.shape[1] > 1:
+            pred = complete(pred)
+        output = getattr(reader, "teacher_output", "logits")
+        return {"pred": pred if output == "probabilities" else logits_of(pred, activation)}
 
     def _add_terms(self, engine: SupervisedTrainer) -> None:
         output = engine.state.output

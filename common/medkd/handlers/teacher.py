@@ -56,6 +56,27 @@ class Teacher:
         """True when weights are wanted and their file is not there."""
         return self.path is not None and not self.path.is_file()
 
+    @property
+    def teaches(self) -> bool:
+        """True when the run needs the teacher and its weights are there: only then unlabeled images teach anything."""
+        return self.is_needed and not self.is_missing
+
+    def hash(self) -> str:
+        """SHA-256 of the weights file, hexadecimal; of a network without a file, that of its weights.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: other hash than `sha256`.
+        """
+        self._refuse_missing()
+        if self.path is not None:
+            return self._check_hash(self.path)
+        network = self._build()
+        digest = hashlib.sha256()
+        for name, value in network.state_dict().items():
+            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def require(self) -> None:
         """Stop at once, before any data is read, when the run needs the weights and they are not there.
 
@@ -94,8 +115,7 @@ class Teacher:
             ValueError: other hash, not only tensors, weights of another architecture, or a part that is shared.
         """
         self._refuse_missing()
-        with preserved_random_state():
-            network = self._network if isinstance(self._network, nn.Module) else self._network()
+        network = self._build()
         refuse_shared(network, apart_from or {})                   # before anything is loaded into it or frozen
         if self.path is not None:
             self._check_hash(self.path)
@@ -106,7 +126,11 @@ class Teacher:
         self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
         return network.to(device).eval().requires_grad_(False)
 
-    def _check_hash(self, path: Path) -> None:
+    def _build(self) -> nn.Module:
+        with preserved_random_state():
+            return self._network if isinstance(self._network, nn.Module) else self._network()
+
+    def _check_hash(self, path: Path) -> str:
         with path.open("rb") as file:
             self.file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if self.sha256 is not None and self.sha256.lower() != self.file_sha256:
@@ -114,6 +138,7 @@ class Teacher:
                 f"`teacher_sha256` must be the hash of {path}, which is {self.file_sha256}, got {self.sha256}; "
                 "this is another file than the one that was meant."
             )
+        return self.file_sha256
 
 
 def teacher_image(batch: Any, key: str) -> Tensor:

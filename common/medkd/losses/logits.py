@@ -68,6 +68,7 @@ class SoftLabelLoss(DistillationLoss):
         self.weighting: VoxelWeighting = weighting
         self.floor = floor
         self.activation: Activation = activation
+        self.teacher_output: TeacherOutput = teacher_output
         self._predictions = Predictions(activation, teacher_output)
         self.preset_weights = {"logits": 1.0}
 
