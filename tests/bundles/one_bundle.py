@@ -270,6 +270,17 @@ def test_what_the_network_says_where_the_label_is_negative_does_not_count(
         assert scores[0] == scores[1]
 
 
+def test_files_are_read_and_prepared_once(bundle: Path, data: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(data, tmp_path / "data"))
+    parser = parsed(bundle, "train")
+    parser.update({"bundle_root": str(bundle), "dataset_dir": str(copy), "train#dataset#num_workers": 0})
+    parser.get_parsed_content("initialize#0")
+    dataset = parser.get_parsed_content("train#dataset")
+    shutil.rmtree(copy)
+    crops = dataset[0]
+    assert (crops[0] if isinstance(crops, list) else crops)["image"].shape[1:] == tuple(TRAIN["patch_size"])
+
+
 @pytest.mark.parametrize("names", [["multi_gpu_train", "teacher"], ["teacher", "multi_gpu_train"]])
 def test_a_teacher_is_trained_on_several_gpus_in_any_order_of_the_configs(bundle: Path, names: list[str]) -> None:
     parser = parsed(bundle, "train", *names)

@@ -58,9 +58,16 @@ def reason(error: BaseException) -> str:
 class CaseCompose(Compose):
     """MONAI's `Compose` for cases of files: an error names the case, where MONAI's names a transform.
 
+    Transforms that are a `Compose` themselves are taken apart: MONAI counts a `Compose` as random, and a `CacheDataset`
+    keeps what stands before the first random transform, so with one in front it would read each file in each epoch.
+
     Arguments: those of `Compose`. What is called with a dict that has the path of an `image`, or an image with the name
     of its file, raises `CaseError`; all else raises what it did.
     """
+
+    def __init__(self, transforms: Any = None, **options: Any) -> None:
+        super().__init__(transforms, **options)
+        self.transforms = self.flatten().transforms
 
     def __call__(self, input_: Any, *args: Any, **options: Any) -> Any:   # type: ignore[override]
         """Transform a case."""
