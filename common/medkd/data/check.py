@@ -18,6 +18,7 @@ from tqdm import tqdm
 from medkd.data.grid import Turning, grid_problems, turned
 from medkd.data.headers import HDF5, NIFTI, PICTURES, Header, ending, read_header
 from medkd.data.images import image_problems
+from medkd.data.label_rules import demanded_labels, label_list_problems
 from medkd.data.labels import label_problems, stored_numbers
 from medkd.data.oddities import log_oddities
 from medkd.data.overlaps import collisions, is_path, shared_files
@@ -32,11 +33,6 @@ logger = logging.getLogger(__name__)
 Item = Mapping[str, Any]
 
 AFFINE_TOLERANCE = 0.02   # voxels; what rounding a header's spacing to four decimals costs over 512 voxels
-_LABELED = {   # lists that need cases with a label, and how to get some
-    "training": "name it in the datalist.",
-    "validation": "move one there from training, or write the list anew: `medkd datalist` with "
-                  "--fractions 0.7,0.15,0.15 or --validation SPLIT.",
-}
 _MOST = 20                # problems that an error spells out
 _THREADS = 4              # each holds one volume
 # what is read in threads; other kinds are for ITK, which loads its parts on demand and is not safe while it does
@@ -60,6 +56,7 @@ class _Wanted:
     channels: Sequence[int] | None
     orientation: Turning | None
     allow_ignored: bool
+    needs_labels: bool
 
 
 def check_data(   # noqa: PLR0913 - options of a config, each with a default
@@ -68,7 +65,7 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
     unlabeled: Sequence[Item] = (), spatial_dims: int | None = None, loading: Loading | None = None,
     spacing: Sequence[float] | None = None, intensity_range: Sequence[float] | None = None,
     patch_size: Sequence[int] | None = None, channels: Sequence[int] | None = None,
-    orientation: Turning | None = None, allow_ignored: bool | None = None,
+    orientation: Turning | None = None, allow_ignored: bool | None = None, needs_labels: bool = True,
 ) -> DataReport:
     """Check that all files can be read and fit together; read each once, a volume per thread in memory.
 
@@ -78,14 +75,15 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
     masks in place of instances.
 
     Args:
-        training: items with the path of an image and of its label; other keys are ignored.
-        validation: the same.
+        training: items with the path of an image and of its label; other keys are ignored. The key of the label may
+            lack where other cases have one.
+        validation: the same, each with a label.
         num_classes: number of label values, background included; None does not bound them, as instances need it.
         test: the same; the label may be missing.
         image_key: key of the image in an item.
         label_key: key of the label in an item.
         allow_shared: only log that an image is in two lists; for tests on a single case.
-        unlabeled: items of which only the image is read.
+        unlabeled: items without a label, for a teacher.
         spatial_dims: 2 for pictures and single slices, 3 for volumes; None takes both.
         loading: takes {"image": path, "label": path}, or the image alone, and gives tensors (C, *S) with an affine in
             the units of `spacing`; None takes MONAI's reader.
@@ -96,6 +94,8 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
         channels: numbers of channels that are taken, after `loading`; None takes any.
         orientation: step that turns volumes before they are resampled to `spacing`.
         allow_ignored: take -1 in labels for voxels to ignore; None does where `num_classes` is None.
+        needs_labels: False where a teacher teaches: `training` may be without any label, and empty if `unlabeled` is
+            not; of `validation` all or none have labels.
 
     Returns:
         Numbers of cases and voxels, and ranges of spacing, shape and intensity.
@@ -105,29 +105,26 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
     """
     wanted = _Wanted(
         num_classes, spatial_dims, loading or default_loading(), spacing, intensity_range, patch_size, channels,
-        orientation, num_classes is None if allow_ignored is None else allow_ignored,
+        orientation, num_classes is None if allow_ignored is None else allow_ignored, needs_labels,
     )
     lists = {"training": training, "validation": validation, "test": test}
-    problems = list(_list_problems(lists, image_key, allow_shared))
-    if unlabeled:
-        lists["unlabeled"] = [{image_key: item.get(image_key)} for item in unlabeled]
-    problems += collisions(lists, image_key)
+    lists |= {"unlabeled": unlabeled} if unlabeled else {}
+    problems = [*label_list_problems(lists, image_key, label_key, needs_labels),
+                *_shared(lists, image_key, allow_shared), *collisions(lists, image_key)]
     cases = _inspect_all(lists, [image_key, label_key], wanted)
     every = [case for group in cases.values() for case in group]
     problems += dict.fromkeys(problem for case in every for problem in case.problems)
-    problems += [text for name in _LABELED for text in _empty(name, cases[name], len(lists[name]))]
+    labeled = {name: sum(label_key in item for item in lists[name]) for name in ("training", "validation")}
+    problems += [text for name, number in labeled.items() for text in _empty(name, cases[name], number)]
     if problems:
         rest = f"\n  and {len(problems) - _MOST} more." if len(problems) > _MOST else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_MOST])
         raise DataError(f"The data cannot be used, {len(problems)} problem(s):{listed}{rest}")
-    log_oddities(cases, num_classes, intensity_range, is_blind=loading is None)
+    log_oddities(cases, num_classes, intensity_range, is_blind=loading is None, needs_labels=needs_labels)
     return report(cases)
 
 
-def _list_problems(lists: Mapping[str, Sequence[Item]], key: str, allow_shared: bool) -> Iterator[str]:
-    for name, way_out in _LABELED.items():
-        if not lists[name]:
-            yield f"`{name}` must have at least one case, got none; {way_out}"
+def _shared(lists: Mapping[str, Sequence[Item]], key: str, allow_shared: bool) -> Iterator[str]:
     shared = shared_files(lists, key)
     if shared and allow_shared:
         logger.warning("Allowed for a test, its scores mean nothing: %s", shared.partition(";")[0])
@@ -149,8 +146,9 @@ def _inspect_all(lists: Mapping[str, Sequence[Item]], keys: list[str], wanted: _
     jobs: dict[tuple[str, bool], tuple[list[object], str, bool]] = {}
     asked: dict[str, list[tuple[str, bool]]] = {name: [] for name in lists}
     for name, items in lists.items():
-        for number, item in enumerate(items):
-            files, labeled = [item.get(key) for key in keys], name in _LABELED
+        demanded = demanded_labels(name, lists, keys[1], wanted.needs_labels)
+        for number, (item, labeled) in enumerate(zip(items, demanded, strict=True)):
+            files = [item.get(keys[0]), None if name == "unlabeled" else item.get(keys[1])]
             asked[name].append((repr(files), labeled))
             jobs.setdefault(asked[name][-1], (files, f"{name}[{number}]", labeled))
 

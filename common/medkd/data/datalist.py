@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medkd.data.label_rules import labeled_problem
 from medkd.data.naming import quote, shorten, split_channel
 from medkd.data.pairs import Pairs, find_files, find_pairs
 from medkd.data.splits import LISTS, RandomSplits, SplitsFile, draw_splits, patients, read_json, read_splits
@@ -19,7 +20,9 @@ __all__ = ["LISTS", "RandomSplits", "SplitsFile", "load_datalist", "make_datalis
 logger = logging.getLogger(__name__)
 
 
-def load_datalist(path: str | Path, key: str, labeled: bool = False) -> list[dict[str, str]]:
+def load_datalist(
+    path: str | Path, key: str, labeled: bool = False, missing_ok: bool = False
+) -> list[dict[str, str]]:
     """Read one list of a `datalist.json`, with its paths made absolute.
 
     Paths of `image`, `label` and keys that end in them (`teacher_image`) are relative to `data_root` in the file, which
@@ -29,17 +32,23 @@ def load_datalist(path: str | Path, key: str, labeled: bool = False) -> list[dic
         path: the file.
         key: `training`, `validation`, `test` or `unlabeled`.
         labeled: require at least one case, and of each the files of image and label, as an evaluation needs them.
+        missing_ok: give no items where there is no such file, or no such list in it.
 
     Returns:
         The items, each with `image` and, where it is labeled, `label`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, has no such list, an item has no image, or what `labeled` requires is missing.
+        ValueError: it is not JSON, has no such list, an item has no image or one of `unlabeled` has a label, or what
+            `labeled` requires is missing.
     """
     path = Path(path)
+    if missing_ok and not path.exists():
+        return []
     content = read_json(path, "path", "a datalist", "write one with `medkd datalist`")
     lists = [name for name, value in content.items() if isinstance(value, list)]
+    if missing_ok and key not in content:
+        return []
     if key not in lists:
         raise ValueError(
             f"`key` must name a list of {path}, got {key!r}; it has {quote(lists)}; "
@@ -49,6 +58,8 @@ def load_datalist(path: str | Path, key: str, labeled: bool = False) -> list[dic
     items = [_absolute(item, root, f"{path}, {key}[{number}]") for number, item in enumerate(content[key])]
     if labeled:
         _refuse_unlabeled_items(items, path, key)
+    if key == "unlabeled" and (problem := labeled_problem(items, f"`{key}` of {path}")):
+        raise ValueError(problem)
     return items
 
 
@@ -76,7 +87,7 @@ def _absolute(item: object, root: Path, where: str) -> dict[str, str]:
         )
     files = [name for name in item if name.endswith(("image", "label"))]
     for name in files:
-        if not isinstance(item[name], str):
+        if not isinstance(item[name], str) or not item[name]:
             raise ValueError(
                 f"{where} must have one path as `{name}`, got {json.dumps(item[name])}; leave it out."
             )

@@ -25,9 +25,18 @@ _EIGHT_BIT = (250, 255)    # where the largest value of an image lies that was s
 
 
 def log_oddities(
-    cases: Mapping[str, Sequence[Case]], num_classes: int | None, window: Sequence[float] | None, is_blind: bool
+    cases: Mapping[str, Sequence[Case]], num_classes: int | None, window: Sequence[float] | None, is_blind: bool,
+    needs_labels: bool = True,
 ) -> None:
-    """Log what is strange; `is_blind` where nobody said how a network reads the files and what it expects of them."""
+    """Log what is strange.
+
+    Args:
+        cases: inspected cases by list.
+        num_classes: number of label values, if that is bounded.
+        window: values that the network sees as 0 and 1, if these are fixed.
+        is_blind: nobody said how a network reads the files and what it expects of them.
+        needs_labels: there is no teacher, so cases without a label teach nothing.
+    """
     every = [case for group in cases.values() for case in group]
     images = list({case.image.path: case.image for case in every if case.image}.values())
     labels = list({case.label.path: case.label for case in every if case.label}.values())
@@ -35,12 +44,7 @@ def log_oddities(
         logger.warning("%s", line)
     for line in (*_window_lines(images, window), *(_blind_lines(images) if is_blind else ())):
         logger.warning("%s", line)
-    lone = sum(case.label is None for case in cases.get("test", ()))
-    if lone:
-        text = "%d of %d test cases have no label: they can be predicted, not evaluated."
-        logger.info(text, lone, len(cases["test"]))
-    if len(cases["training"]) == 1:
-        logger.warning("There is a single training case; the network will hardly generalize.")
+    _log_missing_labels(cases, needs_labels)
     steps = np.array([image.spacing for image in images if len(image.shape) == len(images[0].shape)])
     if not np.allclose(steps, steps[0], rtol=0.01):
         logger.info("Spacing differs by case, %s; the transforms resample all to one.", ranges(span(steps)))
@@ -51,6 +55,24 @@ def log_oddities(
     if modes:
         named = shorten([image.path for image in images if image.header.mode])
         logger.info("Pictures with %s are read as what they show: %s.", ", ".join(modes), named)
+
+
+def _log_missing_labels(cases: Mapping[str, Sequence[Case]], needs_labels: bool) -> None:
+    lone = {name: sum(case.label is None for case in cases[name]) for name in ("training", "validation", "test")}
+    if lone["training"] and needs_labels:
+        text = "%d of %d training cases have no label: without a teacher they are left out."
+        logger.warning(text, lone["training"], len(cases["training"]))
+    elif lone["training"]:
+        text = "%d of %d training cases have no label: they learn from the teacher alone."
+        logger.info(text, lone["training"], len(cases["training"]))
+    if lone["validation"]:
+        logger.info("No validation case has a label: the model is selected by agreement with the teacher.")
+    if lone["test"]:
+        text = "%d of %d test cases have no label: they can be predicted, not evaluated."
+        logger.info(text, lone["test"], len(cases["test"]))
+    extra = 0 if needs_labels else len(cases.get("unlabeled", ()))
+    if len(cases["training"]) + extra - (lone["training"] if needs_labels else 0) == 1:
+        logger.warning("There is a single training case; the network will hardly generalize.")
 
 
 def _label_lines(

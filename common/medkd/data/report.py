@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class DataReport:
         shapes: smallest and largest voxel count per axis.
         intensity: smallest and largest value of all images.
         orientations: axis codes of volumes that occur, such as RAS.
+        without_label: number of cases without a label by list, of those of `cases`.
     """
 
     cases: dict[str, int]
@@ -37,6 +38,7 @@ class DataReport:
     shapes: tuple[tuple[int, int], ...]
     intensity: tuple[float, float]
     orientations: tuple[str, ...]
+    without_label: dict[str, int] = field(default_factory=dict)
 
     def table(self, names: Mapping[str, str] | None = None) -> str:
         """Lay the report out as text; `names` maps label values to names, as `labels` in a datalist does.
@@ -47,6 +49,8 @@ class DataReport:
         most = _MOST_ROWS if names else _MOST_UNNAMED
         values = sorted({value for counts in self.voxels.values() for value in counts if value >= 0})
         rows = [["", *self.cases], ["cases", *map(str, self.cases.values())]]
+        if any(self.without_label.values()):
+            rows.append(["without a label", *(f"{self.without_label.get(name, 0)}" for name in self.cases)])
         if len(values) > most:
             counted = ({value for value in counts if value >= 0} for counts in self.voxels.values())
             rows.append(["label values", *(f"{len(found):,}" for found in counted)])
@@ -82,6 +86,7 @@ def report(cases: Mapping[str, Sequence[Case]]) -> DataReport:
         shapes=tuple((int(a), int(b)) for a, b in span([image.shape[:rank] for image in images])),
         intensity=(min(image.low for image in images), max(image.high for image in images)),
         orientations=tuple(sorted({image.orientation for image in images} - {""})),
+        without_label={name: sum(case.label is None for case in group) for name, group in cases.items()},
     )
 
 

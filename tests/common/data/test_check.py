@@ -90,7 +90,7 @@ def test_keys_of_image_and_label_may_be_named(make: Make) -> None:
 
 
 def test_test_cases_and_unlabeled_images_need_no_label(make: Make) -> None:
-    test, extra = {"image": make("c")["image"]}, make("d", label=marked(9))
+    test, extra = {"image": make("c")["image"]}, {"image": make("d")["image"]}
     report = check_data([make("a")], [make("b")], num_classes=3, test=[test], unlabeled=[extra])
     assert report.cases == {"training": 1, "validation": 1, "test": 1, "unlabeled": 1}
     assert report.voxels["unlabeled"] == {}
@@ -270,13 +270,17 @@ def test_unreadable_picture_is_refused(make: Make, tmp_path: Path) -> None:
         check_data([make("a") | {"image": tmp_path / "broken.png"}], [make("c")])
 
 
-@pytest.mark.parametrize("place", ["training", "validation"])
-def test_missing_label_is_refused_by_the_name_of_the_case(make: Make, place: str) -> None:
-    lists = {"training": [make("a")], "validation": [make("b")]}
-    del lists[place][0]["label"]
-    message = rf"{place}\[0\] \(.*_image.nii.gz\) must have the path of its label, got None; add it"
+def test_missing_label_of_a_validation_case_is_refused_by_the_name_of_the_case(make: Make) -> None:
+    message = r"validation\[0\] \(.*_image.nii.gz\) must have the path of its label, got None; add it"
     with pytest.raises(DataError, match=message):
-        check_data(**lists)
+        check_data([make("a")], [{"image": make("b")["image"]}])
+
+
+@pytest.mark.parametrize("value", [None, "", 7])
+@pytest.mark.parametrize("needs_labels", [True, False])
+def test_label_of_a_training_case_that_is_no_path_is_refused(make: Make, value: object, needs_labels: bool) -> None:
+    with pytest.raises(DataError, match=r"training\[1\] \(.*\) must have the path of its label, got"):
+        check_data([make("a"), make("b") | {"label": value}], [make("c")], needs_labels=needs_labels)
 
 
 @pytest.mark.parametrize("value", [None, "", ["a.nii", "b.nii"], 7])
@@ -380,8 +384,8 @@ def test_all_problems_come_in_one_error(make: Make, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         check_data([make("a"), bad, {"image": str(tmp_path / "none.nii")}], [], num_classes=3)
     text = str(caught.value)
-    assert "5 problem(s)" in text
-    for part in ("`validation`", "must show something", "values in 0..2, got 7", "none.nii", "of its label"):
+    assert "4 problem(s)" in text
+    for part in ("`validation`", "must show something", "values in 0..2, got 7", "none.nii"):
         assert part in text
 
 

@@ -108,6 +108,34 @@ def test_labeled_list_needs_a_label_and_files_of_each_case(tmp_path: Path) -> No
         load_datalist(path, "empty", labeled=True)
 
 
+def test_label_without_a_path_is_refused(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": [{"image": "a.nii", "label": ""}]})
+    with pytest.raises(ValueError, match=r'training\[0\] must have one path as `label`, got ""; leave it out'):
+        load_datalist(path, "training")
+
+
+def test_absent_list_or_file_gives_nothing_where_that_is_allowed(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": [{"image": "a.nii"}], "labels": {}, "unlabeled": 3})
+    assert load_datalist(path, "test", missing_ok=True) == []
+    assert load_datalist(tmp_path / "none" / "list.json", "unlabeled", missing_ok=True) == []
+    assert load_datalist(path, "training", missing_ok=True) == load_datalist(path, "training")
+    with pytest.raises(ValueError, match="`key` must name a list of"):
+        load_datalist(path, "unlabeled", missing_ok=True)
+    (tmp_path / "list.json").write_text("{unlabeled: ")
+    with pytest.raises(ValueError, match="must name a datalist in JSON"):
+        load_datalist(path, "unlabeled", missing_ok=True)
+
+
+def test_case_without_labels_that_has_one_is_refused_by_name(tmp_path: Path) -> None:
+    items = [{"image": "a.nii"}, {"image": "b.nii", "label": "c.nii"}]
+    path = write_datalist(tmp_path / "list.json", {"training": items, "unlabeled": items})
+    assert len(load_datalist(path, "training")) == 2
+    message = (r"`unlabeled` of .*list.json must have images without a label, got one for 1 of 2: .*b.nii; "
+               "list these cases as `training`, or take their `label` away")
+    with pytest.raises(ValueError, match=message):
+        load_datalist(path, "unlabeled")
+
+
 # write_datalist
 
 
