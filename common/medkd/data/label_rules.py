@@ -53,7 +53,7 @@ def label_list_problems(lists: Lists, image_key: str, label_key: str, needs_labe
     training, validation, extra = lists["training"], lists["validation"], lists.get("unlabeled", ())
     yield from _without_labels(training, extra, label_key) if needs_labels else _without_cases(training, extra)
     if not validation:
-        way_out = _NO_VALIDATION if needs_labels else "move some images there; no labels are needed."
+        way_out = _NO_VALIDATION if needs_labels else "move some images there, no labels are needed."
         yield f"`validation` must have at least one case, got none; {way_out}"
     lone = [str(item.get(image_key)) for item in validation if label_key not in item]
     if not needs_labels and 0 < len(lone) < len(validation):
@@ -76,7 +76,9 @@ def _without_labels(training: Items, extra: Items, label_key: str) -> Iterator[s
 
 def _without_cases(training: Items, extra: Items) -> Iterator[str]:
     if not training and not extra:
-        yield "`training` or `unlabeled` must have at least one case, got none; name images there; no labels are needed."
+        yield (
+            "`training` or `unlabeled` must have at least one case, got none; name images there, no labels are needed."
+        )
 
 
 def demanded_labels(name: str, lists: Lists, label_key: str, needs_labels: bool) -> list[bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def _crops(item: Any) -> list[Any]:
 
 
 def _check_ratio(ratio: Any) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio <= _MOST:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= _MOST:
         raise ValueError(
             f"`ratio` must be a number of cases without a label per labeled one, 0 to {_MOST}, got {ratio!r}; "
             "1 adds as many as there are labeled ones (`unlabeled_ratio` in a config)."
