@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read all files of a datalist, tell everything that is wrong, and show what the data look like.
 
-With a bundle, by --bundle or because the current folder is one, files are read and judged as its training does.
+With a bundle, by --bundle or because the current folder is one, files are read and judged as its training does. Who
+has a teacher needs no labels: a bundle knows by its teacher's weights, else --label_free says so.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def run(parser: Parser, words: Sequence[str]) -> None:
         help="number of label values with the background (default: by `labels` in the file, else any)")
     add("--allow_shared", action="store_true",
         help="accept an image that is in two lists, for tests on a single case")
+    add("--label_free", action="store_true",
+        help="there is, or will be, a teacher: accept a list without labels")
     options = parser.parse(words)
     path = os.path.join(options.datalist, "datalist.json") if os.path.isdir(options.datalist) else options.datalist
     lists, names = load_lists(path)
@@ -49,16 +52,33 @@ def run(parser: Parser, words: Sequence[str]) -> None:
 
         report = check_data(
             lists["training"], lists["validation"], number, lists["test"],
-            allow_shared=options.allow_shared, unlabeled=lists["unlabeled"],
+            allow_shared=options.allow_shared, unlabeled=lists["unlabeled"], needs_labels=not options.label_free,
         )
     print(report.table(names or {str(value): "" for value in range(number or 0)}))
-    if bundle:
-        print(f"The data can be used to train {os.path.basename(os.path.abspath(bundle))}.")
-    else:
-        print("The data can be used.")
+    print(_verdict(report, bundle))
+    if not bundle:
         print("Not checked, as there is no bundle (--bundle FOLDER): size on its grid, window of intensities, "
               "channels.")
     print(_next_command(path, bundle, number, options.config_file))
+
+
+def _verdict(report: Any, bundle: str) -> str:
+    """What can be done with the data."""
+    name = f" to train {os.path.basename(os.path.abspath(bundle))}" if bundle else ""
+    usable = f"The data can be used{name}."
+    lone = sum(report.without_label.get(key, 0) for key in ("training", "unlabeled"))
+    labeled = report.cases["training"] - report.without_label["training"]
+    if labeled and lone:
+        usable += f"\n{labeled} cases teach by their labels. With a teacher, {lone} images without a label are added."
+    elif lone:
+        usable += (
+            f"\nNo training case has a label: a student learns from a teacher alone, on {lone} images; its weights are "
+            "needed (`teacher_path`)."
+        )
+    if report.without_label["validation"]:
+        number = report.cases["validation"]
+        usable += f"\nThe best model is chosen by agreement with the teacher on {number} validation image(s)."
+    return usable
 
 
 def _bundle(options: Namespace) -> str:
@@ -86,6 +106,8 @@ def _check_for(
     settings = {key: _value(text) for key, _, text in pairs}
     if options.allow_shared:
         settings["data_check#allow_shared"] = True
+    if options.label_free:
+        settings["data_check#needs_labels"] = False
     return check_for_bundle(bundle, path, lists, options.config_file, settings, number)
 
 

@@ -2,7 +2,7 @@
 """Write a datalist.json for a folder of images and labels of the same names; the folder stays as it is.
 
 Names may differ by usual words: liver_07_0000.nii.gz of nnU-Net, or img07.png, goes with liver_07_seg.nii.gz, or
-label07.png. What belongs nowhere is named.
+label07.png. What belongs nowhere is named. Who has a teacher needs no labels: --no_labels lists images for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--validation", metavar="SPLIT", help="the validation split (default: validation, val or valid)")
     add("--test", metavar="SPLIT", help="the test split (default: test, testing or ts)")
     add("--fractions", type=literal, metavar="A,B,C",
-        help="shares of training, validation and test for random splits (default: 0.65,0.15,0.2)")
+        help="shares of training, validation and test for random splits (default: 0.65,0.15,0.2; with --no_labels "
+        "0.85,0.15,0)")
     add("--seed", type=literal, default=0, help="integer of 0 or more, for random splits")
     add("--patient", metavar="REGEX", help="one group of it is the patient, in file names without extension, such as "
         '"^(p[0-9]+)_"; without it each file is a patient of its own')
@@ -36,16 +37,24 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--labels", metavar="FOLDER", default="labels", help="labels in SOURCE")
     add("--unlabeled", metavar="FOLDER",
         help="images in SOURCE; those in no split and without label become `unlabeled`")
+    add("--no_labels", action="store_true",
+        help="list images only, for a teacher: some become `validation`, all others `unlabeled`")
+    add("--few", type=literal, metavar="N", help="only the first N training cases keep their labels, the others become "
+        "`unlabeled`: shows what labels are worth")
+    add("--exclude", metavar="FILE",
+        help='JSON list of names of images to leave out, such as ["a.nii.gz"]; a path from here or from SOURCE')
     add("--label_names", metavar="NAMES",
         help='of the label values from 0 on, such as "background,liver,spleen", or a JSON file of them')
     add("--label_components", action="store_true",
         help="the labels are masks: give each connected part a number of its own, in new files beside OUTPUT")
     options = parser.parse(words)
+    if options.no_labels and (options.label_components or options.labels != parser.get_default("labels")):
+        raise ValueError("--no_labels must come without --labels and --label_components, got both; leave one out.")
     from medkd.data.datalist import make_datalist
 
     path = make_datalist(
-        options.source, options.output, _plan(options), options.images, options.labels, options.unlabeled,
-        options.label_names, options.patient,
+        options.source, options.output, _plan(options), options.images, None if options.no_labels else options.labels,
+        options.unlabeled, options.label_names, options.patient, options.exclude, options.few,
     )
     if options.label_components:
         from medkd.data.components import label_components
@@ -68,7 +77,7 @@ def _plan(options: Namespace) -> Any:
         raise ValueError(f"{', '.join(lone)} must name a split of a file, got no --splits; add it.")
     shares = options.fractions
     if shares is None:
-        return RandomSplits(seed=options.seed)
+        return RandomSplits(test=0.0, seed=options.seed) if options.no_labels else RandomSplits(seed=options.seed)
     are_shares = isinstance(shares, (tuple, list)) and all(isinstance(s, (int, float)) and 0 <= s <= 1 for s in shares)
     if not are_shares or len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(

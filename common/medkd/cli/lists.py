@@ -14,14 +14,17 @@ __all__ = ["count_classes", "load_lists", "tell_written"]
 
 
 def load_lists(path: str | os.PathLike[str]) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
-    """Read all lists of a datalist, empty where absent, and the names of its label values."""
-    from medkd.data.datalist import load_datalist
+    """Read all lists of a datalist, empty where absent, and the names of its label values.
 
-    lists = {"training": load_datalist(os.fspath(path), "training")}
+    The file has to be there, and `training` in it, unless it has `unlabeled`.
+    """
+    from medkd.data.datalist import LISTS, load_datalist
+
+    full = os.fspath(path)
+    unlabeled = load_datalist(full, "unlabeled", missing_ok=True)
+    lists = {name: load_datalist(full, name, missing_ok=bool(unlabeled) or name != "training") for name in LISTS}
     raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    for name in ("validation", "test", "unlabeled"):
-        lists[name] = load_datalist(os.fspath(path), name) if name in raw else []
-    return lists, raw.get("labels") or {}
+    return {**lists, "unlabeled": unlabeled}, raw.get("labels") or {}
 
 
 def count_classes(labels: Mapping[str, Any]) -> int | None:
@@ -34,4 +37,5 @@ def tell_written(path: Path) -> None:
     lists, labels = load_lists(path)
     print(f"Wrote {path}: {', '.join(f'{len(cases)} {name}' for name, cases in lists.items())}.")
     classes = f" --num_classes {count_classes(labels)}" if labels else ""
-    print(f"Next: medkd check-data {shlex.quote(str(path))}{classes}")
+    free = "" if any("label" in case for case in lists["training"]) else " --label_free"
+    print(f"Next: medkd check-data {shlex.quote(str(path))}{classes}{free}")

@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from medkd.data.check import check_data
 from medkd.data.report import DataReport
 
 __all__ = ["check_for_bundle", "is_bundle"]
@@ -75,7 +77,9 @@ def _listed(name: str) -> str:
 
 
 def _checked(parser: Any, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    unknown = [key for key in settings if key not in parser]
+    """Settings that are known: of the configs, or of the check, which they may leave as it is."""
+    options = {f"data_check#{name}" for name in signature(check_data).parameters}
+    unknown = [key for key in settings if key not in parser and key not in options]
     if unknown:
         raise ValueError(f"--set must name a key of the configs, got {unknown[0]!r}, which they do not have.")
     return settings

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medkd.data.assigning import Plan, assign_images, assign_labeled
 from medkd.data.label_rules import labeled_problem
+from medkd.data.left_out import excluded_cases, log_left_out
 from medkd.data.naming import quote, shorten, split_channel
-from medkd.data.pairs import Pairs, find_files, find_pairs
-from medkd.data.splits import LISTS, RandomSplits, SplitsFile, draw_splits, patients, read_json, read_splits
+from medkd.data.pairs import Pairs, find_files, find_images, find_pairs
+from medkd.data.splits import LISTS, RandomSplits, SplitsFile, read_json
 
 __all__ = ["LISTS", "RandomSplits", "SplitsFile", "load_datalist", "make_datalist", "shorten", "write_datalist"]
-
-logger = logging.getLogger(__name__)
 
 
 def load_datalist(
@@ -116,30 +115,40 @@ def write_datalist(path: str | Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
-def make_datalist(
+def make_datalist(   # noqa: PLR0913 - options of a command, each with a default
     source: str | Path, output: str | Path, splits: SplitsFile | RandomSplits | None = None,
-    images: str = "images", labels: str = "labels", unlabeled: str | None = None,
+    images: str = "images", labels: str | None = "labels", unlabeled: str | None = None,
     label_names: str | Path | Sequence[str] | Mapping[str, str] | None = None, patient: str | None = None,
+    exclude: str | Path | Sequence[str] | None = None, labeled_cases: int | None = None,
 ) -> Path:
     """Write a `datalist.json` for images and labels with the same file names, and return its path.
+
+    Training cases of `splits` without a label become `unlabeled`, if others have one.
 
     Args:
         source: the data; nothing is written there. Its absolute path becomes `data_root`.
         output: file to write if it ends in `.json`, else the folder for `datalist.json`.
         splits: which case goes where; None draws `RandomSplits()`.
         images: folder of the images, relative to `source`.
-        labels: folder of the labels, relative to `source`.
+        labels: folder of the labels, relative to `source`. None lists images only, for a training by a teacher: those
+            that are drawn for it, or a split names, become `validation`, all others `unlabeled`; only a split fills
+            `test`.
         unlabeled: folder of further images, relative to `source`; those that have no label and are in no list become
             `unlabeled`. May be `images` itself.
         label_names: names in the order of the label values, `background` first; also as "background,liver", as
             {"0": "background"}, or as a JSON file of either. None leaves `labels` empty.
         patient: regular expression with one group, the patient, searched in the name without extension; None takes the
-            whole name. No patient may be in two lists.
+            whole name. No patient may be in two lists of `training`, `validation` and `test`; images without a label
+            are left out where their patient is in one of the last two.
+        exclude: JSON file with a list of names of images to leave out, from the working directory or `source`; or the
+            names themselves.
+        labeled_cases: number of training cases that keep their labels, the first ones; the others become `unlabeled`.
+            With 0 `training` is empty. None keeps all.
 
     Raises:
-        FileNotFoundError: a folder or the splits file does not exist.
-        ValueError: `output` lies in `source`, a labeled case has no label, a split names an unknown case, a case or
-            patient is in two lists, or there is no training case.
+        FileNotFoundError: a folder or file does not exist.
+        ValueError: `output` lies in `source`, a case of validation or test has no label, a split names an unknown case,
+            a case or patient is in two lists, there is no case to train on, or `labeled_cases` is out of range.
     """
     source, target = Path(source), Path(output)
     target = target if target.suffix == ".json" else target / "datalist.json"
@@ -147,26 +156,23 @@ def make_datalist(
         raise FileNotFoundError(f"`source` must be a folder with images and labels, got {str(source)!r}.")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"`output` must lie outside `source`, which stays as it is, got {str(target)!r}.")
-    pairs = find_pairs(source, images, labels, unlabeled)
-    labeled = [case for case in pairs.images if case in pairs.labels]
-    owner = patients(labeled, patient)
-    if isinstance(splits, SplitsFile):
-        lists = read_splits(splits, pairs, owner)
-    else:
-        lists = draw_splits(splits or RandomSplits(), labeled, owner)
-    if not lists["training"]:
-        counts = ", ".join(f"{len(cases)} {name}" for name, cases in lists.items())
-        raise ValueError(f"`splits` must leave at least one training case, got {counts} of {source}.")
-    _refuse_unlabeled(lists, pairs.labels, source / labels)
-    content: dict[str, Any] = {"data_root": str(source.resolve())}
-    for name, cases in lists.items():
-        content[name] = [{"image": pairs.images[case], "label": pairs.labels[case]} for case in cases]
+    has_labels = labels is not None
+    pairs = find_images(source, images, unlabeled) if labels is None else find_pairs(source, images, labels, unlabeled)
     extra = _unlabeled(source, pairs, images, unlabeled)
-    used = {case for cases in lists.values() for case in cases} | set(pairs.labels)
-    content["unlabeled"] = [{"image": file} for case, file in extra.items() if case not in used]
+    plan = Plan(splits, patient, excluded_cases(exclude, source, pairs, extra), labeled_cases)
+    cases = (assign_labeled if has_labels else assign_images)(pairs, extra, plan)
+    content: dict[str, Any] = {"data_root": str(source.resolve())}
+    for name, listed in cases.lists.items():
+        content[name] = [_item(pairs, case) for case in listed]
+    content["unlabeled"] = [{"image": path} for path in cases.unlabeled.values()]
     content["labels"] = _label_names(label_names)
-    _log_left_out(pairs, lists, {item["image"] for item in content["unlabeled"]})
+    log_left_out(pairs, cases.lists, {*cases.unlabeled, *cases.left_out}, has_labels)
     return write_datalist(target, content)
+
+
+def _item(pairs: Pairs, case: str) -> dict[str, str]:
+    label = {"label": pairs.labels[case]} if case in pairs.labels else {}
+    return {"image": pairs.images[case], **label}
 
 
 def _unlabeled(source: Path, pairs: Pairs, images: str, folder: str | None) -> dict[str, str]:
@@ -181,38 +187,6 @@ def _unlabeled(source: Path, pairs: Pairs, images: str, folder: str | None) -> d
             f"`unlabeled` must have one channel per case, got {quote(others)} beside 0000; move these away."
         )
     return {pairs.case(case) or case: file for case, file in found.items()}
-
-
-def _log_left_out(pairs: Pairs, lists: Mapping[str, Sequence[str]], unlabeled: set[str]) -> None:
-    """Name all files that get into no list."""
-    lone = [path for case, path in pairs.images.items() if case not in pairs.labels and path not in unlabeled]
-    if lone:
-        logger.warning(
-            "%d of %d images have no label of their name, and are left out: %s; rename the labels, or list such "
-            "images by `unlabeled` (--unlabeled FOLDER).", len(lone), len(pairs.images), shorten(lone),
-        )
-    if pairs.lone_labels:
-        number = len(pairs.labels) + len(pairs.lone_labels)
-        logger.warning(
-            "%d of %d labels have no image of their name, and are left out: %s; rename them.",
-            len(pairs.lone_labels), number, shorten(pairs.lone_labels),
-        )
-    listed = {case for cases in lists.values() for case in cases}
-    rest = [path for case, path in pairs.images.items() if case in pairs.labels and case not in listed]
-    if rest:
-        logger.warning("%d labeled cases are in no split, and left out: %s.", len(rest), shorten(rest))
-    if not lists["validation"]:
-        logger.warning("No validation case: training needs one; name a split for it, or draw one by a share.")
-
-
-def _refuse_unlabeled(lists: Mapping[str, Sequence[str]], labels: Mapping[str, str], folder: Path) -> None:
-    for name, cases in lists.items():
-        missing = [case for case in cases if case not in labels]
-        if missing:
-            raise ValueError(
-                f"{name} must have a label for each image, got none for {quote(missing)} in {folder}; "
-                "add the labels or take the cases out of the split."
-            )
 
 
 def _label_names(names: str | Path | Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:

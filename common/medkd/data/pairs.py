@@ -12,7 +12,7 @@ from pathlib import Path
 
 from medkd.data.naming import has_ending, is_label_name, plain, quote, shorten, split_channel, without_ending
 
-__all__ = ["Pairs", "find_files", "find_pairs"]
+__all__ = ["Pairs", "find_files", "find_images", "find_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def find_files(source: Path, folder: str, argument: str, without: Sequence[str] 
         there = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
         raise FileNotFoundError(
             f"`{argument}` must be a folder of {source}, got {folder!r}; it has {quote(there)}"
-            + ("; give --images imagesTr --labels labelsTr." if {"imagesTr", "labelsTr"} <= set(there) else ".")
+            + ("; give --images imagesTr --labels labelsTr" if {"imagesTr", "labelsTr"} <= set(there) else "")
+            + ("; where there are no labels, give --no_labels." if argument == "labels" else ".")
         )
     found: dict[str, str] = {}
     strange: list[str] = []
@@ -133,11 +134,56 @@ def find_pairs(source: Path, images: str, labels: str, unlabeled: str | None = N
             f"`labels` must have the names of `images`, got {quote(list(marks.values())[:3])} for "
             f"{quote(list(found.values())[:3])}; rename them, words such as _seg may differ."
         )
+    _add_bare_names(pairs)
+    return pairs
+
+
+def find_images(source: Path, images: str, unlabeled: str | None = None) -> Pairs:
+    """Find images that have no labels, or whose labels are not wanted.
+
+    Args:
+        source: folder of the data.
+        images: folder of the images below it; labels that lie among them are left out.
+        unlabeled: folder of further images, which are not looked at here.
+
+    Raises:
+        ValueError: there is none, or several images are channels of one case.
+    """
+    found = find_files(source, images, "images", [unlabeled] if unlabeled and unlabeled != images else [])
+    owners = {plain(case, label=False) for case in found if not is_label_name(case)}
+    marks = [case for case in found if _is_named_label(case) or (is_label_name(case) and plain(case, True) in owners)]
+    if marks:
+        named = shorten([found[case] for case in marks])
+        logger.warning("%d files are labels by their names, and left out: %s.", len(marks), named)
+    pairs = Pairs({case: path for case, path in found.items() if case not in marks})
+    if not pairs.images:
+        raise ValueError(f"`images` must hold images, got {source / images}, whose files are labels by their names.")
+    channels: dict[str, dict[str, str]] = defaultdict(dict)
+    for case in pairs.images:
+        name, number = split_channel(case)
+        channels[name][number] = case
+    several = [numbers for numbers in channels.values() if {"0000", "0001"} <= numbers.keys()]
+    if len(several) > 1:                                            # one alone may count cases
+        files = [pairs.images[case] for case in several[0].values()]
+        raise ValueError(
+            f"`images` must have one channel per case, got {quote(files)}; move the others away, or merge the channels "
+            "of a case into one file."
+        )
+    pairs.other_names = {name: numbers["0000"] for name, numbers in channels.items() if numbers.keys() == {"0000"}}
+    _add_bare_names(pairs)
+    return pairs
+
+
+def _is_named_label(case: str) -> bool:
+    """A file or a folder of the path has no other name than labels have."""
+    return any(not plain(part, label=True) for part in Path(case).parts)
+
+
+def _add_bare_names(pairs: Pairs) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for case in pairs.images:
         names[Path(case).name].append(case)
     pairs.other_names |= {name: cases[0] for name, cases in names.items() if len(cases) == 1}
-    return pairs
 
 
 def _pair_by_words(pairs: Pairs, labels: Mapping[str, str]) -> dict[str, str]:

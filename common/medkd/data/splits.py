@@ -77,8 +77,8 @@ def read_json(path: Path, argument: str, kind: str, way_out: str) -> dict[str, A
     return content
 
 
-def patients(names: Sequence[str], pattern: str | None) -> dict[str, str]:
-    """Map each case to its patient."""
+def patients(names: Sequence[str], pattern: str | None, what: str = "labeled case") -> dict[str, str]:
+    """Map each case to its patient; `what` says in a message what the names are of."""
     if pattern is None:
         return {name: name for name in names}
     try:
@@ -90,12 +90,14 @@ def patients(names: Sequence[str], pattern: str | None) -> dict[str, str]:
     found = {name: match[1] for name in names if (match := regex.search(name)) and match[1] is not None}
     strange = [name for name in names if name not in found]
     if strange:
-        raise ValueError(f"`patient` must match every labeled case, got {pattern!r} for {quote(strange)}.")
+        raise ValueError(f"`patient` must match every {what}, got {pattern!r} for {quote(strange)}.")
     return found
 
 
-def draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, str]) -> _Lists:
-    """Draw which cases go to which list; all cases of an owner go to one."""
+def draw_splits(
+    splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, str], what: str = "labeled patients"
+) -> _Lists:
+    """Draw which cases go to which list; all cases of an owner go to one. `what` names the owners in a message."""
     shares = {name: getattr(splits, name) for name in ("validation", "test")}
     for name, share in shares.items():
         if not 0 <= share <= 1:
@@ -106,7 +108,7 @@ def draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, 
     first, second = (max(1, round(number)) if number else 0 for number in wanted)
     if first + second >= len(names):
         raise ValueError(
-            f"`source` must have enough labeled patients for training, got {len(names)} with {first} for "
+            f"`source` must have enough {what} for training, got {len(names)} with {first} for "
             f"validation and {second} for test; lower these shares."
         )
     drawn = names[first + second :], names[:first], names[first : first + second]
@@ -114,12 +116,15 @@ def draw_splits(splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, 
     return {name: [case for case in cases if owner[case] in group] for name, group in groups.items()}
 
 
-def read_splits(splits: SplitsFile, pairs: Pairs, owner: Mapping[str, str]) -> _Lists:
+def read_splits(
+    splits: SplitsFile, pairs: Pairs, owner: Mapping[str, str], needs_training: bool = True
+) -> _Lists:
     """Read which cases go to which list; names are those of images or labels, with or without ending."""
     content = read_json(Path(splits.path), "splits", "a file of splits", "give lists of case names by split")
     lists: _Lists = {}
     for name in LISTS:
-        split = _pick_split(content, name, getattr(splits, name), splits.path)
+        is_needed = needs_training and name == "training"
+        split = _pick_split(content, name, splits, is_needed)
         cases = content[split] if split else []
         if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
             raise ValueError(
@@ -141,15 +146,16 @@ def read_splits(splits: SplitsFile, pairs: Pairs, owner: Mapping[str, str]) -> _
     return lists
 
 
-def _pick_split(content: Mapping[str, Any], name: str, wanted: str | None, path: str | Path) -> str | None:
+def _pick_split(content: Mapping[str, Any], name: str, splits: SplitsFile, is_needed: bool) -> str | None:
+    wanted, path = getattr(splits, name), splits.path
     if wanted is not None:
         if wanted not in content:
             raise ValueError(
                 f"`{name}` must be a split of {path}, got {wanted!r}; it has {quote(list(content))}."
             )
-        return wanted
+        return str(wanted)
     found = [split for split in content if split.lower() in _SYNONYMS[name]]
-    if len(found) > 1 or (name == "training" and not found):
+    if len(found) > 1 or (is_needed and not found):
         raise ValueError(
             f"{path} must have one split for {name}, such as {quote(_SYNONYMS[name])}, "
             f"got {quote(list(content))}; name it by `{name}` (--{name} NAME)."
