@@ -69,11 +69,11 @@ def _verdict(report: Any, bundle: str) -> str:
     lone = sum(report.without_label.get(key, 0) for key in ("training", "unlabeled"))
     labeled = report.cases["training"] - report.without_label["training"]
     if labeled and lone:
-        usable += f"\n{labeled} cases teach by their labels. With a teacher, {lone} images without a label are added."
+        usable += f"\n{labeled} training case(s) teach by labels. With a teacher, {lone} image(s) without are added."
     elif lone:
         usable += (
-            f"\nNo training case has a label: a student learns from a teacher alone, on {lone} images; its weights are "
-            "needed (`teacher_path`)."
+            f"\nNo training case has a label: a student learns from a teacher alone, on {lone} image(s); its weights "
+            "are needed (`teacher_path`)."
         )
     if report.without_label["validation"]:
         number = report.cases["validation"]

@@ -37,7 +37,7 @@ def excluded_cases(
     if not names:
         return set()
     known: dict[str, set[str]] = {}
-    for case, path in [*pairs.images.items(), *extra.items()]:
+    for case, path in [*pairs.images.items(), *pairs.labels.items(), *extra.items()]:
         for name in (case, Path(case).name, without_ending(path)):
             known.setdefault(name, set()).add(case)
     for name, case in pairs.other_names.items():

@@ -72,6 +72,73 @@ def test_wrong_number_of_classes_is_refused(phantoms: Path, refused: Refused) ->
     refused(words, "--num_classes must be an integer of 2 or more, got 1")
 
 
+# lists without labels
+
+
+@pytest.fixture
+def images_only(phantoms: Path, tmp_path: Path) -> Path:
+    """A list of phantoms without labels, two for a teacher and one to validate."""
+    content = json.loads((phantoms / "datalist.json").read_text())
+    images = [{"image": item["image"]} for name in ("training", "validation") for item in content[name]]
+    lists = {"training": [], "validation": images[2:], "unlabeled": images[:2]}
+    (tmp_path / "datalist.json").write_text(json.dumps({"data_root": str(phantoms), **lists, "labels": {}}))
+    return tmp_path
+
+
+LEARNED = "No training case has a label: a student learns from a teacher alone, on 2 image(s); its weights are needed ("
+CHOSEN = "The best model is chosen by agreement with the teacher on 1 validation image(s)."
+
+
+def test_list_without_labels_is_refused_unless_a_teacher_is_said_to_come(
+    images_only: Path, capsys: Capture, refused: Refused
+) -> None:
+    message = "`training` must have a case with a label, got none of 0 and 2 in `unlabeled`; add labels, or a teacher"
+    refused(["check-data", str(images_only)], message)
+    assert main(["check-data", str(images_only), "--label_free"]) == 0
+    said = capsys.readouterr().out
+    assert "The data can be used." in said
+    assert LEARNED in said
+    assert CHOSEN in said
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in said.splitlines()}
+    assert rows["cases"] == rows["without a label"] == ["0", "1", "0", "2"]
+
+
+def test_bundle_takes_a_list_without_labels_for_a_teacher_that_is_to_come(
+    images_only: Path, capsys: Capture, refused: Refused
+) -> None:
+    words = ["check-data", str(images_only), "--bundle", str(CT), "--set", "spacing=[8,8,8]", "--num_classes", "7"]
+    refused(words, "`training` must have a case with a label, got none of 0 and 2 in `unlabeled`; add labels, or a")
+    for more in (["--label_free"], ["--set", "data_check#needs_labels=false"]):
+        assert main([*words, *more]) == 0
+        said = capsys.readouterr().out
+        assert f"The data can be used to train {CT.name}." in said
+        assert LEARNED in said
+        assert CHOSEN in said
+    content = json.loads((images_only / "datalist.json").read_text())
+    del content["training"]
+    content["validation"] = content["unlabeled"]
+    (images_only / "datalist.json").write_text(json.dumps(content))
+    refused(["check-data", str(images_only), "--label_free"], "`validation` and `unlabeled` must have no image in")
+
+
+def test_cases_without_a_label_beside_labeled_ones_are_counted(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    content = json.loads((phantoms / "datalist.json").read_text())
+    del content["training"][0]["label"]
+    content |= {"data_root": str(phantoms), "unlabeled": [{"image": content["test"][0]["image"]}], "test": []}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    assert main(["check-data", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "1 training case(s) teach by labels. With a teacher, 2 image(s) without are added." in said
+    assert "agreement" not in said
+
+
+def test_unlabeled_case_with_a_label_is_refused(phantoms: Path, tmp_path: Path, refused: Refused) -> None:
+    content = json.loads((phantoms / "datalist.json").read_text()) | {"data_root": str(phantoms)}
+    content |= {"unlabeled": content["test"], "test": []}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    refused(["check-data", str(tmp_path)], "must have images without a label, got one for 1 of 1: ")
+
+
 # as the training of a bundle checks
 
 

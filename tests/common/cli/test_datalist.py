@@ -41,6 +41,12 @@ def test_datalist_draws_splits_by_shares(phantoms: Path, tmp_path: Path, capsys:
         (["--test", "x"], "--test must name a split of a file, got no --splits; add it."),
         (["--splits", "s.json", "--seed", "1"], "--fractions and --seed must come without --splits"),
         (["--splits", "s.json"], "`splits` must name a file of splits, got 's.json', which is no file"),
+        (["--no_labels", "--labels", "masks"], "--no_labels must come without --labels and --label_components, got"),
+        (["--no_labels", "--label_components"], "--no_labels must come without --labels and --label_components, got"),
+        (["--no_labels", "--few", "1"], "`labeled_cases` must come with labels, got 1 without; leave one out (--few, "),
+        (["--no_labels", "--fractions", "0.6,0.2,0.2"], "`test` must be 0 without labels, as scores need them, got"),
+        (["--few", "9"], "`labeled_cases` must be how many of the 2 training cases keep their labels, 0 to 2, got 9"),
+        (["--exclude", "none.json"], "`exclude` must name a JSON file with a list of names, got 'none.json', which is"),
     ],
 )
 def test_datalist_refuses_options_that_do_not_fit(
@@ -56,3 +62,29 @@ def test_datalist_makes_instances_of_masks(phantoms: Path, tmp_path: Path, capsy
     assert f"Wrote labels of instances to {tmp_path / 'out' / 'label_components'}." in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "datalist.json").read_text())
     assert Path(content["training"][0]["label"]).is_relative_to(tmp_path / "out" / "label_components" / "labels")
+
+
+def test_datalist_of_images_only_is_for_a_teacher_and_says_how_it_is_checked(
+    phantoms: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["datalist", str(phantoms), str(tmp_path / "out"), "--no_labels", "--label_names", "background,liver"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "0 training, 1 validation, 0 test, 3 unlabeled" in said
+    assert said.endswith(f"Next: medkd check-data {tmp_path / 'out' / 'datalist.json'} --num_classes 2 --label_free\n")
+    content = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    assert all(list(item) == ["image"] for item in [*content["validation"], *content["unlabeled"]])
+    assert main([*words, "--fractions", "0.5,0.5,0"]) == 0
+    assert "0 training, 2 validation, 0 test, 2 unlabeled" in capsys.readouterr().out
+
+
+def test_datalist_keeps_few_labels_and_leaves_images_out(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "names.json").write_text('["case_003.nii.gz"]')
+    (tmp_path / "splits.json").write_text('{"train": ["case_000", "case_001", "case_003"], "val": ["case_002"]}')
+    words = ["datalist", str(phantoms), str(tmp_path / "out"), "--splits", str(tmp_path / "splits.json"), "--few", "1"]
+    assert main([*words, "--exclude", str(tmp_path / "names.json")]) == 0
+    said = capsys.readouterr().out
+    assert "1 training, 1 validation, 0 test, 1 unlabeled" in said
+    assert "--label_free" not in said
+    content = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    assert content["unlabeled"] == [{"image": "images/case_001.nii.gz"}]

@@ -18,10 +18,14 @@ from medkd.data.datalist import SplitsFile, load_datalist, make_datalist
 DATA = Path(os.environ.get("MEDKD_DATA", Path(__file__).parents[4] / "shared/data"))
 
 
-def listed(name: str, tmp_path: Path, **splits: str) -> Path:
-    source = DATA / name
-    if not source.is_dir():
+def found(name: str) -> Path:
+    if not (DATA / name).is_dir():
         pytest.skip(f"{name} is not in the data folder; set MEDKD_DATA")
+    return DATA / name
+
+
+def listed(name: str, tmp_path: Path, **splits: str) -> Path:
+    source = found(name)
     return make_datalist(source, tmp_path, splits=SplitsFile(source / "splits.json", **splits))
 
 
@@ -31,6 +35,24 @@ def test_head_and_neck_ct_passes_the_check(tmp_path: Path) -> None:
     report = check_data(cases["training"], cases["validation"], num_classes=8)
     assert len(cases["training"]) == 18
     assert "18" in report.table()
+
+
+@pytest.mark.parametrize("labeled_cases", [None, 4, 0])
+def test_scans_without_labels_join_those_that_keep_theirs_and_pass_the_check(
+    tmp_path: Path, labeled_cases: int | None
+) -> None:
+    source = found("ct_headneck_openkbp")
+    path = make_datalist(
+        source, tmp_path, splits=SplitsFile(source / "splits.json"), unlabeled="extra_unlabeled/images",
+        exclude="extra_unlabeled/blanked.json", labeled_cases=labeled_cases,
+    )
+    lists = {key: load_datalist(path, key) for key in ("training", "validation", "test", "unlabeled")}
+    kept = 18 if labeled_cases is None else labeled_cases
+    assert {key: len(items) for key, items in lists.items()} == {
+        "training": kept, "validation": 4, "test": 4, "unlabeled": 66 + 18 - kept}
+    if labeled_cases == 4:
+        report = check_data(**lists, num_classes=8, needs_labels=False, intensity_range=(-200, 300))
+        assert report.without_label == {"training": 0, "validation": 0, "test": 0, "unlabeled": 80}
 
 
 def test_label_outside_the_classes_is_refused_on_real_ct(tmp_path: Path) -> None:
