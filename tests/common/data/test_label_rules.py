@@ -118,12 +118,12 @@ def test_case_without_labels_that_has_one_is_refused_with_both_ways_out(
 def test_some_training_cases_may_lack_their_label_and_are_told_of_once(
     make: Make, bare: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "medkd")
     report = check_data([make("a"), make("f"), bare("b"), bare("e")], [make("c")])
     assert report.without_label == {"training": 2, "validation": 0, "test": 0}
     row = next(line for line in report.table().splitlines() if line.startswith("without a label"))
     assert row.split()[-3:] == ["2", "0", "0"]
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["2 of 4 training cases have no label: without a teacher they are left out."]
+    assert lines(caplog) == ["2 of 4 training cases have no label: without a teacher they are left out."]
 
 
 def test_table_of_cases_that_all_have_labels_counts_none_without(make: Make) -> None:
@@ -180,5 +180,6 @@ def test_cases_that_teach_are_counted_for_a_single_one(
 
 
 def test_single_image_for_a_teacher_is_logged(bare: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "medkd")
     check_data([], [bare("c")], unlabeled=[bare("a")], needs_labels=False)
     assert lines(caplog) == ["There is a single training case; the network will hardly generalize."]
