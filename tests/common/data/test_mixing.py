@@ -165,6 +165,22 @@ def test_labeled_crops_are_the_same_whatever_is_added_by_other_transforms() -> N
         assert same(alone[index], mixed[index][:2])
 
 
+def test_items_that_a_data_set_keeps_are_not_changed() -> None:
+    class Kept(list):
+        data = cases(0, 1)
+
+    mixed = MixedDataset(Kept([cases(0, 2)]), whole(cases(10, 1, False)), 1)
+    assert [len(mixed[0]), len(mixed[0])] == [3, 3]
+
+
+def test_added_cases_are_not_augmented_as_the_labeled_one_is() -> None:
+    noise = [RandGaussianNoised(keys="image", prob=1.0) for _ in range(2)]
+    mixed = MixedDataset(Dataset(cases(0, 1), noise[0]), Dataset(cases(0, 1, False), noise[1]), 1)
+    set_rnd(mixed, 0)
+    labeled, added = mixed[0]
+    assert not torch.equal(labeled["image"], added["image"])
+
+
 # draws are repeated
 
 
