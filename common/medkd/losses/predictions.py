@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from typing import get_args
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.checks import check_classes
@@ -61,15 +62,32 @@ class Predictions:
         Raises:
             ValueError: they are probabilities but are not said to be, or the other way round.
         """
-        if self.teacher_output == "logits":
-            self._refuse_probabilities(
-                "teacher", pred, f"{_LOGITS_WAY_OUT}, or give the loss `teacher_output` 'probabilities'"
-            )
+        self.check_teacher(pred)
+        return pred if self.teacher_output == "logits" else logits_of(pred, self.activation)
+
+    def teacher_probabilities(self, pred: Tensor) -> Tensor:
+        """Give the teacher's probabilities, of the shape of `pred`.
+
+        Raises:
+            ValueError: as in `teacher`.
+        """
+        self.check_teacher(pred)
+        if self.teacher_output == "probabilities":
             return pred
-        if self._left["teacher"]:
+        return pred.sigmoid() if self.activation == "sigmoid" or pred.shape[1] == 1 else F.softmax(pred, dim=1)
+
+    def check_teacher(self, pred: Tensor) -> None:
+        """Look at the first batches of the teacher.
+
+        Raises:
+            ValueError: as in `teacher`.
+        """
+        if self.teacher_output == "logits":
+            way_out = f"{_LOGITS_WAY_OUT}, or give the loss `teacher_output` 'probabilities'"
+            self._refuse_probabilities("teacher", pred, way_out)
+        elif self._left["teacher"]:
             self._left["teacher"] -= 1
             self._refuse_logits(pred)
-        return logits_of(pred, self.activation)
 
     def classes(self, label: Tensor, pred: Tensor) -> Tensor:
         """Give class indices of a label; of regions (B, K, *S) a class for each combination.
