@@ -81,6 +81,7 @@ class SoftTargetLoss(DistillationLoss):
         self.lambda_dice = lambda_dice
         self.lambda_ce = lambda_ce
         self.activation: Activation = activation
+        self.teacher_output: TeacherOutput = teacher_output
         self._predictions = Predictions(activation, teacher_output)
         self.preset_weights = {"soft_target": 1.0}
 
