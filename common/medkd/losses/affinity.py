@@ -17,8 +17,9 @@ from medkd.ops.embedding import (
     pairs_of_background,
     weighted_targets,
 )
-from medkd.ops.ignored import ignored_voxels
+from medkd.ops.ignored import ignored_voxels, labeled_samples
 from medkd.ops.instances import instance_numbers
+from medkd.ops.precision import at_least_float32
 
 __all__ = ["AffinityLoss"]
 
@@ -42,7 +43,8 @@ class AffinityLoss(nn.Module):
 
     Shape:
         embeddings (B, C, *S), floating; label (B, 1, *S), instance numbers, 0 is background, negative is ignored: pairs
-        with such a voxel do not count, and means are over what is left. Result: a scalar, float32.
+        with such a voxel do not count, and means are over what is left. Samples without a label are left out first: the
+        loss is that of the others alone, and 0 where there are none. Result: a scalar, float32.
 
     Raises:
         ValueError: unknown option, offsets of another rank than the embeddings, labels that are not whole numbers.
@@ -83,6 +85,9 @@ class AffinityLoss(nn.Module):
     def forward(self, embeddings: Tensor, label: Tensor) -> Tensor:
         """Compute the loss; see the class for shapes."""
         with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings, label = labeled_samples(whole := embeddings, label)
+            if not len(label):
+                return at_least_float32(whole).sum() * 0.0
             affinity = offset_affinity(embeddings, self.offsets)                 # (B, O, *S)
             numbers = instance_numbers(label, embeddings, self.widen)
             weight, target = weighted_targets(numbers, self.offsets, self.background, self.balance)

@@ -9,9 +9,11 @@ from itertools import chain
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.checks import suggest
+from medkd.ops.ignored import UNLABELED, may_be_negative
 from medkd.ops.precision import at_least_float32
 
 __all__ = ["DistillationLoss", "TapPair", "distils", "pointwise_convolution", "tap_pairs", "trainable_parameters"]
@@ -24,6 +26,9 @@ class DistillationLoss(nn.Module, ABC):
 
     A subclass names its `terms`, gives `preset_weights`, and implements `compute_terms`. Everything is computed in
     float32 with autocast off, as differences of nearly equal vectors vanish in half precision.
+
+    Cases without a label count in every term: `compute_terms` gets None for a batch of them, and for a batch of both
+    kinds a label whose unlabeled voxels have what `stand_in` gives, which is background unless a loss says otherwise.
 
     Attributes:
         terms: names of the terms, in the order of the docs.
@@ -59,7 +64,8 @@ class DistillationLoss(nn.Module, ABC):
         Args:
             student: tap path -> tensor, (B, C, *s) for layers; `pred` holds the logits (B, K, *S).
             teacher: the same of the teacher; detached here.
-            label: class indices, shape (B, 1, *S); None for unlabeled data.
+            label: class indices, shape (B, 1, *S); negative is ignored, and `UNLABELED` are cases without a label.
+                None where no case has one.
 
         Returns:
             Term -> unweighted scalar, float32, attached to the student's graph.
@@ -71,7 +77,34 @@ class DistillationLoss(nn.Module, ABC):
         device = student["pred"].device.type
         with torch.autocast(device, enabled=False):
             frozen = {path: value.detach() for path, value in teacher.items()}
-            return self.compute_terms(_widened(student), _widened(frozen), label)
+            frozen = _widened(frozen)
+            return self.compute_terms(_widened(student), frozen, self._completed(label, frozen))
+
+    def stand_in(self, teacher: Mapping[str, Tensor], label: Tensor) -> Tensor | None:
+        """Give labels for cases without one that share a batch with others; the loss must not tell both ways apart.
+
+        Args:
+            teacher: as in `forward`, in float32.
+            label: that of the batch; what is given has its channels.
+
+        Returns:
+            Shape (B, 1, *s) or (B, K, *s), of which unlabeled voxels take the nearest one; None for 0: background, no
+            instance, and nothing ignored.
+        """
+        return None
+
+    def _completed(self, label: Tensor | None, teacher: Mapping[str, Tensor]) -> Tensor | None:
+        """The label with a stand-in where a case has none; None where no case has one."""
+        if label is None or not may_be_negative(label):
+            return label
+        unlabeled = label == UNLABELED
+        if (count := int(unlabeled.sum())) in (0, label.numel()):  # asks the device once
+            return label if count == 0 else None
+        if (other := self.stand_in(teacher, label)) is None:
+            return label.masked_fill(unlabeled, 0)
+        if other.shape[2:] != label.shape[2:]:
+            other = F.interpolate(other.float(), size=label.shape[2:], mode="nearest-exact")
+        return torch.where(unlabeled, other.to(label.dtype), label)
 
     def _check_paths(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         for role, given, position in (("student", student, 0), ("teacher", teacher, 1)):

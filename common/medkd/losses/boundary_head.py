@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medkd.losses.base import pointwise_convolution
 from medkd.ops.border import pair_label_loss
+from medkd.ops.ignored import labeled_samples
 from medkd.ops.resample import majority_label, pool_or_interpolate
 from medkd.weights import load_tensors
 
@@ -128,6 +129,8 @@ class PairLabelLoss(nn.Module):
     Args:
         pair_lengths: path lengths in cells of the boundary's grid.
         ignore_label: one more label that does not count, besides negative ones, which never do; None for no other.
+
+    Samples without a label are left out first; 0 where none has one.
     """
 
     def __init__(self, pair_lengths: Sequence[int] = (1, 2, 4), ignore_label: int | None = None) -> None:
@@ -139,5 +142,8 @@ class PairLabelLoss(nn.Module):
         """Map (B, 1, *G) and labels (B, 1, *S) to a scalar; float32 outside autocast."""
         boundary, label = boundary.as_subclass(Tensor), label.as_subclass(Tensor)   # without MONAI's metadata
         with torch.autocast(boundary.device.type, enabled=False):
+            boundary, label = labeled_samples(whole := boundary, label)
+            if not len(label):
+                return whole.float().sum() * 0.0
             labels, _ = majority_label(label, boundary.shape[2:], self.ignore_label)
             return pair_label_loss(boundary.float(), labels, self.pair_lengths, self.ignore_label)

@@ -60,6 +60,8 @@ class BoundaryRelationLoss(DistillationLoss):
     * `relation`: cosine self-relation of all voxels of a level, compared as N x N matrices that are never built;
       mean over levels.
 
+    Cases without a label take the teacher's prediction in its place, alone or next to others in a batch.
+
     The paper's body could not be obtained, so both presets are re-implementations after its abstract and its lineage:
 
     | | `default` (ours) | `paper` (our reading of the paper) |
@@ -185,6 +187,13 @@ class BoundaryRelationLoss(DistillationLoss):
             values = [self._relation(student[s], teacher[t], label) for s, t in self.relation_pairs]
             terms["relation"] = torch.stack(values).mean()
         return terms
+
+    def stand_in(self, teacher: Mapping[str, Tensor], label: Tensor) -> Tensor:
+        """Give the teacher's classes, or its regions where the label has a channel for each."""
+        pred = self._predictions.teacher(teacher["pred"])
+        if self.activation == "sigmoid" and label.shape[1] == pred.shape[1] > 1:
+            return pred > 0
+        return hard_labels(pred, self.activation)
 
     def _classes(self, label: Tensor, pred: Tensor) -> Tensor:
         if self.ignore_label is not None:

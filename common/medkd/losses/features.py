@@ -36,7 +36,8 @@ class HintLoss(DistillationLoss):
         activation: what the teacher's prediction is read with under `foreground`, as in `SoftLabelLoss`.
         teacher_output: likewise.
 
-    Voxels with a negative label are ignored: a feature voxel weighs as much as the part of its block that is not.
+    Voxels with a negative label are ignored: a feature voxel weighs as much as the part of its block that is not. Of a
+    case without a label every voxel counts.
 
     Raises:
         ValueError: as many `channels` as `taps` are needed; features of other channel numbers than promised.

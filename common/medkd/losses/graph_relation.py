@@ -67,7 +67,8 @@ class GraphRelationLoss(DistillationLoss):
     """Distil the graph of instances and the affinities of embeddings, within images and across them.
 
     `pred` of both networks is an embedding map (B, C, *S) of the same C; the label holds instance numbers, 0 is
-    background. Voxels with a negative label are ignored by all terms.
+    background. Voxels with a negative label are ignored by all terms. A case without a label has no instances: `node`
+    and `edge` are 0 there, it is remembered without nodes, and `affinity` and `inter_affinity` count all its voxels.
 
     * `node`: distance of the mean embeddings of each instance.
     * `edge`: squared difference of the cosines of all pairs of these nodes.

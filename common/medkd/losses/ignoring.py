@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from medkd.checks import check_maps
-from medkd.ops.ignored import is_ignored, on_grid
+from medkd.ops.ignored import is_ignored, labeled_samples, on_grid
 
 __all__ = ["IgnoringLoss"]
 
@@ -20,6 +20,9 @@ class IgnoringLoss(nn.Module):
     be wrong. Where the samples of a batch differ in what is ignored, they are handed on one by one and the mean of
     their values is taken, without samples of ignored voxels alone; for a loss whose `batch` is true, as MONAI's Dice
     has it, all voxels of the batch make one sample. Without an ignored voxel the loss gets the batch as it is.
+
+    Samples without a label (`medkd.ops.ignored.UNLABELED`) are left out before anything else, so that the value is that
+    of the labeled samples alone, bit for bit; 0 where no sample has a label.
 
     Args:
         loss: takes predictions (B, K, *S) and labels (B, 1, *S) or (B, K, *S), and gives a scalar.
@@ -44,6 +47,9 @@ class IgnoringLoss(nn.Module):
         Raises:
             ValueError: a prediction that is no map, or labels of another grid.
         """
+        pred, label = labeled_samples(whole := pred, label)
+        if not len(label):
+            return whole.as_subclass(Tensor).sum() * 0.0
         mask = is_ignored(label)
         if not bool(mask.any()):
             value: Tensor = self.loss(pred, label)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IGNORED", "UNLABELED", "ignored_voxels", "is_ignored", "on_grid"]
+__all__ = ["IGNORED", "UNLABELED", "ignored_voxels", "is_ignored", "labeled_samples", "may_be_negative", "on_grid"]
 
 IGNORED = -1
 UNLABELED = -2    # all of a case without a label: it counts in no supervised loss, and in every distillation term
@@ -30,7 +30,7 @@ def is_ignored(label: Tensor, ignore: int | None = None) -> Tensor:
         >>> is_ignored(torch.tensor([0, -1, 2, -100])).tolist()
         [False, True, False, True]
     """
-    negative = torch.zeros_like(label, dtype=torch.bool) if label.dtype in _NEVER_NEGATIVE else label < 0
+    negative = label < 0 if may_be_negative(label) else torch.zeros_like(label, dtype=torch.bool)
     return negative if ignore is None else negative | (label == ignore)
 
 
@@ -41,10 +41,39 @@ def ignored_voxels(label: Tensor | None, ignore: int | None = None) -> Tensor | 
         >>> ignored_voxels(torch.tensor([0, 1])) is None
         True
     """
-    if label is None or (ignore is None and label.dtype in _NEVER_NEGATIVE):
+    if label is None or (ignore is None and not may_be_negative(label)):
         return None
     mask = is_ignored(label, ignore)
     return mask if bool(mask.any()) else None
+
+
+def may_be_negative(label: Tensor) -> bool:
+    """Tell by its type whether a label can have ignored voxels at all."""
+    return label.dtype not in _NEVER_NEGATIVE
+
+
+def labeled_samples(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out the samples without a label, for a supervised loss: those with a voxel of `UNLABELED`.
+
+    One such voxel is enough, as transforms may have padded the sample with another value.
+
+    Args:
+        pred: shape (B, ...).
+        label: shape (B, ...).
+
+    Returns:
+        Both, themselves where every sample has a label; else without those samples, and there may be none left.
+
+    Example:
+        >>> [len(part) for part in labeled_samples(torch.zeros(3, 2), torch.tensor([[0, 1], [-2, -2], [-1, 0]]))]
+        [2, 2]
+    """
+    if not may_be_negative(label):
+        return pred, label
+    kept = ~(label == UNLABELED).flatten(1).any(1)
+    if bool(kept.all()):
+        return pred, label
+    return pred.as_subclass(Tensor)[kept], label.as_subclass(Tensor)[kept]   # without MONAI's metadata
 
 
 def on_grid(ignored: Tensor, grid: Sequence[int]) -> Tensor:
