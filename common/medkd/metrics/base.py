@@ -19,7 +19,7 @@ from monai.utils.type_conversion import convert_to_numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medkd.ops.ignored import is_ignored
+from medkd.ops.ignored import is_ignored, is_without_label
 
 __all__ = ["CaseMetric", "Mask", "bounding_box", "spacing_of"]
 
@@ -32,7 +32,7 @@ class CaseMetric(IgniteMetricHandler):
     A subclass gives `measure`, which is costly and does not depend on arguments, and `score`, which makes the value of
     it. Metrics on one engine whose `measure` is the same function measure each case once between them. NaN is no
     value: it counts nothing in the mean. Voxels with a negative label, in any channel, are ignored; where fewer than
-    two voxels are left there is no value.
+    two voxels are left there is no value, and none of a case without a label (`medkd.ops.ignored.UNLABELED`).
 
     Args:
         output_transform: gives `(pred, label)`, lists of one-hot `MetaTensor`s of shape (K, *S), 2-D or 3-D, from the
@@ -84,7 +84,7 @@ class CaseMetric(IgniteMetricHandler):
                 raise ValueError(f"`pred` and `label` must be {self._takes}, got {shapes}; {self._way_out}.")
             spacing = spacing_of(label)
             values = [self.score(measured, spacing) for measured in self._measure_parts(pred, label, spacing)]
-            if int((~is_ignored(label[0])).sum()) < 2:                     # one voxel is always perfect or always wrong
+            if is_without_label(label) or int((~is_ignored(label[0])).sum()) < 2:   # one voxel: perfect or all wrong
                 values = [math.nan] * len(values)
             self.metric_fn.append(torch.tensor(values, device=pred.device))   # (parts,)
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from medkd.ops.ignored import is_ignored
+from medkd.ops.ignored import is_ignored, is_without_label
 
 __all__ = ["IgnoredAsBackgroundd"]
 
@@ -20,6 +21,9 @@ _CERTAIN = 1e4                                                     # also in hal
 
 class IgnoredAsBackgroundd(MapTransform):
     """Make background of ignored voxels, in the label and in the prediction alike, so that they count in no class.
+
+    A case without a label (`medkd.ops.ignored.UNLABELED`) keeps its prediction, and its label becomes 0 everywhere:
+    what it is to be measured against, such as the teacher's prediction, has to be put there by whoever wants a value.
 
     Place it first in the postprocessing, before `AsDiscreted`, which cannot read a negative label. Metrics that count
     the background (`include_background`) would count these voxels as agreement.
@@ -35,7 +39,6 @@ class IgnoredAsBackgroundd(MapTransform):
         ValueError: unknown kind.
 
     Example:
-        >>> import torch
         >>> data = {"pred": torch.tensor([[0.0, 0.0], [3.0, 3.0]]), "label": torch.tensor([[1, -1]])}
         >>> {key: value.argmax(0).tolist() for key, value in IgnoredAsBackgroundd()(data).items() if key == "pred"}
         {'pred': [1, 0]}
@@ -56,6 +59,9 @@ class IgnoredAsBackgroundd(MapTransform):
         result = dict(data)
         label = result.get(self.label_key)
         if not isinstance(label, Tensor):
+            return result
+        if is_without_label(label):
+            result[self.label_key] = torch.zeros_like(label)
             return result
         ignored = is_ignored(label).any(0)                         # (*S)
         if not bool(ignored.any()):

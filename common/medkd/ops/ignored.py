@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IGNORED", "UNLABELED", "ignored_voxels", "is_ignored", "labeled_samples", "may_be_negative", "on_grid"]
+__all__ = [
+    "IGNORED", "UNLABELED", "ignored_voxels", "is_ignored", "is_without_label", "labeled_samples", "may_be_negative",
+    "on_grid",
+]
 
 IGNORED = -1
 UNLABELED = -2    # all of a case without a label: it counts in no supervised loss, and in every distillation term
@@ -50,6 +53,19 @@ def ignored_voxels(label: Tensor | None, ignore: int | None = None) -> Tensor | 
 def may_be_negative(label: Tensor) -> bool:
     """Tell by its type whether a label can have ignored voxels at all."""
     return label.dtype not in _NEVER_NEGATIVE
+
+
+def is_without_label(label: Tensor) -> bool:
+    """Tell whether a case has no label: any voxel of `UNLABELED`, as transforms may have padded it with other values.
+
+    Args:
+        label: of one case, any shape and type.
+
+    Example:
+        >>> is_without_label(torch.tensor([-2, 0])), is_without_label(torch.tensor([-1, 0]))
+        (True, False)
+    """
+    return may_be_negative(label) and bool((label == UNLABELED).any())
 
 
 def labeled_samples(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ import toys
 from medkd.metrics.base import CaseMetric, Mask, bounding_box
 from medkd.metrics.connectivity import WrongComponents, WrongVolume
 from medkd.metrics.surface import AverageSurfaceDistance, HausdorffDistance95, SurfaceDice
+from medkd.ops.ignored import UNLABELED
 
 measured: list[tuple[int, int]] = []
 
@@ -313,3 +314,13 @@ def test_a_case_without_two_voxels_that_count_has_no_value(kind: type[CaseMetric
 def test_a_case_without_a_value_leaves_the_mean_of_the_others() -> None:
     nothing = torch.full((2, 4, 4), -1.0)
     assert compute(Extra(), (one_hot(3), one_hot(1)), (one_hot(3), nothing)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_case_without_a_label_has_no_value_and_counts_nothing_in_the_mean(kind: type[CaseMetric]) -> None:
+    unlabeled = torch.full_like(one_hot(3), UNLABELED)
+    unlabeled[:, :2] = torch.tensor([1, 0]).reshape(2, 1, 1)       # padded by a transform
+    known = one_hot(5), one_hot(4)
+    assert compute(kind(), known, (one_hot(3), unlabeled)) == compute(kind(), known)
+    for label in (unlabeled, torch.full_like(unlabeled, UNLABELED)):
+        assert math.isnan(compute(kind(), (one_hot(3), label)))

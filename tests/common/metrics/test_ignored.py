@@ -13,6 +13,7 @@ from monai.transforms.post.dictionary import AsDiscreted
 from torch import Tensor
 
 from medkd.metrics.ignored import IgnoredAsBackgroundd
+from medkd.ops.ignored import UNLABELED
 
 ONE_HOT = AsDiscreted(["pred", "label"], argmax=[True, False], to_onehot=3)
 
@@ -65,3 +66,21 @@ def test_wrong_options_and_grids_are_refused() -> None:
         IgnoredAsBackgroundd(kind="softmax")   # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`pred` must have the size of the label \(6, 7\) .* got \(6, 5\)"):
         IgnoredAsBackgroundd()({"pred": torch.zeros(3, 6, 5), "label": torch.full((1, 6, 7), -1)})
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, MetaTensor])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64, torch.float32])
+def test_a_case_without_a_label_keeps_its_prediction_and_has_a_label_of_background(
+    kind: Any, dtype: torch.dtype
+) -> None:
+    given = {"pred": a_case()["pred"], "label": kind(torch.full((1, 6, 7), UNLABELED, dtype=dtype))}
+    for padded in (False, True):
+        if padded:
+            given["label"][..., :2] = -1
+        result = IgnoredAsBackgroundd()(given)
+        assert result["pred"] is given["pred"]
+        assert not result["label"].any()
+        assert result["label"].dtype == dtype
+        assert isinstance(result["label"], type(given["label"]))
+        assert given["label"].min() == UNLABELED
+    ONE_HOT(result)

@@ -50,6 +50,7 @@ from medkd.metrics.instances import (
     VariationOfInformationMerge,
     VariationOfInformationSplit,
 )
+from medkd.ops.ignored import UNLABELED
 
 SIZES = [(9, 14), (5, 7, 6)]
 METRICS: dict[str, type[InstanceMetric]] = {
@@ -533,3 +534,14 @@ def test_values_are_those_of_the_part_that_is_not_ignored(size: tuple[int, ...],
 def test_a_negative_prediction_is_still_refused() -> None:
     with pytest.raises(ValueError, match="`pred` must have whole ids of 0 or more, got -1"):
         contingency(row(0, -1, 1), row(0, 1, 1))
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_a_case_without_a_label_has_no_value(name: str) -> None:
+    pred = torch.randint(0, 3, (1, 6, 7))
+    padded = torch.full((1, 6, 7), UNLABELED)
+    padded[..., :3] = 0
+    for label in (torch.full((1, 6, 7), UNLABELED), padded, padded.float()):
+        metric = METRICS[name](save_details=False)
+        metric.update(([pred], [label]))
+        assert math.isnan(float(metric.compute()))
