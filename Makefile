@@ -9,6 +9,7 @@
 #   BUNDLE       name of a folder of bundles/, for pack, standalone, smoke and results. Empty: all (not for results).
 #   DATA         folder with the data of `make results`: datalist.json, or images/, labels/ and splits.json
 #   WORKERS      trainings that `make results` runs at once, sharing the cores
+#   ROW          id of the only row of the recipe that `make results` does. Empty: all rows of DATA.
 #   SEARCH       1: `make results` tries the recipe's other configurations, on validation only
 #   TEACHER      1: pack the teacher's weights too
 #   PYTEST_ARGS  passed on to pytest, such as PYTEST_ARGS="-k affinity" or PYTEST_ARGS="-m slow"
@@ -19,7 +20,8 @@ TORCH_INDEX ?=
 BUNDLE      ?=
 TEACHER     ?=
 DATA        ?=
-WORKERS     ?= 1
+WORKERS     ?= 2
+ROW         ?=
 SEARCH      ?=
 PYTEST_ARGS ?=
 CONSTRAINTS ?= constraints.txt
@@ -61,7 +63,7 @@ check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config 
 
 results: $(READY)  ## train and compare all arms of BUNDLE on DATA: results/BUNDLE.json, figure, README tables; hours
 	@[ -n "$(BUNDLE)" ] && [ -n "$(DATA)" ] || { echo "make results needs BUNDLE=name and DATA=folder"; exit 1; }
-	$(ON_CPU) $(RUN) -m lab.results $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(SEARCH),--search)
+	$(ON_CPU) $(RUN) -m lab.results $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(ROW),--row "$(ROW)") $(if $(SEARCH),--search)
 
 bench: $(READY)  ## speed and memory against peers, written to bench/*.json
 	$(ON_CPU) $(RUN) -m lab.bench

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a results file: per row a panel with each arm's mean, a dot per seed, a line for the teacher."""
+"""Pictures of a results file: per row a panel with all arms and seeds; the metric against the labeled cases."""
 
 from __future__ import annotations
 
@@ -32,6 +32,38 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         _panel(axes, row)
     for axes in figure.axes[len(rows):]:
         axes.set_visible(False)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def draw_curve(content: Mapping[str, Any], path: Path) -> None:
+    """Draw the curve of the first row that has one: student alone and distilled, a bar for the sd of several seeds."""
+    row = next((row for row in finished_rows(content) if "curve" in row), None)
+    if row is None:
+        return
+    figure = Figure(figsize=(5.2, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, points = figure.subplots(), row["curve"]["points"]
+    places = {point["labels"]: place for place, point in enumerate(points)}      # as wide apart as they are listed
+    for name, title in (("student_alone", "student alone"), ("distilled", "distilled, with further images")):
+        found = [point for point in points if name in point]
+        spread = [point[name]["sd"] or 0.0 for point in found]
+        axes.errorbar(
+            [places[point["labels"]] for point in found], [point[name]["mean"] for point in found], yerr=spread,
+            color=STYLE[name][1], marker="o", ms=5, lw=1.8, capsize=3, label=title,
+        )
+    teacher = row["teacher"]["mean"]
+    axes.axhline(teacher, color="#444444", lw=1.2, ls="--", label=f"teacher {teacher:.3f}")
+    if "classical" in row:
+        value = row["classical"]["mean"]
+        axes.axhline(value, color="#8a8a8a", lw=1.2, ls=":", label=f"classical {value:.3f}")
+    axes.set_xticks(range(len(points)), list(map(str, places)), fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel("labeled training cases", fontsize=9)
+    axes.set_ylabel(f"test {metric_title(row['metric'])}", fontsize=9)
+    axes.set_title(row["data"].replace("_", " "), fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 

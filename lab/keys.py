@@ -29,12 +29,12 @@ __all__ = [
 # places differ between machines, and say nothing about the result; weights come in by their hash
 _PLACES = (
     "bundle_root", "dataset_dir", "datalist", "ckpt_dir", "ckpt_path", "output_dir", "teacher_path", "teacher_sha256",
-    "resume",
+    "resume", "soft_label_dir",
 )
 # what acts only when there is a teacher to learn from
 _ONLY_DISTILLATION = (
     "distill_loss", "distill_weights", "distill_ramp", "teacher", "teacher_check", "teacher_input",
-    "validate#teacher_evaluator",
+    "validate#teacher_evaluator", "unlabeled_ratio", "cache_teacher", "train#unlabeled",
 )
 # modules that raise or log, and change no result, each with the reason
 _WITHOUT_EFFECT = {

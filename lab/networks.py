@@ -28,19 +28,31 @@ from lab.bundle import ROOT, BundleRun
 from lab.execute import write_json
 from lab.measure import threads
 
-__all__ = ["measure_networks", "program_words", "score_values", "time_networks"]
+__all__ = ["enter_bundle", "measure_networks", "program_words", "score_values", "time_networks"]
 
 MOST_CASES = 8
 THREADS = 2        # as on a ward's workstation
 REPEATS = 2
 
 
-def program_words(action: str, folder: Path, bundle: Path, request: Mapping[str, Any]) -> tuple[list[str], Path]:
-    """Write a request of a bundle into a folder; the command that runs in `ROOT`, and the file of its answer."""
+def program_words(
+    action: str, folder: Path, bundle: Path, request: Mapping[str, Any], program: Sequence[str] = ()
+) -> tuple[list[str], Path]:
+    """Write a request of a bundle into a folder; the command that runs in `ROOT`, and the file of its answer.
+
+    `program` is the module, with what comes before the files; this one with its action if there is none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{action}_{name}.json" for name in ("request", "answer")]
     write_json(files[0], {"bundle": str(bundle.resolve()), **request})
-    return [sys.executable, "-m", "lab.networks", action, *(os.path.relpath(file, ROOT) for file in files)], files[1]
+    words = [sys.executable, "-m", *(program or ("lab.networks", action))]
+    return [*words, *(os.path.relpath(file, ROOT) for file in files)], files[1]
+
+
+def enter_bundle(folder: str) -> None:
+    """Go into a bundle, so that its paths and `scripts` are found."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
 
 
 def _parser(configs: Sequence[str], options: Mapping[str, Any], **more: Any) -> ConfigParser:
@@ -113,8 +125,7 @@ def score_values(request: Mapping[str, Any]) -> dict[str, list[float]]:
 def main(action: str, request: str, answer: str) -> None:
     """Answer a request."""
     target, content = Path(answer).resolve(), json.loads(Path(request).read_text())
-    os.chdir(content["bundle"])
-    sys.path.insert(0, content["bundle"])                          # for its scripts
+    enter_bundle(content["bundle"])
     torch.manual_seed(0)
     actions = {"time": measure_networks, "calibrate": score_values}
     write_json(target, actions[action](content))

@@ -14,9 +14,10 @@ from lab.bundle import BundleRun
 from lab.execute import ExecutionError, Executor
 from lab.keys import run_distils
 from lab.recipe import TEACHER, Arm
+from lab.regimes import ALL_LABELS
 from lab.training import Run, Study, Trained, ranked, train
 
-__all__ = ["Finished", "RowFailedError", "all_parallel", "count_runs", "train_all", "wanted_runs"]
+__all__ = ["Finished", "RowFailedError", "all_parallel", "count_runs", "make_run", "train_all", "wanted_runs"]
 
 Finished = Mapping[tuple[str, str, int], Trained]   # arm, candidate, seed -> training
 Arms = Mapping[str, Arm]
@@ -36,10 +37,10 @@ def wanted_runs(study: Study, arms: Arms, finished: Finished) -> list[Run]:
     runs = []
     for name, arm in arms.items():
         first, *others = study.row.seeds[: arm.seeds]
-        runs += [_run(study, name, arm, first, candidate) for candidate in arm.candidates or [""]]
+        runs += [make_run(study, name, arm, first, candidate) for candidate in arm.candidates or [""]]
         leader = leaders[name]
         if (leader or not arm.candidates) and (name not in study.recipe.distilled_from or name == distilled):
-            runs += [_run(study, name, arm, seed, leader.run.candidate if leader else "") for seed in others]
+            runs += [make_run(study, name, arm, seed, leader.run.candidate if leader else "") for seed in others]
     return runs
 
 
@@ -50,14 +51,16 @@ def _leader(study: Study, name: str, arm: Arm, finished: Finished) -> Trained | 
     return ranked(there, study.recipe)[0] if len(there) == len(runs) else None
 
 
-def _run(study: Study, name: str, arm: Arm, seed: int, candidate: str) -> Run:
+def make_run(study: Study, name: str, arm: Arm, seed: int, candidate: str = "") -> Run:
+    """The training of an arm, or of one of its candidates, with a seed."""
     row, whole = study.row, arm.candidates[candidate] if candidate else arm
     configs = ["train", *row.overrides, *whole.overrides]
     options = {**row.schedule(name), **row.options, **whole.options, "seed": seed}
     weights_of = whole.weights_of
     if weights_of is None:
         weights_of = {"teacher_path": TEACHER} if run_distils(BundleRun(study.source, "", configs, options)) else {}
-    return Run(name, candidate, seed, configs, options, weights_of)
+    regime = whole.regime or (ALL_LABELS if name in (TEACHER, *study.recipe.helpers) else row.regime)
+    return Run(name, candidate, seed, configs, options, weights_of, regime)
 
 
 def _weights(run: Run, study: Study, arms: Arms, finished: Finished) -> dict[str, Path] | None:

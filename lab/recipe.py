@@ -4,7 +4,8 @@
 `results/recipes/<bundle>.json` says what differs from `results/recipes/default.json`. Its keys are the fields of
 `Recipe`; `helpers`, `arms` and `ablations` hold name -> arm, and `rows` id -> row. The keys of a row are the fields of
 `Row`, those of an arm the fields of `Arm`, and options, that is keys of train.json, such as
-"distill_weights#boundary": 5. What an arm does not say it has from the arm of the same name in default.json, a
+"distill_weights#boundary": 5. A `regime` is {"labels": "all" or a number, "unlabeled": true or false}. A row
+that is `like` another has from that what it does not say. What an arm does not say it has from the arm of the same name in default.json, a
 candidate from its arm, and an arm of a row from that of the recipe: options come to those, the rest replaces it. null
 takes an inherited arm away.
 """
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from lab.bundle import ROOT
+from lab.classical import RULES
 from lab.keys import lookup
+from lab.regimes import ALL_LABELS, Regime, make_regime
 
-__all__ = ["TEACHER", "Arm", "Recipe", "Row", "read_recipe"]
+__all__ = ["ALONE", "TEACHER", "Arm", "Recipe", "Row", "read_recipe"]
 
-TEACHER = "teacher"
-_OF_AN_ARM = ("overrides", "seeds", "candidates", "weights_of")
+TEACHER, ALONE = "teacher", "student_alone"
+_OF_AN_ARM = ("overrides", "seeds", "candidates", "weights_of", "regime")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Arm:
     seeds: int | None = None                                           # with 1 it runs with the first seed only
     candidates: Mapping[str, Arm] = field(default_factory=dict)        # best on validation with seed 1 gets the others
     weights_of: Mapping[str, str] | None = None    # config key -> arm; None: {"teacher_path": "teacher"} if it distils
+    regime: Regime | None = None                                       # None: the row's; of the teacher all labels
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Row:
     epochs: Mapping[str, int] = field(default_factory=dict)            # {"teacher": n, "student": n}
     val_interval: Mapping[str, int] = field(default_factory=dict)      # likewise
     seeds: Sequence[int] = (0, 1, 2)
+    regime: Regime = ALL_LABELS            # of what distils; what learns from labels alone has all where there are none
+    curve: Sequence[int] = ()              # numbers of labeled cases for which the chosen arm and student alone are trained
+    classical: str | None = None           # name in `lab.classical.RULES`: the best that filters without training do
+    leaks: Sequence[str] = ()              # likewise: rules that ignore the image
     inference: Sequence[str] = ()                                      # overrides of inference.json
     evaluate: Sequence[str] = ("evaluate",)                            # overrides of train.json, for the evaluation
     arms: Mapping[str, Arm] = field(default_factory=dict)              # what differs in this row; here complete
@@ -69,6 +77,14 @@ class Row:
         if any(arm.candidates or arm.seeds for arm in self.search.values()):
             raise ValueError(f"`search` of row {self.id!r} must have no `candidates` and no `seeds`.")
         object.__setattr__(self, "data", self.data or self.id)
+        object.__setattr__(self, "regime", make_regime(self.regime))
+        if self.calibrate and self.regime.labels == 0:
+            raise ValueError(f"`calibrate` of row {self.id!r} must be absent where there are no labels to choose by.")
+        if list(self.curve) != sorted({*self.curve}) or any(one < 0 for one in self.curve):
+            raise ValueError(f"`curve` of row {self.id!r} must be rising numbers of cases, got {list(self.curve)}.")
+        unknown = [name for name in (self.classical, *self.leaks) if name and name not in RULES]
+        if unknown:
+            raise ValueError(f"`classical` and `leaks` of row {self.id!r} must be of {sorted(RULES)}, got {unknown}.")
 
     def schedule(self, arm: str) -> dict[str, int]:
         """Options of the length of a training."""
@@ -117,7 +133,7 @@ def read_recipe(bundle: Path, folder: Path = ROOT / "results" / "recipes") -> Re
     arms = {name: arm if kind == "arms" else arm | once for kind, of in kinds.items() for name, arm in of.items()}
     if TEACHER not in arms:
         raise ValueError(f"`arms` of {file.name} must have an arm {TEACHER!r}, got {sorted(arms)}.")
-    rows = {name: _row(name, row, arms) for name, row in own.pop("rows", {}).items()}
+    rows = {name: _row(name, row, arms) for name, row in _likened(own.pop("rows", {})).items()}
     content["distilled_from"] = [name for name in content["distilled_from"] if name in arms]
     told = content | own | {kind: frozenset(kinds[kind]) for kind in ("ablations", "helpers")}
     recipe: Recipe = _make(Recipe, told | {"arms": _arms(arms), "rows": rows}, file.name)
@@ -131,6 +147,18 @@ def _inherit(before: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, dic
     return {name: {**before.get(name, {}), **(arm or {})} for name, arm in together.items() if arm is not None}
 
 
+def _likened(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows with what they have from the row that they are `like`."""
+    made = {}
+    for name, row in rows.items():
+        like = row.get("like")
+        if like is not None and ("like" in rows.get(like, {"like": like})):
+            known = [one for one, other in rows.items() if "like" not in other]
+            raise ValueError(f"`like` of row {name!r} must name a row that is like no other, of {known}, got {like!r}.")
+        made[name] = {**(rows[like] if like else {}), **{key: row[key] for key in row if key != "like"}}
+    return made
+
+
 def _arms(content: Mapping[str, Mapping[str, Any]]) -> dict[str, Arm]:
     """Arms as objects, the teacher first; a candidate has from its arm what it does not say."""
     made = {}
@@ -138,6 +166,7 @@ def _arms(content: Mapping[str, Mapping[str, Any]]) -> dict[str, Arm]:
         inherited = {key: value for key, value in content[name].items() if key != "candidates"}
         candidates = {one: {**inherited, **own} for one, own in content[name].get("candidates", {}).items()}
         told = {key: inherited.pop(key) for key in _OF_AN_ARM if key in inherited}
+        told |= {"regime": make_regime(told["regime"])} if told.get("regime") else {}
         made[name] = Arm(options=inherited, candidates=_arms(candidates), **told)
     return made
 

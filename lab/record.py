@@ -10,35 +10,87 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lab.recipe import TEACHER, Recipe, Row
+from lab.curve import complete_curves
+from lab.recipe import ALONE, TEACHER, Recipe, Row
 from lab.score import case_names, gap_recovered
 from lab.training import Trained, ranked
 
 __all__ = [
-    "ALONE", "ARMS", "Scores", "all_rows", "choose_distilled", "chosen_runs", "make_row", "merge_row", "read_results",
-    "shipped_of", "split_names", "write_results",
+    "ALONE", "ARMS", "Scores", "all_rows", "choose_distilled", "chosen_runs", "complete", "judge_leaks", "make_row",
+    "merge_row", "read_results", "retention", "rules_of", "shipped_of", "split_names", "summarize", "write_results",
 ]
 
-ALONE, DISTILLED = "student_alone", "distilled"
+DISTILLED = "distilled"
 ARMS = (TEACHER, ALONE, "logits_kd", "features_kd", DISTILLED)     # what every row has, for tables and pictures
+NOT_RERUN = "trained by an earlier protocol, on a short schedule that was not checked to have converged"
 Scores = Mapping[str, Mapping[str, Sequence[Trained]]]   # arm -> candidate ("" if there are none) -> runs
 
 
 def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the results tell of a row: its arms, and `facts`: splits, speed, hardware, versions, command."""
+    """All that the results tell of a row: its arms, and `facts`: splits, regime, speed, hardware, versions, command."""
     arms = {name: _arm(candidates, recipe, row.options) for name, candidates in scores.items()}
     content: dict[str, Any] = {
         "id": row.id, "data": row.data, "preset": row.preset, "splits": facts["splits"],
         "overrides": list(row.overrides), "options": dict(row.options), "metric": recipe.metric,
         "higher_is_better": recipe.higher_is_better, "seeds": list(row.seeds),
     }
+    content |= {name: facts[name] for name in ("regime", "converged", "classical", "leaks") if name in facts}
     content |= {name: arm for name, arm in arms.items() if name not in recipe.ablations}
     chosen = choose_distilled(recipe, scores)
     if chosen:
         content[DISTILLED] = {"arm": chosen, **arms[chosen]}
         content["gap_recovered"] = _gap(recipe, scores, chosen)
+        means = [arms[name]["mean"] for name in (chosen, TEACHER)]
+        content["retention"] = retention(*means, recipe.higher_is_better)
+    if "leaks" in content:
+        content["leaks"]["verdict"] = judge_leaks(content)
     content["ablations"] = {name: arm for name, arm in arms.items() if name in recipe.ablations}
-    return content | {name: facts[name] for name in facts if name != "splits"}
+    return content | {name: facts[name] for name in facts if name not in content}
+
+
+def retention(student: float, teacher: float, higher_is_better: bool = True) -> float | None:
+    """Share of the teacher's score that a student keeps: student / teacher, of errors (VOI) teacher / student.
+
+    Example:
+        >>> retention(0.7, 0.8), retention(1.25, 1.0, higher_is_better=False)
+        (0.875, 0.8)
+    """
+    part, whole = (student, teacher) if higher_is_better else (teacher, student)
+    return round(part / whole, 4) if whole > 0 else None
+
+
+def rules_of(row: Row, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`classical` and `leaks` of a row of what `lab.classical.scoring` found."""
+    told: dict[str, Any] = {}
+    if row.classical:
+        told["classical"] = {"name": row.classical, **found[row.classical]}
+    if row.leaks:
+        told["leaks"] = {name: dict(found[name]) for name in row.leaks}
+    return told
+
+
+def judge_leaks(row: Mapping[str, Any]) -> str:
+    """Say whether a rule that ignores the image does what a network is needed for: it is as good as student or teacher.
+
+    Example:
+        >>> judge_leaks({"leaks": {"ellipsoid": {"mean": 0.8}}, "student_alone": {"mean": 0.4}, "teacher": {"mean": 0.7},
+        ...              "higher_is_better": True})
+        'ellipsoid is better than the teacher (0.800 against 0.700): this set cannot show what a network is worth'
+    """
+    sign = 1 if row["higher_is_better"] else -1
+    rules = {name: one["mean"] for name, one in row["leaks"].items() if name != "verdict"}
+    name = max(rules, key=lambda one: sign * rules[one])
+    for network, mean in ((one, row[one]["mean"]) for one in (TEACHER, ALONE) if one in row):
+        if sign * rules[name] >= sign * mean:
+            return (f"{name} is better than the {network.replace('_', ' ')} ({rules[name]:.3f} against {mean:.3f}): "
+                    "this set cannot show what a network is worth")
+    return f"none: the best rule that ignores the image, {name}, has {rules[name]:.3f}"
+
+
+def summarize(candidates: Mapping[str, Sequence[Trained]], recipe: Recipe) -> dict[str, Any]:
+    """Means on the test and validation cases of an arm of no own row, such as a point of a curve."""
+    told = _summary(chosen_runs(candidates, recipe), recipe.metric, {})
+    return {key: told[key] for key in ("mean", "sd", "runs", "seeds", "validation", "metrics", "keys")}
 
 
 def _best(groups: Mapping[str, Sequence[Trained]], recipe: Recipe) -> str:
@@ -154,6 +206,21 @@ def merge_row(
         rows[row["id"]] = {**(before or row), "search": searched}
     top = rows.pop(default if default in rows else next(iter(rows)))
     return {"bundle": bundle, **top, "rows": [rows[name] for name in sorted(rows)]}
+
+
+def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What rows tell of each other: curves and what a teacher is worth; and which rows the recipe's protocol made.
+
+    Rows of data that the recipe now has other rows for go. One that was trained before the protocol asked whether it
+    converged says so.
+    """
+    told = {row.data for row in recipe.rows.values()}
+    rows = []
+    for row in complete_curves([row for row in all_rows(content) if row["id"] in recipe.rows or row["data"] not in told]):
+        old = TEACHER in row and "converged" not in row
+        rows.append({**row, "not_rerun": NOT_RERUN} if old else row)
+    top, others = rows[:1], rows[1:]
+    return {"bundle": content["bundle"], **(top[0] if top else {}), "rows": others}
 
 
 def write_results(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,14 +3,15 @@
 
     make results BUNDLE=boundary_relation_ct_organs DATA=../shared/data/ct_headneck_openkbp WORKERS=2
 
-Finished runs are not repeated and interrupted ones go on; all work lies in runs/lab, where bundles share what they
-train alike. What is trained stands in results/recipes/<bundle>.json. SEARCH=1 tries the recipe's other configurations
-on validation instead.
+Finished runs are not repeated and interrupted ones go on; all work lies in runs/lab, where bundles and rows share what
+they train alike. What is trained stands in results/recipes/<bundle>.json. ROW=id does one of the rows of a data set,
+SEARCH=1 tries the recipe's other configurations on validation instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -21,14 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab import record
+from lab import convergence, curve, record
 from lab.bundle import ROOT, freeze_bundle
 from lab.execute import ExecutionError, Executor, Job, StoppedError, read_state
+from lab.keys import content_hash, data_hash, file_hash
 from lab.measure import machine, versions
 from lab.networks import program_words
 from lab.pages import fill
 from lab.plan import Finished, RowFailedError, all_parallel, train_all
 from lab.recipe import TEACHER, Recipe, Row, read_recipe
+from lab.regimes import describe_regime
 from lab.training import Run, Study, Trained, check_test_list, evaluate, find_datalist, ranked
 
 PACKAGES = ("medkd", "torch", "monai", "pytorch-ignite", "numpy")
@@ -42,7 +45,8 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("bundle", help="name of a folder of bundles/")
     add("data", type=Path, help="folder with datalist.json, or with images/, labels/ and splits.json")
-    add("--workers", type=int, default=1, metavar="N", help="trainings at once, sharing the cores (default: 1)")
+    add("--workers", type=int, default=2, metavar="N", help="trainings at once, sharing the cores (default: 2)")
+    add("--row", help="id of the only row to do (default: all of DATA)")
     add("--search", action="store_true", help="only the recipe's `search`, on validation")
     add("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)      # of the repository, for the tests
     add("--recipes", type=Path, default=ROOT / "results" / "recipes", help=argparse.SUPPRESS)
@@ -95,23 +99,72 @@ def measure_speed(study: Study, runs: Mapping[str, Run]) -> dict[str, Any]:
     return read_state(answer)
 
 
+def measure_rules(study: Study) -> dict[str, Any]:
+    """`classical` and `leaks` of a row: what does not learn, tuned on validation and scored on the test cases, once."""
+    row, recipe = study.row, study.recipe
+    names = [*filter(None, [row.classical]), *row.leaks]
+    if not names:
+        return {}
+    print(f"Scoring without networks: {', '.join(names)}.", flush=True)
+    plain = Run("rules", "", row.seeds[0], ["train", *row.overrides], row.options)
+    run = study.bundle_run("evaluating", plain, *row.evaluate, datalist=study.datalist)
+    data = data_hash(study.datalist, ("training", "validation", "test"))
+    key = content_hash([names, run.config["score_columns"], row.options, row.test, row.patient, data, rules_hash()])[:12]
+    folder = study.folder / "rules" / f"{row.id}_{key}"
+    request = {
+        "rules": names, "configs": run.configs, "options": run.options, "metric": recipe.metric,
+        "higher_is_better": recipe.higher_is_better, "patient": row.patient, "test": row.test,
+        "output": str(folder.resolve()),
+    }
+    words, answer = program_words("rules", folder, study.source, request, ["lab.classical.scoring"])
+    study.executor.do(Job("rules", folder, key, [words], ROOT, [answer], run.environment))
+    return record.rules_of(row, read_state(answer))
+
+
+def trace_curve(study: Study, scored: record.Scores, distilled: str | None) -> dict[str, Any]:
+    """`curve` of a row that has one: trains and scores what of it is left, now that the arm is chosen."""
+    recipe, row = study.recipe, study.row
+    if not row.curve or distilled is None:
+        return {}
+    candidate = record.chosen_runs(scored[distilled], recipe)[0].run.candidate
+    arms = curve.distilled_arms(row, row.arms[distilled], candidate)
+    needed = {name: row.arms[name] for name in (TEACHER, *recipe.helpers)}
+    finished = train_all(study, recipe.drop_idle_helpers({**needed, **arms}))
+    points = {**scored, **evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm in arms})}
+    values = {name: record.summarize(points[name], recipe) for name in (*curve.alone_arms(row, row.arms), *arms)}
+    return {"curve": curve.make_curve(row, distilled, candidate, values)}
+
+
 def show_command(options: argparse.Namespace) -> str:
     """What somebody types to repeat this, without this machine's paths."""
     words = ["make", "results", f"BUNDLE={options.bundle}", f"DATA={options.data.name}"]
-    words += [f"WORKERS={options.workers}"] if options.workers > 1 else []
+    words += [f"WORKERS={options.workers}"] if options.workers != 2 else []
+    words += [f"ROW={options.row}"] if options.row else []
     return shlex.join([*words, "SEARCH=1"] if options.search else words)
+
+
+def rules_hash() -> str:
+    """Hash of the code of `lab.classical`."""
+    return content_hash([file_hash(file) for file in sorted((ROOT / "lab" / "classical").glob("*.py"))])
 
 
 def compare(options: argparse.Namespace, study: Study) -> None:
     """Train all, score all, write the row."""
     recipe, row = study.recipe, study.row
-    scores = evaluate_all(study, train_all(study, recipe.drop_idle_helpers(row.arms)))
+    halves, alone = convergence.half_arms(study, row.arms), curve.alone_arms(row, row.arms)
+    finished = train_all(study, recipe.drop_idle_helpers(row.arms) | halves | alone)
+    known = measure_rules(study)
+    scored = evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm not in halves})
+    scores = {name: arm for name, arm in scored.items() if name in row.arms}
     distilled = record.choose_distilled(recipe, scores)
     arms = {TEACHER: TEACHER, "student": distilled or record.ALONE}
     speed = measure_speed(study, {name: record.chosen_runs(scores[arm], recipe)[0].run for name, arm in arms.items()})
     facts = {
-        "splits": record.split_names(study.datalist, row.test), **speed, "hardware": machine(),
-        "versions": versions(*PACKAGES), "command": show_command(options),
+        "splits": record.split_names(study.datalist, row.test),
+        "regime": describe_regime(json.loads(study.datalist.read_text()), row.regime),
+        "converged": convergence.converged(study, finished), **known,
+        **trace_curve(study, scored, distilled), **speed, "hardware": machine(), "versions": versions(*PACKAGES),
+        "command": show_command(options),
     }
     content = record.make_row(recipe, row, scores, facts)
     if row.ship and distilled:
@@ -142,15 +195,17 @@ def search(options: argparse.Namespace, study: Study) -> None:
 
 def write_all(options: argparse.Namespace, study: Study, row: Mapping[str, Any], searched: Any = None) -> None:
     """Bring results file, figure and pages up to date; two rows that end at once take turns."""
-    from lab.figure import draw  # matplotlib, a second to import
+    from lab.figure import draw, draw_curve  # matplotlib, a second to import
 
     path = options.root / "results" / f"{options.bundle}.json"
     path.parent.mkdir(exist_ok=True)
     with study.executor.locked(study.folder / "writing"):
         before = record.read_results(path)
         content = record.merge_row(before, options.bundle, row, study.recipe.default, searched)
+        content = record.complete(content, study.recipe)
         record.write_results(path, content)
         draw(content, path.with_suffix(".png"))
+        draw_curve(content, path.with_name(f"{options.bundle}_labels.png"))
         for page in fill(content, options.root / "README.md", options.folder / "docs" / "README.md"):
             print(f"No markers for results in {page.relative_to(options.root)}.")
     print(f"Written: {path.relative_to(options.root)}")
@@ -164,7 +219,10 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         recipe = read_recipe(options.folder, options.recipes)
-        rows = recipe.rows_of(options.data.name)
+        rows = [row for row in recipe.rows_of(options.data.name) if options.row in (None, row.id)]
+        if not rows:
+            known = ", ".join(row.id for row in recipe.rows_of(options.data.name))
+            raise ValueError(f"ROW must be one of {known}, got {options.row!r}.")
         for row in rows[:1] if options.search else rows:
             (search if options.search else compare)(options, make_study(options, recipe, row, executor))
     except (RowFailedError, ExecutionError, ValueError, FileNotFoundError) as error:

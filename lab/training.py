@@ -15,11 +15,12 @@ from typing import Any
 
 from lab.bundle import ROOT, BundleRun
 from lab.execute import ExecutionError, Executor, Job, bundle_job, read_state
-from lab.keys import content_hash, data_hash, file_hash, run_key
+from lab.keys import content_hash, data_hash, file_hash, run_distils, run_key
 from lab.networks import program_words
 from lab.recipe import Recipe, Row
+from lab.regimes import ALL_LABELS, Regime, regime_list, supervised_list
 from lab.score import columns_of, read_scores
-from medkd.data.datalist import SplitsFile, make_datalist
+from medkd.data.datalist import SplitsFile, make_datalist, write_datalist
 
 __all__ = [
     "Run", "Study", "Trained", "check_model", "check_test_list", "evaluate", "find_datalist", "ranked", "train",
@@ -36,6 +37,7 @@ class Run:
     configs: Sequence[str]               # names of config files in their order
     options: Mapping[str, Any]           # with the seed
     weights_of: Mapping[str, str] = field(default_factory=dict)   # config key -> arm whose weights it starts from
+    regime: Regime = ALL_LABELS
 
     @property
     def id(self) -> tuple[str, str, int]:
@@ -83,6 +85,28 @@ class Study:
                 for key, one in together.items()}
         return BundleRun(self.source, run_id, [*run.configs, *more], told)
 
+    def distils(self, run: Run) -> bool:
+        """Whether a training learns from a teacher."""
+        return run_distils(self.bundle_run("training", run))
+
+    def datalist_of(self, run: Run) -> Path:
+        """The list that a training reads: the data's own, or one made of it for the regime."""
+        content, regime = json.loads(self.datalist.read_text()), run.regime
+        if self.distils(run):
+            made = regime_list(content, regime.labels, regime.unlabeled)
+        else:
+            made = supervised_list(content, regime.labels)
+        if made == content:
+            return self.datalist
+        made["data_root"] = str((self.datalist.parent / content.get("data_root", "")).resolve())
+        path = self.folder / "data" / content_hash(made)[:12] / "datalist.json"
+        return path if path.is_file() else write_datalist(path, made)
+
+    def metric_of(self, run: Run) -> str:
+        """Name of the value by which a training takes its best model: where it has no labels, agreement."""
+        labeled = run.regime.labels != 0 or not self.distils(run)
+        return self.recipe.metric if labeled else f"{self.recipe.metric}_with_teacher"
+
 
 def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
     """The data's own datalist.json, or one made in `folder` by `make_datalist`, with `options`, from its folders."""
@@ -100,10 +124,11 @@ def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
 def check_test_list(datalist: Path) -> None:
     """Refuse a list whose test cases are none, or are trained with."""
     content = json.loads(datalist.read_text())
-    images = {name: {case["image"] for case in content.get(name, [])} for name in ("training", "validation", "test")}
+    names = ("training", "validation", "unlabeled", "test")
+    images = {name: {case["image"] for case in content.get(name, [])} for name in names}
     if not images["test"]:
         raise ValueError(f"`test` of {datalist.name} must have cases, got none: results are told on test cases.")
-    shared = sorted(images["test"] & (images["training"] | images["validation"]))
+    shared = sorted(images["test"] & set().union(*(images[name] for name in names[:-1])))
     if shared:
         raise ValueError(
             f"`test` of {datalist.name} must have cases of its own, got {len(shared)} of another list: "
@@ -123,9 +148,11 @@ def train(run: Run, study: Study, weights: Mapping[str, Path], say: Callable[[st
     """
     recipe = study.recipe
     hashes = {name: file_hash(path) for name, path in weights.items()}
-    key = run_key(study.bundle_run("training", run), data_hash(study.datalist, ("training", "validation")), hashes)
+    datalist = study.datalist_of(run)
+    data = data_hash(datalist, ("training", "validation", "unlabeled"))
+    key = run_key(study.bundle_run("training", run), data, hashes)
     folder = study.folder / key
-    places = {"datalist": study.datalist, "ckpt_dir": folder, "output_dir": folder / "eval"}
+    places = {"datalist": datalist, "ckpt_dir": folder, "output_dir": folder / "eval", **_cache(run, study, weights)}
     training = study.bundle_run("training", run, **places, **weights)
     job = bundle_job(
         run.label, folder, key, [training], writes=[folder / name for name in ("model.pt", "model.json")],
@@ -134,14 +161,21 @@ def train(run: Run, study: Study, weights: Mapping[str, Path], say: Callable[[st
     new = study.executor.do(job, say)
     model = read_state(folder / "model.json")
     metric, value = next(iter(model["validation"].items()))
-    if metric != recipe.metric and run.arm not in recipe.helpers:
+    if metric != study.metric_of(run) and run.arm not in recipe.helpers:
         raise ExecutionError(
-            f"the best model must be taken by {recipe.metric}, as the recipe says, got {metric}; "
+            f"the best model must be taken by {study.metric_of(run)}, as the recipe says, got {metric}; "
             "change `metric` of the recipe or `validate#key_metric` of train.json."
         )
     told = file_hash(folder / "model.pt"), metric, value, model["epoch"], job.seconds / 60
     trained = Trained(run, folder, *told, new)
     return _calibrated(trained, study, places) if study.row.calibrate else trained
+
+
+def _cache(run: Run, study: Study, weights: Mapping[str, Path]) -> dict[str, Path]:
+    """Place of the teacher's soft labels, which all trainings that start from it share, where the bundle keeps them."""
+    if "teacher_path" not in weights or "soft_label_dir" not in study.bundle_run("training", run).config:
+        return {}
+    return {"soft_label_dir": weights["teacher_path"].parent / "soft_labels"}
 
 
 def check_model(folder: Path) -> str:

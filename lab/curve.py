@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main metric against the number of labeled cases, of the student alone and of the distilled one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lab.recipe import ALONE, Arm, Row
+from lab.regimes import Regime
+
+__all__ = ["alone_arms", "complete_curves", "distilled_arms", "labels_worth", "make_curve"]
+
+DISTILLED = "distilled"
+
+
+def alone_arms(row: Row, arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Student alone with each number of labeled cases but none, one seed."""
+    if ALONE not in arms:
+        return {}
+    return {_name(ALONE, n): replace(arms[ALONE], seeds=1, regime=Regime(n)) for n in row.curve if n}
+
+
+def distilled_arms(row: Row, chosen: Arm, candidate: str) -> dict[str, Arm]:
+    """The chosen arm, or that of its candidates, with each number of labeled cases and the further images, one seed."""
+    arm = replace(chosen.candidates.get(candidate, chosen), candidates={}, seeds=1)
+    return {_name(DISTILLED, n): replace(arm, regime=Regime(n, unlabeled=True)) for n in row.curve}
+
+
+def make_curve(row: Row, arm: str, candidate: str, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the results tell of a curve; `values`: name of an arm of `alone_arms` and `distilled_arms` -> its summary."""
+    points = [
+        {"labels": n, **{name: values[_name(name, n)] for name in (ALONE, DISTILLED) if _name(name, n) in values}}
+        for n in row.curve
+    ]
+    return {"arm": arm, **({"candidate": candidate} if candidate else {}), "points": points}
+
+
+def _name(arm: str, labels: int) -> str:
+    return f"{arm}_with_{labels}_labels"
+
+
+def complete_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a results file; points of curves that are the regime of a row have its seeds, and regimes without labels
+    say what their teacher is worth."""
+    made = [dict(row) for row in rows]
+    for row in made:
+        if "curve" in row:
+            points = [_point(point, row, made) for point in row["curve"]["points"]]
+            row["curve"] = {**row["curve"], "points": points}
+    for row in made:
+        curves = [one["curve"] for one in made if "curve" in one and _same_task(one, row)]
+        if curves and DISTILLED in row and row.get("regime", {}).get("name") == "none":
+            points = [(one["labels"], one[ALONE]["mean"]) for one in curves[0]["points"] if ALONE in one]
+            row["labels_worth"] = labels_worth(row[DISTILLED]["mean"], points, row["higher_is_better"])
+    return made
+
+
+def _point(point: Mapping[str, Any], row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    for other in rows:
+        regime = other.get("regime")
+        if regime and regime["labels"] == point["labels"] and regime["unlabeled"] and _same_task(row, other):
+            taken = {name: {key: other[name][key] for key in ("mean", "sd", "runs")}
+                     for name in (ALONE, DISTILLED) if name in other and name in point}
+            return {**point, **taken, "row": other["id"]}
+    return dict(point)
+
+
+def _same_task(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("data", "overrides", "metric"))
+
+
+def labels_worth(score: float, points: Sequence[tuple[int, float]], higher_is_better: bool = True) -> dict[str, Any]:
+    """Number of labeled cases for which the student alone has a score, on the straight lines between its points.
+
+    Args:
+        score: of the student that was distilled without labels.
+        points: number of labeled cases, rising, and the score of the student alone with them.
+        higher_is_better: of the score.
+
+    Returns:
+        `value`, or None with `more_than` or `fewer_than` where the score is beyond the points.
+
+    Example:
+        >>> labels_worth(0.65, [(1, 0.5), (4, 0.6), (9, 0.7)]), labels_worth(0.8, [(1, 0.5), (4, 0.6)])
+        ({'value': 6.5}, {'value': None, 'more_than': 4})
+    """
+    sign = 1 if higher_is_better else -1
+    if not points:
+        return {"value": None, "reason": "the student alone was not trained with fewer labels"}
+    before: tuple[int, float] | None = None
+    for labels, value in points:
+        if sign * value >= sign * score:
+            if before is None:
+                return {"value": labels} if value == score else {"value": None, "fewer_than": labels}
+            share = (score - before[1]) / (value - before[1])
+            return {"value": round(before[0] + share * (labels - before[0]), 1)}
+        before = labels, value
+    return {"value": None, "more_than": points[-1][0]}
