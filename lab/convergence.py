@@ -21,18 +21,18 @@ LIMIT, LIMIT_VOI = 0.01, 0.05            # what a doubled schedule may still bri
 
 
 def half_schedule(epochs: int, val_interval: int) -> dict[str, int] | None:
-    """Options of a schedule half as long, with about as long between validations, that ends with one; None of one epoch.
+    """Options of a schedule half as long that ends with a validation, with about as much between two; None of one epoch.
 
     Example:
-        >>> half_schedule(100, 10), half_schedule(25, 5), half_schedule(35, 35), half_schedule(1, 1)
-        ({'epochs': 50, 'val_interval': 10}, {'epochs': 12, 'val_interval': 6}, {'epochs': 17, 'val_interval': 17}, None)
+        >>> half_schedule(100, 10), half_schedule(25, 5), half_schedule(1, 1)
+        ({'epochs': 50, 'val_interval': 10}, {'epochs': 12, 'val_interval': 4}, None)
     """
     half = epochs // 2
     if half == 0:
         return None
-    validations = max(1, round(half / val_interval))
-    interval = half // validations
-    return {"epochs": interval * validations, "val_interval": interval}
+    near = range(max(1, 2 * val_interval // 3), 4 * val_interval // 3 + 1)
+    interval = min(near, key=lambda one: (half % one, abs(one - val_interval))) if val_interval <= half else half
+    return {"epochs": half - half % interval, "val_interval": interval}
 
 
 def half_arms(study: Study, arms: Mapping[str, Arm]) -> dict[str, Arm]:
@@ -56,8 +56,9 @@ def steps_of(run: Run, study: Study) -> int:
     length = (lookup(config, "train#trainer#epoch_length") or [None])[0]
     if not isinstance(length, int):
         cases = json.loads(study.datalist_of(run).read_text())
-        number = len([case for case in cases["training"] if case.get("label")]) or len(cases.get("unlabeled", ()))
-        length = -(-number // int(config["batch_size"]))
+        images = [*cases["training"], *cases.get("unlabeled", ())]
+        labeled = [case for case in images if case.get("label")]   # others are added to these, if there are any
+        length = -(-len(labeled or images) // int(config["batch_size"]))
     return int(config["epochs"]) * length
 
 

@@ -23,7 +23,7 @@ def alone_arms(row: Row, arms: Mapping[str, Arm]) -> dict[str, Arm]:
 
 
 def distilled_arms(row: Row, chosen: Arm, candidate: str) -> dict[str, Arm]:
-    """The chosen arm, or that of its candidates, with each number of labeled cases and the further images, one seed."""
+    """The chosen arm, or one of its candidates, with each number of labeled cases and the further images, one seed."""
     arm = replace(chosen.candidates.get(candidate, chosen), candidates={}, seeds=1)
     return {_name(DISTILLED, n): replace(arm, regime=Regime(n, unlabeled=True)) for n in row.curve}
 
@@ -42,8 +42,11 @@ def _name(arm: str, labels: int) -> str:
 
 
 def complete_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a results file; points of curves that are the regime of a row have its seeds, and regimes without labels
-    say what their teacher is worth."""
+    """Rows with what they tell of each other.
+
+    A point of a curve that is the regime of a row has its seeds, and a regime without labels says what its teacher is
+    worth.
+    """
     made = [dict(row) for row in rows]
     for row in made:
         if "curve" in row:

@@ -73,8 +73,8 @@ def judge_leaks(row: Mapping[str, Any]) -> str:
     """Say whether a rule that ignores the image does what a network is needed for: it is as good as student or teacher.
 
     Example:
-        >>> judge_leaks({"leaks": {"ellipsoid": {"mean": 0.8}}, "student_alone": {"mean": 0.4}, "teacher": {"mean": 0.7},
-        ...              "higher_is_better": True})
+        >>> means = {"student_alone": {"mean": 0.4}, "teacher": {"mean": 0.7}}
+        >>> judge_leaks({"leaks": {"ellipsoid": {"mean": 0.8}}, **means, "higher_is_better": True})
         'ellipsoid is better than the teacher (0.800 against 0.700): this set cannot show what a network is worth'
     """
     sign = 1 if row["higher_is_better"] else -1
@@ -215,8 +215,9 @@ def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     converged says so.
     """
     told = {row.data for row in recipe.rows.values()}
+    kept = [row for row in all_rows(content) if row["id"] in recipe.rows or row["data"] not in told]
     rows = []
-    for row in complete_curves([row for row in all_rows(content) if row["id"] in recipe.rows or row["data"] not in told]):
+    for row in complete_curves(kept):
         old = TEACHER in row and "converged" not in row
         rows.append({**row, "not_rerun": NOT_RERUN} if old else row)
     top, others = rows[:1], rows[1:]

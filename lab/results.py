@@ -109,7 +109,8 @@ def measure_rules(study: Study) -> dict[str, Any]:
     plain = Run("rules", "", row.seeds[0], ["train", *row.overrides], row.options)
     run = study.bundle_run("evaluating", plain, *row.evaluate, datalist=study.datalist)
     data = data_hash(study.datalist, ("training", "validation", "test"))
-    key = content_hash([names, run.config["score_columns"], row.options, row.test, row.patient, data, rules_hash()])[:12]
+    decides = run.config["validate"]["key_metric"], row.options, row.test, row.patient, data, rules_hash()
+    key = content_hash([names, *decides])[:12]
     folder = study.folder / "rules" / f"{row.id}_{key}"
     request = {
         "rules": names, "configs": run.configs, "options": run.options, "metric": recipe.metric,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is scored beside networks: public filters without training, and rules that ignore the image.
 
-`RULES` are named by recipes. `lab.classical.scoring` chooses the parameters of one on the validation cases and scores it
-on the test cases by the metrics of a bundle's evaluation.
+`RULES` are named by recipes. `lab.classical.scoring` chooses the parameters of one on the validation cases and scores
+it on the test cases by the metrics of a bundle's evaluation.
 """
 
 from __future__ import annotations

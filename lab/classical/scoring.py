@@ -137,7 +137,7 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: `rules`, names in `RULES`; `configs` and `options` of an evaluation, with `datalist`; `metric`,
-            `higher_is_better`, `patient`, `test` as `lab.score` takes them; `output`, a folder for label maps and scores.
+            `higher_is_better`, `patient`, `test` as `lab.score` takes them; `output`, a folder for what is written.
 
     Returns:
         Name -> `parameters`, `validation`, `mean`, `per_case`, `metrics`.
@@ -176,7 +176,7 @@ def _write(found: NDArray[np.uint8], image: Tensor, folder: Path) -> None:
     """Write a label map beside no other file: NIfTI as its image lies, or a picture."""
     source = Path(str(image.meta["filename_or_obj"]))   # type: ignore[attr-defined]
     if source.name.endswith((".nii", ".nii.gz")):
-        nibabel.save(nibabel.Nifti1Image(found, np.asarray(image.affine)), folder / source.name)   # type: ignore
+        nibabel.save(nibabel.Nifti1Image(found, np.asarray(image.affine)), folder / source.name)
     else:
         io.imsave(folder / f"{source.stem}.png", found.T, check_contrast=False)      # MONAI loads pictures transposed
 
