@@ -21,7 +21,7 @@ LIMIT, LIMIT_VOI = 0.01, 0.05            # what a doubled schedule may still bri
 
 
 def half_schedule(epochs: int, val_interval: int) -> dict[str, int] | None:
-    """Options of a schedule half as long that ends with a validation, with about as much between two; None of one epoch.
+    """Options of a schedule half as long that ends with a validation, about as many epochs apart; None of one.
 
     Example:
         >>> half_schedule(100, 10), half_schedule(25, 5), half_schedule(1, 1)

@@ -5,9 +5,9 @@
 `Recipe`; `helpers`, `arms` and `ablations` hold name -> arm, and `rows` id -> row. The keys of a row are the fields of
 `Row`, those of an arm the fields of `Arm`, and options, that is keys of train.json, such as
 "distill_weights#boundary": 5. A `regime` is {"labels": "all" or a number, "unlabeled": true or false}. A row that is
-`like` another has from that what it does not say. What an arm does not say it has from the arm of the same name in default.json, a
-candidate from its arm, and an arm of a row from that of the recipe: options come to those, the rest replaces it. null
-takes an inherited arm away.
+`like` another has from that what it does not say. What an arm does not say it has from the arm of the same name in
+default.json, a candidate from its arm, and an arm of a row from that of the recipe: options come to those, the rest
+replaces it. null takes an inherited arm away.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Row:
     val_interval: Mapping[str, int] = field(default_factory=dict)      # likewise
     seeds: Sequence[int] = (0, 1, 2)
     regime: Regime = ALL_LABELS            # of what distils; what learns from labels alone has all where there are none
-    curve: Sequence[int] = ()              # numbers of labeled cases with which student alone and `distilled` are trained
+    curve: Sequence[int] = ()              # labeled cases with which student alone and `distilled` are trained
     classical: str | None = None           # name in `lab.classical.RULES`: the best that filters without training do
     leaks: Sequence[str] = ()              # likewise: rules that ignore the image
     inference: Sequence[str] = ()                                      # overrides of inference.json

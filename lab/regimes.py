@@ -28,7 +28,7 @@ class Regime:
     def __post_init__(self) -> None:
         whole = isinstance(self.labels, int) and not isinstance(self.labels, bool) and self.labels >= 0
         if not whole and self.labels != "all":
-            raise ValueError(f"`labels` of a regime must be a number of cases, 0 or more, or 'all'; got {self.labels!r}.")
+            raise ValueError(f"`labels` of a regime must be 0, a number of cases or 'all', got {self.labels!r}.")
         if not isinstance(self.unlabeled, bool):
             raise ValueError(f"`unlabeled` of a regime must be true or false, got {self.unlabeled!r}.")
         if self.labels == 0 and not self.unlabeled:

@@ -25,7 +25,8 @@ ARMS = {
 }
 TRAIN = {
     "epochs": 9, "val_interval": 3, "batch_size": 1, "value": 0.5, "weighting": "u", "unused": 1,
-    "teacher_path": "t", "ckpt_dir": "c", "output_dir": "o", "datalist": "d", "seed": 0, "network_def": {"width": 2}, "teacher_def": {"width": 4},
+    "teacher_path": "t", "ckpt_dir": "c", "output_dir": "o", "datalist": "d", "seed": 0, "network_def": {"width": 2},
+    "teacher_def": {"width": 4},
     "teacher": {"_target_": "medkd.handlers.teacher.Teacher", "network": "@teacher_def", "path": "@teacher_path"},
     "distill_loss": {"_target_": "medkd.losses.some.Loss"}, "distill_weights": {"x": 1.0, "y": 2.0},
     "validate": {"evaluator": {"value": "@value"}, "teacher_evaluator": {"value": "@weighting"}},

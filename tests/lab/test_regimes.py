@@ -72,7 +72,7 @@ def test_what_learns_from_labels_alone_sees_no_other_image_and_all_labels_where_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"labels": -1}, "must be a number of cases, 0 or more, or 'all', got -1"),
+        ({"labels": -1}, "must be 0, a number of cases or 'all', got -1"),
         ({"labels": "few"}, "got 'few'"),
         ({"labels": True}, "got True"),
         ({"labels": 0}, "`unlabeled` of a regime must be true where `labels` is 0"),
