@@ -23,7 +23,7 @@ def alone_arms(row: Row, arms: Mapping[str, Arm]) -> dict[str, Arm]:
 
 
 def distilled_arms(row: Row, chosen: Arm, candidate: str) -> dict[str, Arm]:
-    """The chosen arm, or one of its candidates, with each number of labeled cases and further images, one seed."""
+    """The chosen arm, or one of its candidates, with each number of labeled cases, one seed."""
     arm = replace(chosen.candidates.get(candidate, chosen), candidates={}, seeds=1)
     return {_name(DISTILLED, n): replace(arm, regime=Regime(n, unlabeled=True)) for n in row.curve}
 
