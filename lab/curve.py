@@ -29,7 +29,7 @@ def distilled_arms(row: Row, chosen: Arm, candidate: str) -> dict[str, Arm]:
 
 
 def make_curve(row: Row, arm: str, candidate: str, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the results tell of a curve; `values`: name of an arm of `alone_arms` and `distilled_arms` -> its summary."""
+    """What the results tell of a curve; `values`: name of an arm of `alone_arms` or `distilled_arms` -> summary."""
     points = [
         {"labels": n, **{name: values[_name(name, n)] for name in (ALONE, DISTILLED) if _name(name, n) in values}}
         for n in row.curve
@@ -55,8 +55,8 @@ def complete_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in made:
         curves = [one["curve"] for one in made if "curve" in one and _same_task(one, row)]
         if curves and DISTILLED in row and row.get("regime", {}).get("name") == "none":
-            points = [(one["labels"], one[ALONE]["mean"]) for one in curves[0]["points"] if ALONE in one]
-            row["labels_worth"] = labels_worth(row[DISTILLED]["mean"], points, row["higher_is_better"])
+            alone = [(one["labels"], one[ALONE]["mean"]) for one in curves[0]["points"] if ALONE in one]
+            row["labels_worth"] = labels_worth(row[DISTILLED]["mean"], alone, row["higher_is_better"])
     return made
 
 

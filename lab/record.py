@@ -40,8 +40,7 @@ def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any])
     if chosen:
         content[DISTILLED] = {"arm": chosen, **arms[chosen]}
         content["gap_recovered"] = _gap(recipe, scores, chosen)
-        means = [arms[name]["mean"] for name in (chosen, TEACHER)]
-        content["retention"] = retention(*means, recipe.higher_is_better)
+        content["retention"] = retention(arms[chosen]["mean"], arms[TEACHER]["mean"], recipe.higher_is_better)
     if "leaks" in content:
         content["leaks"]["verdict"] = judge_leaks(content)
     content["ablations"] = {name: arm for name, arm in arms.items() if name in recipe.ablations}

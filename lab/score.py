@@ -19,7 +19,7 @@ __all__ = ["METRICS", "Columns", "case_names", "columns_of", "gap_recovered", "r
 Columns = Literal["classes", "blocks", "case"]   # what a column is: a label value, a part of the case, all of it
 METRICS = {
     "val_mean_dice": "Dice", "val_hd95": "HD95", "val_assd": "ASSD", "val_surface_dice": "surface Dice",
-    "val_wrong_components": "wrong components", "val_wrong_volume": "wrong volume",
+    "val_volume_ratio": "volume ratio", "val_wrong_components": "wrong components", "val_wrong_volume": "wrong volume",
     "val_voi": "VOI", "val_voi_split": "VOI split", "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ",
     "val_aji": "AJI", "val_sbd": "SBD", "val_dic": "\\|DiC\\|",
 }

@@ -35,8 +35,9 @@ def chin(bone: Mask, body: Mask, spacing: Sequence[float]) -> tuple[float, float
     face = bone[x] & (np.arange(body.shape[1])[:, None] > front - 50 / spacing[1])
     amount = np.minimum(face.sum((0, 1)) * spacing[0] * spacing[1], 800)   # (z,) mm^2: a step up from neck to chin
     above, below = (max(1, round(length / spacing[2])) for length in (18, 60))
-    steps = [amount[z: z + above].mean() - amount[max(0, z - below): z].mean() for z in range(1, max(2, top - round(80 / spacing[2])))]
-    z = int(np.argmax(steps)) + 1
+    heights = range(1, max(2, top - round(80 / spacing[2])))
+    steps = [amount[z: z + above].mean() - amount[max(0, z - below): z].mean() for z in heights]
+    z = heights[int(np.argmax(steps))]
     return middle, float(np.flatnonzero(face[:, :, z: z + above].any((0, 2))).max()), z
 
 
@@ -51,7 +52,8 @@ def mandible(image: NDArray[Any], spacing: Sequence[float], least: float) -> Mas
     """The bone behind and above the chin, without the teeth's slices in front, the skull and the spine."""
     middle, front, z = chin(image > 300, image > -500, spacing)
     x, y, height = (
-        (np.arange(size) - start) * step for size, start, step in zip(image.shape, (middle, front, z), spacing, strict=True)
+        (np.arange(size) - start) * step
+        for size, start, step in zip(image.shape, (middle, front, z), spacing, strict=True)
     )
     side = np.abs(x)[:, None, None]
     room = (side < 64) & (y > -92)[None, :, None] & (height > -8)[None, None] & (height < 78)[None, None]
@@ -68,14 +70,16 @@ def canal(bone: Mask, spacing: Sequence[float], start: Sequence[float], length: 
         ndimage.gaussian_filter(bone.astype(np.float32), [size / step for step in spacing[:2]] + [6 / spacing[2]])
         for size in (9.0, 3.5)
     )
-    score, place, path = wide - 1.5 * narrow, (start[0], start[1]), []
+    score, place = wide - 1.5 * narrow, (start[0], start[1])
+    path: list[tuple[int, int, int]] = []
     for z in range(round(start[2]), max(-1, round(start[2] - length / spacing[2])), -1):
         reach = (8.0, 25.0) if not path else (5.0, 5.0)            # mm from the slice above, along x and y
-        spots = [slice(max(0, round(c - r / s)), round(c + r / s) + 1) for c, r, s in zip(place, reach, spacing[:2], strict=True)]
+        near = zip(place, reach, spacing[:2], strict=True)
+        spots = [slice(max(0, round(at - far / step)), round(at + far / step) + 1) for at, far, step in near]
         part = score[spots[0], spots[1], z]
         found = np.unravel_index(part.argmax(), part.shape)
-        place = (spots[0].start + int(found[0]), spots[1].start + int(found[1]))
-        path.append((*place, z))
+        path.append((spots[0].start + int(found[0]), spots[1].start + int(found[1]), z))
+        place = path[-1][:2]
     return np.array(path)
 
 
@@ -121,4 +125,7 @@ def by_thresholds(_training: Sequence[Case], _classes: int) -> Segment:
     return segment
 
 
-RULE = Rule(by_thresholds, {"least": (180.0, 220.0), "scale": (0.9, 1.0, 1.1), "radius": (5.5, 6.5), "length": (165.0, 185.0)})
+RULE = Rule(
+    by_thresholds,
+    {"least": (180.0, 220.0), "scale": (0.9, 1.0, 1.1), "radius": (5.5, 6.5), "length": (165.0, 185.0)},
+)

@@ -28,7 +28,8 @@ def ellipsoid(shape: Sequence[int], spacing: Sequence[float], inset: float) -> N
 def _inset_ellipsoid(_training: Sequence[Case], _classes: int) -> Segment:
     def segment(case: Case, inset: float, soft_tissue: bool) -> NDArray[np.uint8]:
         found = ellipsoid(case.image.shape, case.spacing, inset)
-        return (found & (case.image > -30) & (case.image < 150) if soft_tissue else found).astype(np.uint8)
+        mask = found & (case.image > -30) & (case.image < 150) if soft_tissue else found
+        return np.asarray(mask, np.uint8)
 
     return segment
 
@@ -44,7 +45,7 @@ def _muscle(_training: Sequence[Case], _classes: int) -> Segment:
         if not count:
             return np.zeros(case.image.shape, np.uint8)
         largest = pieces == np.bincount(pieces.ravel())[1:].argmax() + 1
-        return (ndimage.distance_transform_edt(~largest, sampling=case.spacing) <= radius).astype(np.uint8)
+        return np.asarray(ndimage.distance_transform_edt(~largest, sampling=case.spacing) <= radius, np.uint8)
 
     return segment
 

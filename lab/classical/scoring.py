@@ -21,7 +21,6 @@ from ignite.engine import Engine
 from monai.bundle.config_parser import ConfigParser
 from monai.data.meta_tensor import MetaTensor
 from monai.handlers.metrics_saver import MetricsSaver
-from nibabel import orientations
 from numpy.typing import NDArray
 from skimage import io
 from torch import Tensor
@@ -37,6 +36,8 @@ from medkd.handlers.records import case_meta
 from medkd.metrics.ignored import IgnoredAsBackgroundd
 
 __all__ = ["Loaded", "choose", "measure_rules", "to_case", "to_file_axes"]
+
+orientations: Any = nibabel.orientations   # untyped
 
 Loaded = dict[str, Any]                    # image and label of a case, MetaTensors of shape (1, *S)
 
@@ -60,8 +61,8 @@ def to_file_axes(found: NDArray[np.uint8], image: Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(_apply(found, orientations.ornt_transform(canonical, _axes(image))))
 
 
-def _axes(image: Tensor) -> NDArray[Any]:
-    axes: NDArray[Any] = orientations.io_orientation(np.asarray(image.affine))   # type: ignore[attr-defined]
+def _axes(image: Any) -> NDArray[Any]:
+    axes: NDArray[Any] = orientations.io_orientation(np.asarray(image.affine))
     return axes
 
 
@@ -106,14 +107,14 @@ class _Scorer:
 
     def _metrics(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self._parser.get_parsed_content("validate#key_metric", instantiate=True)
-        self._parser.ref_resolver.reset()                          # or the next engine would get the same objects
-        self._parser.parse(True)
+        self._parser.parse(reset=True)                             # or the next engine would get the same objects
         return metrics
 
     def _item(self, case: Loaded, found: NDArray[np.uint8]) -> Loaded:
         label = case["label"]
-        item = {"image": case["image"], "label": label, "pred": torch.as_tensor(found)[None]}
-        item = dict(IgnoredAsBackgroundd("pred", kind="classes")(item))
+        told = {"image": case["image"], "label": label, "pred": torch.as_tensor(found)[None]}
+        mask: Any = IgnoredAsBackgroundd("pred", kind="classes")
+        item: Loaded = mask(told)
         for key in ("pred", "label"):
             maps = torch.stack([(item[key][0] == value).float() for value in range(self._classes)])
             item[key] = MetaTensor(torch.as_tensor(np.asarray(maps)), affine=getattr(label, "affine", None))
@@ -172,11 +173,12 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _write(found: NDArray[np.uint8], image: Tensor, folder: Path) -> None:
+def _write(found: NDArray[np.uint8], image: Any, folder: Path) -> None:
     """Write a label map beside no other file: NIfTI as its image lies, or a picture."""
-    source = Path(str(image.meta["filename_or_obj"]))   # type: ignore[attr-defined]
+    source = Path(str(image.meta["filename_or_obj"]))
     if source.name.endswith((".nii", ".nii.gz")):
-        nibabel.save(nibabel.Nifti1Image(found, np.asarray(image.affine)), folder / source.name)
+        volume: Any = nibabel.Nifti1Image
+        nibabel.save(volume(found, np.asarray(image.affine)), folder / source.name)
     else:
         io.imsave(folder / f"{source.stem}.png", found.T, check_contrast=False)      # MONAI loads pictures transposed
 
