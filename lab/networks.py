@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,9 @@ from lab.bundle import ROOT, BundleRun
 from lab.execute import write_json
 from lab.measure import threads
 
-__all__ = ["enter_bundle", "measure_networks", "program_words", "score_values", "time_networks"]
+__all__ = [
+    "Built", "build_networks", "enter_bundle", "measure_networks", "program_words", "score_values", "time_networks",
+]
 
 MOST_CASES = 8
 THREADS = 2        # as on a ward's workstation
@@ -75,31 +78,64 @@ def time_networks(networks: Mapping[str, nn.Module], inferer: Any, images: Seque
     return seconds
 
 
+@dataclass(frozen=True)
+class Built:
+    """Networks and what runs them on the test cases, built for the CPU."""
+
+    networks: Mapping[str, nn.Module]      # as their trainings have them, the student last
+    inferer: Any                           # the student's in training, as it is for what a network there gives
+    dataset: Any                           # test cases with the preprocessing of inference.json
+    decoding: list[Any]                    # transforms of its postprocessing before the file is written
+    writing: list[Any]                     # that, and what comes after
+
+    @property
+    def last(self) -> str:
+        """Name of the last network."""
+        return list(self.networks)[-1]
+
+    def parameters(self) -> dict[str, int]:
+        """Number of parameters by network."""
+        return {name: sum(p.numel() for p in one.parameters()) for name, one in self.networks.items()}
+
+
+def build_networks(request: Mapping[str, Any]) -> Built:
+    """Build what a request names, see `measure_networks`."""
+    configs, options = request["inference"]["configs"], request["inference"]["options"]
+    told = request["networks"]
+    trainings = {name: _parser(one["configs"], one["options"], device="cpu") for name, one in told.items()}
+    networks = {name: one.get_parsed_content("network").eval() for name, one in trainings.items()}
+    for name in (name for name in networks if "weights" in told[name]):
+        weights = torch.load(told[name]["weights"], map_location="cpu", weights_only=True)
+        networks[name].load_state_dict(weights)
+    known = _parser(configs, {}).get()
+    parser = _parser(configs, {key: options[key] for key in options if key.split("#")[0] in known}, device="cpu")
+    steps = list(parser.get_parsed_content("postprocessing").transforms) if "postprocessing" in known else []
+    saves = [number for number, step in enumerate(steps) if type(step).__name__.startswith("Save")]
+    end = saves[0] if saves else len(steps)
+    inferer = list(trainings.values())[-1].get_parsed_content("validate#inferer")
+    return Built(networks, inferer, parser.get_parsed_content("dataset"), steps[:end], steps[end:])
+
+
 def measure_networks(request: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters and seconds per case of networks as in training, with the preprocessing of inference.json.
 
     Args:
-        request: `networks`, name -> configs and options of a training, the student last, whose inferer all take, as
-            it is for what a network in training gives; `inference`, configs and options; `predictions`, a list of
-            options of inference runs that write label maps, if any.
+        request: `networks`, name -> configs and options of a training, and its `weights` if it has them, the student
+            last, whose inferer all take, as it is for what a network in training gives; `inference`, configs and
+            options; `predictions`, a list of options of inference runs that write label maps, if any.
     """
-    configs, options = request["inference"]["configs"], request["inference"]["options"]
+    configs = request["inference"]["configs"]
     files = BundleRun(Path(), "evaluating", configs).files
     for told in request.get("predictions", ()):
         workflow = ConfigWorkflow(files, run_id="evaluating", workflow_type="infer", bundle_root=".", **told)
         workflow.initialize()
         workflow.run()
         workflow.finalize()
-    trainings = {name: _parser(**one, device="cpu") for name, one in request["networks"].items()}
-    networks = {name: one.get_parsed_content("network").eval() for name, one in trainings.items()}
-    known = _parser(configs, {}).get()
-    parser = _parser(configs, {key: options[key] for key in options if key.split("#")[0] in known}, device="cpu")
-    dataset = parser.get_parsed_content("dataset")
-    images = [dataset[number]["image"].as_tensor()[None] for number in range(min(len(dataset), MOST_CASES))]
-    inferer = list(trainings.values())[-1].get_parsed_content("validate#inferer")
-    seconds = time_networks(networks, inferer, images)
+    built = build_networks(request)
+    images = [built.dataset[n]["image"].as_tensor()[None] for n in range(min(len(built.dataset), MOST_CASES))]
+    seconds = time_networks(built.networks, built.inferer, images)
     return {
-        "parameters": {name: sum(p.numel() for p in one.parameters()) for name, one in networks.items()},
+        "parameters": built.parameters(),
         "seconds_per_case": {name: round(median(values), 3) for name, values in seconds.items()},
     }
 

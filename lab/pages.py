@@ -10,16 +10,25 @@ from typing import Any
 from lab.record import all_rows
 from lab.score import METRICS
 
-SHOWN = ("student_alone", "logits_kd", "distilled", "teacher")     # in the READMEs, in this order
+SHOWN = ("classical", "student_alone", "logits_kd", "distilled", "teacher")    # in the READMEs, in this order
+RETENTION = "retention"
 TITLES = {                                                         # in the full tables, in this order
+    "classical": "classical",
     "teacher": "teacher", "student_alone": "student alone", "logits_kd": "plain KD", "features_kd": "feature hints",
     "distilled": "distilled", "method": "method alone", "combined": "method and plain KD",
 }
 
 
 def readme_cell(content: Mapping[str, Any]) -> str:
-    """Student alone / plain KD / distilled / teacher of every row, for a cell of a Markdown table."""
+    """The values of `shown_columns` of every row, for a cell of a Markdown table."""
     return "<br>".join(f"{name}: {' / '.join(values)}" for name, *values in _main_values(content))
+
+
+def shown_columns(content: Mapping[str, Any]) -> list[str]:
+    """Arms of the short tables, and retention: only those that a row has, or `-` alone would stand there."""
+    rows = finished_rows(content)
+    optional = {name: any(name in row for row in rows) for name in ("classical", RETENTION)}
+    return [name for name in (*SHOWN, RETENTION) if optional.get(name, True)]
 
 
 def summary_table(content: Mapping[str, Any]) -> str:
@@ -28,7 +37,9 @@ def summary_table(content: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     first = f"test {metric_title(rows[0]['metric'])}, {'higher' if rows[0]['higher_is_better'] else 'lower'} is better"
-    return _markdown([first, *(TITLES[name] for name in SHOWN)], _main_values(content))
+    notes = [f"\n\n{row['id']}: {row['not_rerun']}." for row in rows if "not_rerun" in row]
+    head = [first, *(TITLES.get(name, name) for name in shown_columns(content))]
+    return _markdown(head, _main_values(content)) + "".join(notes)
 
 
 def full_tables(content: Mapping[str, Any]) -> str:
@@ -42,7 +53,24 @@ def finished_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _main_values(content: Mapping[str, Any]) -> list[list[str]]:
-    return [[row["id"], *(_value(row.get(name)) for name in SHOWN)] for row in finished_rows(content)]
+    columns = shown_columns(content)
+    return [[_row_name(row), *(_shown(row, name) for name in columns)] for row in finished_rows(content)]
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    """The id, with what a reader must not miss: that a row is old, did not converge, or has a leak."""
+    warnings = [
+        *(["not rerun"] if "not_rerun" in row else []),
+        *(["not converged"] if row.get("converged", {}).get("reached") is False else []),
+        *(["leak"] if row.get("leaks", {}).get("verdict", "none").partition(":")[0] != "none" else []),
+    ]
+    return str(row["id"]) + (f" ({', '.join(warnings)})" if warnings else "")
+
+
+def _shown(row: Mapping[str, Any], name: str) -> str:
+    if name == RETENTION:
+        return f"{100 * row[name]:.0f} %" if row.get(name) is not None else "-"
+    return _value(row.get(name))
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,7 +79,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _row_table(row: Mapping[str, Any]) -> str:
     chosen = row.get("distilled", {}).get("arm")
-    arms = {**_arms(row), **row["ablations"]}
+    arms = {**_without_networks(row), **_arms(row), **row["ablations"]}
     found = sorted({name for arm in arms.values() for name in arm["metrics"]})
     metrics = sorted(found, key=lambda name: [*METRICS, name].index(name))     # those without a title last
     head = [row["id"], *(f"{split} {metric_title(row['metric'])}" for split in ("validation", "test"))]
@@ -64,9 +92,16 @@ def _row_table(row: Mapping[str, Any]) -> str:
 
 
 def _arms(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All arms of a row but `distilled`, which is one of them."""
-    found = {name: row[name] for name in (*TITLES, *row) if name in row and name != "distilled"}
+    """All trained arms of a row but `distilled`, which is one of them."""
+    found = {name: row[name] for name in (*TITLES, *row) if name in row and name not in ("distilled", "classical")}
     return {name: arm for name, arm in found.items() if isinstance(arm, dict) and {"per_case", "validation"} <= {*arm}}
+
+
+def _without_networks(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The classical arm and the rules that ignore the image, as arms of a full table."""
+    rules = {f"{name} (ignores the image)": one for name, one in row.get("leaks", {}).items() if name != "verdict"}
+    found = {**({"classical": row["classical"]} if "classical" in row else {}), **rules}
+    return {name: {**one, "validation": {"mean": one["validation"]}} for name, one in found.items()}
 
 
 def _name(arm: str, candidate: str = "") -> str:
@@ -77,16 +112,62 @@ def _sentence(row: Mapping[str, Any]) -> str:
     splits, gap, numbers = row["splits"], row.get("gap_recovered", {}), row.get("parameters", {})
     cases = f"{splits['training']} training, {splits['validation']} validation, {splits['test']} test cases"
     text = f"{cases}; seeds {', '.join(map(str, row['seeds']))} (mean ± sd)."
+    text += _regime(row) + _converged(row)
     if gap.get("value") is not None:
         bounds = "" if gap["low"] is None else f" (95 %: {100 * gap['low']:.0f} to {100 * gap['high']:.0f} %)"
         text += f" Gap recovered: {100 * gap['value']:.0f} %{bounds}."
+    if row.get(RETENTION) is not None:
+        text += f" Retention: {100 * row[RETENTION]:.1f} %."
     if gap.get("reason"):
         text += f" {gap['reason'][0].upper()}{gap['reason'][1:]}."
     if numbers:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
-        text += "{teacher:.2f} and {student:.2f} s per case.".format(**row["seconds_per_case"])
+        text += _seconds(row["seconds_per_case"])
     text += _calibrated(row)
+    text += f" Leaks: {row['leaks']['verdict']}." if "verdict" in row.get("leaks", {}) else ""
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text
+
+
+def _regime(row: Mapping[str, Any]) -> str:
+    if "regime" not in row:
+        return f" {row['not_rerun'].capitalize()}." if "not_rerun" in row else ""
+    told = row["regime"]
+    labels, others = told["labels"], told["unlabeled"]
+    text = f" Labels: {told['name']} ({labels} labeled cases and {others} images without a label"
+    alone = told["labels_of_student_alone"]
+    text += ")." if alone == labels else f"; the student alone has {alone} labeled cases)."
+    worth = row.get("labels_worth")
+    if worth:
+        number = worth.get("value") or f"{'more' if 'more_than' in worth else 'fewer'} than {_bound(worth)}"
+        text += f" Without a label it is worth {number} labeled cases of the student alone."
+    return text
+
+
+def _bound(worth: Mapping[str, Any]) -> Any:
+    return worth.get("more_than", worth.get("fewer_than", "any"))
+
+
+def _converged(row: Mapping[str, Any]) -> str:
+    """Whether half the steps would have done, of student and teacher."""
+    told = row.get("converged", {})
+    parts = []
+    for name, one in (("student alone", told), ("teacher", told.get("teacher", {}))):
+        if one.get("validation_at_half") is not None:
+            word = "converged" if one["reached"] else "NOT converged"
+            parts.append(f"{name} {word} ({one['validation_at_half']:.3f} on validation after {one['steps_at_half']:,} "
+                         f"steps, {one['validation']:.3f} after {one['steps']:,})")
+    return f" {'; '.join(parts)}.".replace(" student alone", " Student alone", 1) if parts else ""
+
+
+def _seconds(seconds: Mapping[str, Any]) -> str:
+    """Of a case, by stage; older results know the network's alone."""
+    if "teacher" in seconds:
+        return "{teacher:.2f} and {student:.2f} s per case.".format(**seconds)
+    titles = {"network": "network", "network_openvino": "network with OpenVINO"}
+    told = [
+        f"{titles.get(stage, stage)} {one['teacher']:.2f} and {one['student']:.2f}" for stage, one in seconds.items()
+    ]
+    return f"s per case with one thread: {', '.join(told)}."
 
 
 def _calibrated(row: Mapping[str, Any]) -> str:

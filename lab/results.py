@@ -82,17 +82,23 @@ def evaluate_all(study: Study, finished: Finished) -> record.Scores:
     return scores
 
 
-def measure_speed(study: Study, runs: Mapping[str, Run]) -> dict[str, Any]:
-    """Parameters and median of the seconds per case, timed alternately by a program of its own, every time anew."""
+def measure_speed(study: Study, trained: Mapping[str, Trained]) -> dict[str, Any]:
+    """Parameters and median of the seconds per case and stage, timed by a program of its own, every time anew."""
     print("Timing teacher and student.", flush=True)
-    training = {name: study.bundle_run("training", run) for name, run in runs.items()}
+    folder = study.folder / "speed" / study.source.name / study.row.id
+    training = {name: study.bundle_run("training", one.run) for name, one in trained.items()}
+    weights = {name: str((one.folder / "model.pt").resolve()) for name, one in trained.items()}
     row, datalist = study.row, os.path.relpath(study.datalist, study.source)
     request = {
-        "networks": {name: {"configs": run.configs, "options": run.options} for name, run in training.items()},
-        "inference": {"configs": ["inference", *row.inference], "options": {**row.options, "datalist": datalist}},
+        "networks": {
+            name: {"configs": run.configs, "options": run.options, "weights": weights[name]}
+            for name, run in training.items()
+        },
+        "inference": {"configs": ["inference", *row.inference], "options": {
+            **row.options, "datalist": datalist, "output_dir": str((folder / "label_maps").resolve()),
+        }},
     }
-    folder = study.folder / "speed" / study.source.name / row.id
-    words, answer = program_words("time", folder, study.source, request)
+    words, answer = program_words("stages", folder, study.source, request, ["lab.stages"])
     answer.unlink(missing_ok=True)
     environment = training["student"].environment | {"CUDA_VISIBLE_DEVICES": ""}
     study.executor.do(Job("speed", folder, "", [words], ROOT, [answer], environment))
@@ -159,7 +165,7 @@ def compare(options: argparse.Namespace, study: Study) -> None:
     scores = {name: arm for name, arm in scored.items() if name in row.arms}
     distilled = record.choose_distilled(recipe, scores)
     arms = {TEACHER: TEACHER, "student": distilled or record.ALONE}
-    speed = measure_speed(study, {name: record.chosen_runs(scores[arm], recipe)[0].run for name, arm in arms.items()})
+    speed = measure_speed(study, {name: record.chosen_runs(scores[arm], recipe)[0] for name, arm in arms.items()})
     facts = {
         "splits": record.split_names(study.datalist, row.test),
         "regime": describe_regime(json.loads(study.datalist.read_text()), row.regime),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lab.figure import draw
+from lab.figure import draw, draw_curve
 
 
 def row(name: str) -> dict[str, Any]:
@@ -33,3 +33,18 @@ def test_the_figure_is_the_same_twice(tmp_path: Path) -> None:
         draw(row("x"), tmp_path / f"{name}.png")
 
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_curve_is_drawn_where_a_row_has_one_and_the_same_twice(tmp_path: Path) -> None:
+    value = {"mean": 0.5, "sd": None, "runs": [0.5]}
+    points: list[dict[str, Any]] = [{"labels": 0, "distilled": {**value, "sd": 0.02}}]
+    points += [{"labels": n, "student_alone": value, "distilled": value} for n in (1, 4)]
+    with_curve = {**row("x"), "data": "d", "curve": {"points": points}, "classical": {"mean": 0.3}}
+
+    draw_curve({**row("y"), "rows": []}, tmp_path / "none.png")
+    for name in "ab":
+        draw_curve({**row("y"), "rows": [with_curve]}, tmp_path / f"{name}.png")
+
+    assert not (tmp_path / "none.png").exists()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").stat().st_size > 5_000

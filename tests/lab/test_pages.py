@@ -128,6 +128,56 @@ def test_all_that_was_tried_is_listed_from_the_best_on() -> None:
     ]
 
 
+def new_row(**more: Any) -> dict[str, Any]:
+    """Results of the protocol with regimes."""
+    half = {"steps": 1800, "validation": 0.7, "steps_at_half": 900, "validation_at_half": 0.65}
+    stages = {"load": {"teacher": 0.1, "student": 0.2}, "network_openvino": {"teacher": 3.0, "student": 1.0}}
+    told: dict[str, Any] = {
+        "classical": {"name": "filters", "mean": 0.31, "per_case": {}, "metrics": {}, "validation": 0.3},
+        "leaks": {"ellipsoid": {"mean": 0.3, "metrics": {}, "validation": 0.2}, "verdict": "none: it has 0.300"},
+        "retention": 0.971, "regime": {"name": "none", "labels": 0, "unlabeled": 66, "labels_of_student_alone": 18},
+        "converged": {**half, "reached": False, "teacher": {**half, "reached": True}},
+        "labels_worth": {"value": 6.5}, "parameters": {"teacher": 2000, "student": 10}, "seconds_per_case": stages,
+    }
+    return content(**{**told, **more})
+
+
+def test_short_tables_have_the_classical_arm_and_retention_where_a_row_has_them() -> None:
+    old = content(id="b", not_rerun="trained before")
+    table = summary_table(new_row(rows=[old]))
+
+    assert table.splitlines() == [
+        "| test Dice, higher is better | classical | student alone | plain KD | distilled | teacher | retention |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a (not converged) | 0.310 | 0.500 ± 0.050 | 0.250 ± 0.050 | 0.650 ± 0.050 | 0.850 | 97 % |",
+        "| b (not rerun) | - | 0.500 ± 0.050 | 0.250 ± 0.050 | 0.650 ± 0.050 | 0.850 | - |",
+        "",
+        "b: trained before.",
+    ]
+    assert readme_cell(new_row()).endswith("0.310 / 0.500 ± 0.050 / 0.250 ± 0.050 / 0.650 ± 0.050 / 0.850 / 97 %")
+
+
+def test_a_row_whose_crop_gives_the_answer_away_says_so() -> None:
+    verdict = "ellipsoid is better than the teacher (0.900 against 0.850): this set cannot show what a network is worth"
+    row = new_row(leaks={"ellipsoid": {"mean": 0.9, "metrics": {}, "validation": 0.8}, "verdict": verdict})
+
+    assert "| a (not converged, leak) |" in summary_table(row)
+    assert f"Leaks: {verdict}." in full_tables(row)
+
+
+def test_the_full_table_tells_regime_convergence_rules_and_stages() -> None:
+    told = full_tables(new_row())
+
+    assert "| classical | 0.300 | 0.310 | - |" in told
+    assert "| ellipsoid (ignores the image) | 0.200 | 0.300 | - |" in told
+    assert "Labels: none (0 labeled cases and 66 images without a label; the student alone has 18 labeled cases)." in told
+    assert "Without a label it is worth 6.5 labeled cases of the student alone." in told
+    assert "Student alone NOT converged (0.650 on validation after 900 steps, 0.700 after 1,800); teacher conv" in told
+    assert "s per case with one thread: load 0.10 and 0.20, network with OpenVINO 3.00 and 1.00." in told
+    assert "Retention: 97.1 %." in told
+    assert "worth more than 18 labeled cases" in full_tables(new_row(labels_worth={"value": None, "more_than": 18}))
+
+
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_the_committed_pages_are_what_the_committed_results_give(file: Path, repository: Path, tmp_path: Path) -> None:
     readme = shutil.copy(repository / "README.md", tmp_path)

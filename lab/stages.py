@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a case costs from file to file, stage by stage, with one thread: teacher and student in turns.
+
+    python -m lab.stages REQUEST.json ANSWER.json          in a program of its own, as `lab.networks`
+
+`load` reads and prepares the image, `network` runs the windows in PyTorch, `network_openvino` with OpenVINO where that
+is installed, `decode` makes a label map in the file's geometry of it (arg max and resampling back, or instances),
+`write` writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from monai.data.meta_tensor import MetaTensor
+from torch import Tensor, nn
+
+from lab.execute import write_json
+from lab.measure import threads
+from lab.networks import MOST_CASES, Built, build_networks, enter_bundle
+
+__all__ = ["measure_stages", "openvino_network", "time_case"]
+
+REPEATS = 2                                # of a network; the faster one counts
+Call = Callable[[Tensor], Any]
+
+
+def openvino_network(network: nn.Module, image: Tensor, count: int = 1) -> Call | None:
+    """A network with `count` threads of OpenVINO, None where that is not installed.
+
+    Args:
+        network: on the CPU.
+        image: an input as the windows have it, shape (1, C, *S).
+        count: number of threads.
+    """
+    try:
+        openvino: Any = import_module("openvino")
+    except ImportError:
+        return None
+    model = openvino.convert_model(network, example_input=image)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": count})
+
+    def call(windows: Tensor) -> Tensor:
+        found = compiled([torch.as_tensor(windows).contiguous().numpy()])
+        return torch.from_numpy(found[0])
+
+    return call
+
+
+def _seconds(work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work(*given)
+    return time.perf_counter() - start, result
+
+
+def time_case(
+    number: int, built: Built, networks: Mapping[str, nn.Module], compiled: Mapping[str, Call]
+) -> dict[str, dict[str, float]]:
+    """Seconds of each stage for each network: stage -> network -> seconds."""
+    found: dict[str, dict[str, float]] = {}
+    for name, network in networks.items():
+        taken, item = _seconds(built.dataset.__getitem__, number)
+        found.setdefault("load", {})[name] = taken
+        image = item["image"].as_tensor()[None]
+        runs = [_seconds(built.inferer, image, network) for _ in range(REPEATS)]
+        found.setdefault("network", {})[name] = min(taken for taken, _ in runs)
+        if name in compiled:
+            again = [_seconds(built.inferer, image, compiled[name]) for _ in range(REPEATS)]
+            found.setdefault("network_openvino", {})[name] = min(taken for taken, _ in again)
+        decoded = {**item, "pred": MetaTensor(runs[0][1][0], meta=item["image"].meta)}
+        for stage, steps in (("decode", built.decoding), ("write", built.writing)):
+            taken, decoded = _seconds(_apply, steps, decoded)
+            found.setdefault(stage, {})[name] = taken
+    return found
+
+
+def _first_window(built: Built, image: Tensor) -> Tensor:
+    """What a network is given, shape (1, C, *S)."""
+    seen: list[Tensor] = []
+
+    def look(windows: Tensor) -> Any:
+        seen.append(windows[:1].contiguous())
+        return built.networks[built.last](windows)
+
+    built.inferer(image, look)
+    return seen[0]
+
+
+def _apply(steps: list[Any], item: Any) -> Any:
+    for step in steps:
+        item = step(item)
+    return item
+
+
+def measure_stages(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of networks, and the median over test cases of the seconds that each stage takes.
+
+    Args:
+        request: see `lab.networks.measure_networks`; `inference` has an `output_dir` in its options.
+
+    Returns:
+        `parameters`, network -> number; `seconds_per_case`, stage -> network -> seconds.
+    """
+    built = build_networks(request)
+    with torch.no_grad(), threads(1):
+        first = built.dataset[0]["image"].as_tensor()[None]
+        for network in built.networks.values():
+            built.inferer(first[..., :32], network)                # warm up
+        window = _first_window(built, first)
+        openvino = {name: openvino_network(network, window) for name, network in built.networks.items()}
+        compiled = {name: call for name, call in openvino.items() if call is not None}
+        cases = [
+            time_case(number, built, built.networks, compiled)
+            for number in range(min(len(built.dataset), MOST_CASES))
+        ]
+    seconds = {
+        stage: {name: round(median(case[stage][name] for case in cases), 4) for name in built.networks}
+        for stage in cases[0]
+    }
+    return {"parameters": built.parameters(), "seconds_per_case": seconds}
+
+
+def main(request: str, answer: str) -> None:
+    """Answer a request."""
+    target, content = Path(answer).resolve(), json.loads(Path(request).read_text())
+    enter_bundle(content["bundle"])
+    torch.manual_seed(0)
+    write_json(target, measure_stages(content))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
