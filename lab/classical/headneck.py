@@ -70,7 +70,7 @@ def canal(bone: Mask, spacing: Sequence[float], start: Sequence[float], length: 
         ndimage.gaussian_filter(bone.astype(np.float32), [size / step for step in spacing[:2]] + [6 / spacing[2]])
         for size in (9.0, 3.5)
     )
-    score, place = wide - 1.5 * narrow, (start[0], start[1])
+    score, place = wide - 3 * narrow, (start[0], start[1])
     path: list[tuple[int, int, int]] = []
     for z in range(round(start[2]), max(-1, round(start[2] - length / spacing[2])), -1):
         reach = (8.0, 25.0) if not path else (5.0, 5.0)            # mm from the slice above, along x and y

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules beside networks: orientation, the choice on validation, the metrics of a bundle, and what they find."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.data.meta_tensor import MetaTensor
+from numpy.typing import NDArray
+
+from lab.classical import RULES
+from lab.classical.case import Case, Rule, body_box
+from lab.classical.headneck import canal, gullet
+from lab.classical.priors import mean_label
+from lab.classical.sarcoma import ELLIPSOID, ellipsoid
+from lab.classical.scoring import choose, measure_rules, to_case, to_file_axes
+from lab.recipe import Row, read_recipe
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+def oblique(axes: str) -> MetaTensor:
+    """A numbered volume of 2 x 3 x 4 voxels whose axes run as told."""
+    turns = {"RAS": np.diag([2.0, 3.0, 4.0, 1.0]), "LPS": np.diag([-2.0, -3.0, 4.0, 1.0]),
+             "SRA": np.array([[0, 3.0, 0, 0], [0, 0, 4.0, 0], [2.0, 0, 0, 0], [0, 0, 0, 1]])}
+    values = torch.arange(24.0).reshape(1, 2, 3, 4)
+    return MetaTensor(values, affine=torch.as_tensor(turns[axes], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SRA"])
+def test_a_label_map_comes_back_to_the_axes_of_its_file(axes: str) -> None:
+    image = oblique(axes)
+    case = to_case(image, image)
+
+    assert case.label is not None
+    found = to_file_axes(case.label.astype(np.uint8), image)
+    assert np.array_equal(found, np.asarray(image[0]))
+    # along the world's axes, the first voxel step must be what the affine says of it
+    steps = {"RAS": (2, 3, 4), "LPS": (2, 3, 4), "SRA": (3, 4, 2)}
+    assert case.spacing == steps[axes]
+    world = nibabel.as_closest_canonical(nibabel.Nifti1Image(np.asarray(image[0]), np.asarray(image.affine)))
+    assert np.array_equal(case.image, world.get_fdata())
+
+
+def test_pictures_lie_as_they_do() -> None:
+    image = MetaTensor(torch.arange(6.0).reshape(1, 2, 3))
+    case = to_case(image)
+    assert (case.image.shape, case.label) == ((2, 3), None)
+    assert np.array_equal(to_file_axes(case.image.astype(np.uint8), image), case.image)
+
+
+class Scorer:
+    """Scores how near the one number of a map is to 7; the lower the better."""
+
+    def run(self, cases: Any, found: Any, names: Any) -> dict[str, float]:
+        return {"far": float(np.mean([abs(int(one.max()) - 7) for one in found]))}
+
+
+@pytest.mark.parametrize(("higher", "expected"), [(False, ({"a": 6, "b": 0}, 1.0)), (True, ({"a": 1, "b": 0}, 6.0))])
+def test_the_first_of_the_best_parameters_on_validation_is_taken(higher: bool, expected: Any) -> None:
+    def segment(case: Case, a: int, b: int) -> NDArray[np.uint8]:
+        return np.full(case.image.shape, a, np.uint8)
+
+    rule = Rule(lambda training, classes: segment, {"a": (1, 6, 8), "b": (0, 1)})
+    cases = [{"image": oblique("RAS")}, {"image": oblique("LPS")}]
+    assert choose(rule, segment, cases, Scorer(), "far", higher) == expected
+
+
+def test_an_inset_ellipsoid_touches_what_it_must() -> None:
+    mask = ellipsoid((21, 11, 5), (1.0, 2.0, 4.0), 2.0)
+
+    assert mask[10, 5, 2]
+    assert [int(mask.any(tuple({0, 1, 2} - {axis})).sum()) for axis in range(3)] == [17, 9, 5]
+    assert not mask[0].any()
+    assert not mask[2, 1, 0]
+    image = np.zeros((9, 9, 9), np.float32)
+    image[:5] = -800.0
+    found = ELLIPSOID.prepare([], 2)(Case(image, (1.0,) * 3, None), inset=1.0, soft_tissue=True)
+    assert found[6, 4, 4] == 1
+    assert not found[:5].any()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_mean_label_follows_the_body_and_not_what_it_looks_like(dims: int) -> None:
+    def case(size: int, shift: int, label: bool = True) -> Case:
+        image = np.full((40,) * dims, -1000.0, np.float32)
+        body = tuple(slice(shift, shift + size) for _ in range(dims))
+        image[body] = 50.0
+        organ = np.zeros(image.shape, np.int16)
+        organ[tuple(slice(shift, shift + size // 2) for _ in range(dims))] = 2
+        return Case(image, (1.0,) * dims, organ if label else None)
+
+    training, test = [case(20, 4), case(24, 10)], case(32, 6)
+    found = mean_label(training, 3)(Case(test.image * 2, test.spacing, None), threshold=0.5)
+
+    assert test.label is not None
+    assert set(np.unique(found)) == {0, 2}
+    overlap = 2 * ((found == 2) & (test.label == 2)).sum() / ((found == 2).sum() + (test.label == 2).sum())
+    assert overlap > 0.9
+    with pytest.raises(ValueError, match="training cases of `mean_label` must have labels, got one without"):
+        mean_label([case(20, 4, label=False)], 3)
+
+
+def test_the_box_of_a_body_is_tight_and_all_where_there_is_none() -> None:
+    image = np.full((6, 7), -1000.0)
+    assert body_box(image) == (slice(0, 6), slice(0, 7))
+    image[2:4, 5] = 0
+    assert body_box(image) == (slice(2, 4), slice(5, 6))
+
+
+def test_the_canal_is_followed_through_slices_and_the_gullet_lies_behind_the_air() -> None:
+    places = np.mgrid[0:100, 0:130]
+    bone, image = np.zeros((100, 130, 12), bool), np.full((100, 130, 12), 40.0, np.float32)
+    for z in range(12):
+        distance = np.hypot(places[0] - 50 - z / 4, places[1] - 50)
+        bone[:, :, z] = (distance > 6) & (distance < 40)
+        image[:, :, z][np.hypot(places[0] - 50, places[1] - 102) < 6] = -900
+    path = canal(bone, (1.0, 1.0, 3.0), (50.0, 54.0, 11), length=30.0)
+
+    assert path[:, 2].tolist() == list(range(11, 1, -1))
+    assert np.abs(path[:, 0] - 50 - path[:, 2] / 4).max() <= 1.5
+    assert np.abs(path[:, 1] - 50).max() <= 1.5
+    found = gullet(image, (1.0, 1.0, 3.0), path, np.arange(12) > 5)
+    assert found[:, :, 6:].any((0, 1)).all()
+    assert not found[:, :, :6].any()
+    assert np.argwhere(found)[:, 1].mean() < 96                    # the middle of the air is at 102
+
+
+def write_case(folder: Path, name: str, box: int) -> dict[str, str]:
+    """A box of muscle in fat, and its label."""
+    image, label = np.full((30, 28, 26), -90, np.int16), np.zeros((30, 28, 26), np.uint8)
+    place = tuple(slice(8, 8 + box) for _ in range(3))
+    image[place], label[place] = 40, 1
+    affine = np.diag([-3.0, -3.0, 3.0, 1.0])
+    for kind, values in (("image", image), ("label", label)):
+        nibabel.save(nibabel.Nifti1Image(values, affine), folder / f"{name}_{kind}.nii.gz")
+    return {kind: str(folder / f"{name}_{kind}.nii.gz") for kind in ("image", "label")}
+
+
+def test_rules_are_scored_by_the_metrics_of_the_bundle_and_write_label_maps(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository / "bundles" / "boundary_relation_ct_organs")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    lists = {"training": 14, "validation": 12, "test": 13}
+    content = {name: [write_case(tmp_path, name, box)] for name, box in lists.items()}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    found = measure_rules({
+        "rules": ["sarcoma_muscle", "mean_label"], "configs": ["train", "evaluate"],
+        "options": {"datalist": str(tmp_path / "datalist.json")}, "metric": "val_mean_dice", "higher_is_better": True,
+        "patient": None, "test": None, "output": str(tmp_path / "out"),
+    })
+
+    muscle = found["sarcoma_muscle"]
+    written = nibabel.load(tmp_path / "out" / "sarcoma_muscle" / "test_image.nii.gz")
+    label = nibabel.load(content["test"][0]["label"])
+    assert np.array_equal(written.affine, label.affine)
+    mine, true = (np.asarray(one.dataobj) > 0 for one in (written, label))
+    assert muscle["mean"] == pytest.approx(2 * (mine & true).sum() / (mine.sum() + true.sum()), abs=1e-4)
+    assert muscle["mean"] > 0.6
+    assert muscle["per_case"] == {"test_image": muscle["mean"]}
+    assert muscle["metrics"].keys() >= {"val_hd95", "val_assd", "val_surface_dice", "val_wrong_volume"}
+    assert set(muscle["parameters"]) == {"low", "high", "radius"}
+    assert 0 < found["mean_label"]["mean"] <= 1
+
+
+@pytest.mark.parametrize("told", [{"classical": "magic"}, {"leaks": ["magic"]}])
+def test_a_row_names_rules_that_there_are(told: dict[str, Any]) -> None:
+    message = r"`classical` and `leaks` of row 'a' must be of .*'mean_label'.*got \['magic'\]"
+    with pytest.raises(ValueError, match=message):
+        Row("a", **told)
+
+
+def test_the_rules_of_the_repository_are_named_by_its_recipes(repository: Path) -> None:
+    rows = [row for bundle in (repository / "bundles").glob("*/") for row in read_recipe(bundle).rows.values()]
+    named = {name for row in rows for name in (row.classical, *row.leaks) if name}
+    assert named == RULES.keys()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not beside the repository")
+def test_the_mandible_is_found_in_real_scans() -> None:
+    folder, rule = DATA / "ct_headneck_openkbp", RULES["headneck_thresholds"]
+    segment = rule.prepare([], 8)
+    scores = []
+    for name in json.loads((folder / "splits.json").read_text())["val"][:2]:
+        volumes = [nibabel.load(folder / kind / name) for kind in ("images", "labels")]
+        image, label = map(nibabel.as_closest_canonical, volumes)
+        case = Case(image.get_fdata().astype(np.float32), tuple(map(float, image.header.get_zooms()[:3])), None)
+        found = segment(case, **{key: values[-1] for key, values in rule.grid.items()}) == 7
+        true = np.asarray(label.dataobj) == 7
+        scores.append(2 * (found & true).sum() / (found.sum() + true.sum()))
+    assert np.mean(scores) > 0.6
