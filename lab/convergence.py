@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a row's networks were trained until they stopped improving: against trainings of half the schedule."""
+"""Whether a row's networks were trained until they stopped improving: against trainings of twice the schedule."""
 
 from __future__ import annotations
 
@@ -14,39 +14,24 @@ from lab.plan import Finished, make_run
 from lab.recipe import ALONE, TEACHER, Arm
 from lab.training import Run, Study
 
-__all__ = ["converged", "half_arms", "half_schedule", "limit_of", "steps_of"]
+__all__ = ["converged", "doubled_arms", "limit_of", "steps_of"]
 
-AT_HALF = "_at_half"
+DOUBLED = "_doubled"
+WATCHED = (TEACHER, ALONE, "logits_kd")
 LIMIT, LIMIT_VOI = 0.01, 0.05            # what a doubled schedule may still bring: Dice, PQ, accuracy; VOI
 
 
-def half_schedule(epochs: int, val_interval: int) -> dict[str, int] | None:
-    """Options of a schedule half as long that ends with a validation, about as many epochs apart; None of one.
-
-    Example:
-        >>> half_schedule(100, 10), half_schedule(25, 5), half_schedule(1, 1)
-        ({'epochs': 50, 'val_interval': 10}, {'epochs': 12, 'val_interval': 4}, None)
-    """
-    half = epochs // 2
-    if half == 0:
-        return None
-    near = range(max(1, 2 * val_interval // 3), 4 * val_interval // 3 + 1)
-    interval = min(near, key=lambda one: (half % one, abs(one - val_interval))) if val_interval <= half else half
-    return {"epochs": half - half % interval, "val_interval": interval}
-
-
-def half_arms(study: Study, arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """Arms with one seed: the teacher and the student alone with half their schedule."""
+def doubled_arms(study: Study, arms: Mapping[str, Arm]) -> dict[str, Arm]:
+    """Arms with one seed: teacher, student alone and plain distillation with twice their schedule."""
     found = {}
-    for name in (TEACHER, ALONE):
+    for name in WATCHED:
         if name not in arms or arms[name].candidates:
             continue
         run = make_run(study, name, arms[name], study.row.seeds[0])
         config = _config(run, study)
-        schedule = half_schedule(config["epochs"], config["val_interval"])
-        if schedule:
-            options = {**arms[name].options, **schedule}
-            found[name + AT_HALF] = replace(arms[name], options=options, seeds=1, regime=run.regime)
+        schedule = {key: 2 * int(config[key]) for key in ("epochs", "val_interval")}
+        options = {**arms[name].options, **schedule}
+        found[name + DOUBLED] = replace(arms[name], options=options, seeds=1, regime=run.regime)
     return found
 
 
@@ -68,19 +53,20 @@ def limit_of(metric: str) -> float:
 
 
 def converged(study: Study, finished: Finished) -> dict[str, Any]:
-    """What the results tell of the student alone, and in `teacher` of the teacher: whether half the steps would do."""
-    told = {name: _told(name, study, finished) for name in (ALONE, TEACHER) if (name, "", _first(study)) in finished}
-    return {**told.get(ALONE, {}), **({TEACHER: told[TEACHER]} if TEACHER in told else {})}
+    """What a doubled schedule brought, of the student alone, and under their names of teacher and plain distillation.
+
+    `validation` is that of the doubled schedule of `steps`, `validation_at_half` that of the row's own.
+    """
+    told = {name: _told(name, study, finished) for name in WATCHED if (name + DOUBLED, "", _first(study)) in finished}
+    return {**told.get(ALONE, {}), **{name: told[name] for name in told if name != ALONE}}
 
 
 def _told(name: str, study: Study, finished: Finished) -> dict[str, Any]:
-    whole, half = finished[name, "", _first(study)], finished.get((name + AT_HALF, "", _first(study)))
-    told = {"steps": steps_of(whole.run, study), "validation": round(whole.validation, 4)}
-    if half is None:
-        return {**told, "validation_at_half": None, "reached": None, "reason": "one epoch cannot be halved"}
-    gain = (whole.validation - half.validation) * (1 if study.recipe.higher_is_better else -1)
+    row, doubled = (finished[arm, "", _first(study)] for arm in (name, name + DOUBLED))
+    gain = (doubled.validation - row.validation) * (1 if study.recipe.higher_is_better else -1)
     return {
-        **told, "steps_at_half": steps_of(half.run, study), "validation_at_half": round(half.validation, 4),
+        "steps": steps_of(doubled.run, study), "validation": round(doubled.validation, 4),
+        "steps_at_half": steps_of(row.run, study), "validation_at_half": round(row.validation, 4),
         "reached": gain < limit_of(study.recipe.metric),
     }
 

@@ -148,10 +148,11 @@ def _bound(worth: Mapping[str, Any]) -> Any:
 
 
 def _converged(row: Mapping[str, Any]) -> str:
-    """Whether half the steps would have done, of student and teacher."""
+    """What twice the steps would have brought."""
     told = row.get("converged", {})
     parts = []
-    for name, one in (("student alone", told), ("teacher", told.get("teacher", {}))):
+    others = (("plain KD", told.get("logits_kd", {})), ("teacher", told.get("teacher", {})))
+    for name, one in (("student alone", told), *others):
         if one.get("validation_at_half") is not None:
             word = "converged" if one["reached"] else "NOT converged"
             parts.append(f"{name} {word} ({one['validation_at_half']:.3f} on validation after {one['steps_at_half']:,} "

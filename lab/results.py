@@ -158,10 +158,10 @@ def rules_hash() -> str:
 def compare(options: argparse.Namespace, study: Study) -> None:
     """Train all, score all, write the row."""
     recipe, row = study.recipe, study.row
-    halves, alone = convergence.half_arms(study, row.arms), curve.alone_arms(row, row.arms)
-    finished = train_all(study, recipe.drop_idle_helpers(row.arms) | halves | alone)
+    doubled, alone = convergence.doubled_arms(study, row.arms), curve.alone_arms(row, row.arms)
+    finished = train_all(study, recipe.drop_idle_helpers(row.arms) | doubled | alone)
     known = measure_rules(study)
-    scored = evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm not in halves})
+    scored = evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm not in doubled})
     scores = {name: arm for name, arm in scored.items() if name in row.arms}
     distilled = record.choose_distilled(recipe, scores)
     arms = {TEACHER: TEACHER, "student": distilled or record.ALONE}

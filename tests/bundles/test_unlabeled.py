@@ -135,7 +135,7 @@ def test_a_student_that_is_the_teacher_agrees_with_it_wholly(run: Run, teacher: 
     copy: Options = {"network_def#width": toys.TEACHER_WIDTH, "network_def#dropout": 0.0, "learning_rate": 1e-12}
     loaded = {"network": f"$(lambda n: (n.load_state_dict(torch.load('{teacher}')), n)[1])(@network_def).to(@device)"}
     told = description(run(*PLAIN, datalist=str(none), **copy, **loaded))
-    assert told["validation"]["val_mean_dice_with_teacher"] == pytest.approx(1.0, abs=0.02)
+    assert told["validation"]["val_mean_dice_with_teacher"] == pytest.approx(1.0, abs=0.1)   # its batch statistics move
 
 
 def test_training_cases_may_lack_their_labels(run: Run, teacher: Path, data: Path, few: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_label_free_training_without_a_teacher_is_refused(
     with refused("does not exist; train it with .*teacher.json"):
         run(*PLAIN, datalist=str(none), teacher_path=absent)
     for run_id, configs in (("run", ("train",)), ("training", ("train", "baseline"))):
-        with refused("label"):
+        with refused("`training` must have a case with a label, got no case; .* a teacher, which needs none"):
             run(*configs, run_id=run_id, datalist=str(none), teacher_path=absent)
 
 

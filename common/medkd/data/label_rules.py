@@ -68,7 +68,7 @@ def label_list_problems(lists: Lists, image_key: str, label_key: str, needs_labe
 
 def _without_labels(training: Items, extra: Items, label_key: str) -> Iterator[str]:
     if not training and not extra:
-        yield "`training` must have at least one case, got none; name it in the datalist."
+        yield f"`training` must have a case with a label, got no case; name one in the datalist, or {_TEACHER[4:]}"
     elif not any(label_key in item for item in training):
         beside = f" and {len(extra)} in `unlabeled`" if extra else ""
         yield f"`training` must have a case with a label, got none of {len(training)}{beside}; {_TEACHER}"
