@@ -142,7 +142,9 @@ def test_training_cases_may_lack_their_labels(run: Run, teacher: Path, data: Pat
     content = json.loads(few.read_text())
     items = [*content["training"], *content["unlabeled"]]
     listed = write_list(data, "in_training", training=items, unlabeled=[])
-    mixed, other = (weights(run(*PLAIN, datalist=str(path), ckpt_dir=str(tmp_path / path.stem))) for path in (listed, few))
+    mixed, other = (
+        weights(run(*PLAIN, datalist=str(path), ckpt_dir=str(tmp_path / path.stem))) for path in (listed, few)
+    )
     assert toys.same(mixed, other)
     supervised = run("train", "baseline", datalist=str(listed), ckpt_dir=str(tmp_path / "alone"))
     assert description(supervised)["mode"] == "supervised"
@@ -256,16 +258,19 @@ def test_soft_labels_of_another_teacher_are_refused(run: Run, teacher: Path, non
     (folder,) = place.iterdir()
     other = tmp_path / "other/model.pt"
     other.parent.mkdir()
-    torch.save({key: value + 0.01 if value.is_floating_point() else value for key, value in weights(teacher.parent).items()}, other)
-    run(*PLAIN, datalist=str(none), soft_label_dir=str(place), teacher_path=str(other), ckpt_dir=str(tmp_path / "b"))
+    torch.save({key: value * 2 for key, value in weights(teacher.parent).items()}, other)
+    options: Options = {"soft_label_dir": str(place), "teacher_path": str(other), "ckpt_dir": str(tmp_path / "b")}
+    run(*PLAIN, datalist=str(none), **options)
     (own,) = (one for one in place.iterdir() if one != folder)
     for file in own.glob("*.npz"):
         shutil.copy(next(folder.glob("*.npz")), file)
     with refused("`soft_label_dir` must hold soft labels of the teacher"):
-        run(*PLAIN, datalist=str(none), soft_label_dir=str(place), teacher_path=str(other), ckpt_dir=str(tmp_path / "c"))
+        run(*PLAIN, datalist=str(none), **options)
 
 
-def test_teacher_that_finds_nothing_is_refused_without_labels(run: Run, teacher: Path, none: Path, tmp_path: Path) -> None:
+def test_teacher_that_finds_nothing_is_refused_without_labels(
+    run: Run, teacher: Path, none: Path, tmp_path: Path
+) -> None:
     silent = {key: torch.zeros_like(value) for key, value in weights(teacher.parent).items()}
     (tmp_path / "silent").mkdir()
     torch.save(silent, tmp_path / "silent/model.pt")

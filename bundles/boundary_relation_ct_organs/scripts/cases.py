@@ -67,7 +67,7 @@ class CaseCompose(Compose):
 
     def __init__(self, transforms: Any = None, **options: Any) -> None:
         super().__init__(transforms, **options)
-        self.transforms = self.flatten().transforms
+        self.transforms = self.flatten().transforms   # type: ignore[no-untyped-call]
 
     def __call__(self, input_: Any, *args: Any, **options: Any) -> Any:   # type: ignore[override]
         """Transform a case."""

@@ -104,11 +104,7 @@ class TeacherAgreement:
         self._labels.append([_small(sample["pred"]) for sample in _samples(engine.state.output)])
 
     def _judge(self) -> None:
-        found: set[int] = set()
-        for batch in self._labels:
-            for label in batch:
-                channels = [label[0].unique().tolist()] if len(label) == 1 else [[k] for k in range(len(label)) if label[k].any()]
-                found |= {int(value) for values in channels for value in values}
+        found = set[int]().union(*(_values(label) for batch in self._labels for label in batch))
         if len(found) > 1:
             logger.info("The teacher tells %d classes or objects in the validation images.", len(found))
             return
@@ -140,6 +136,13 @@ def _samples(output: Any) -> Sequence[dict[str, Any]]:
     if not isinstance(output, list):
         raise TypeError("The evaluator must decollate its batches, `decollate=True`, to validate without labels.")
     return output
+
+
+def _values(label: Tensor) -> set[int]:
+    """Numbers that occur in (1, *S), or classes in (K, *S) with a channel for each."""
+    if len(label) > 1:
+        return {place for place, channel in enumerate(label) if bool(channel.any())}
+    return {int(value) for value in torch.unique(label)}
 
 
 def _small(pred: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from medkd.handlers.step_checks import TermCheck, refuse_deaf
 from medkd.handlers.teacher import Teacher, TeacherView
 from medkd.handlers.teacher_check import TeacherCheck
 from medkd.losses.base import DistillationLoss, TapPair, distils
-from medkd.ops.prediction import logits_of
+from medkd.ops.prediction import Activation, logits_of
 from medkd.ops.soft_label import complete
 from medkd.outputs import MainOutput, plain_tensor
 from medkd.taps import FeatureTaps, unwrap
@@ -202,20 +203,21 @@ class DistillationHandler:
         refuse_deaf(student)
         is_cached = self._is_cached(engine.state.batch)
         engine.state.student = student
-        engine.state.teacher = self._remembered(engine) if is_cached else self._live(engine, self._network)
+        live = partial(self._live, engine, self._network, self._taps[1])
+        engine.state.teacher = self._remembered(engine) if is_cached else live()
         engine.state.distillation["predictions"] = "cached" if is_cached else "live"
         engine.fire_event(DistillationEvents.TEACHER_COMPLETED)
 
-    def _live(self, engine: SupervisedTrainer, network: nn.Module) -> dict[str, Tensor]:
+    def _live(self, engine: SupervisedTrainer, network: nn.Module, taps: FeatureTaps) -> dict[str, Tensor]:
         """What the teacher says of the very batch that the student saw."""
         image = plain_tensor(self._view.image(engine.state.batch, engine.state.output["image"])).to(
             device=engine.state.device, dtype=self.teacher.dtype, non_blocking=engine.non_blocking
         )
         network.eval()
-        self._taps[1].open()
+        taps.open()
         with torch.no_grad(), cpu_autocast(engine):
             pred = network(image)
-        teacher = self._taps[1].close()
+        teacher = taps.close()
         teacher["pred"] = self._main[1](pred, image.dim())
         return teacher
 
@@ -224,7 +226,7 @@ class DistillationHandler:
         given = plain_tensor(self._cached_view.image(engine.state.batch, engine.state.output["image"]))
         pred = given.to(device=engine.state.device, dtype=torch.float32, non_blocking=engine.non_blocking)
         reader = next((loss for loss in self.losses if hasattr(loss, "activation")), None)
-        activation = getattr(reader, "activation", "softmax")
+        activation: Activation = getattr(reader, "activation", "softmax")
         if activation == "softmax" and pred.shape[1] > 1:
             pred = complete(pred)
         output = getattr(reader, "teacher_output", "logits")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class probabilities in 8 bits per class and voxel, fine where it matters for distillation: near 1 and in the tails."""
+"""Class probabilities in 8 bits per class and voxel, fine where distillation looks: near 1 and in the tails."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -382,3 +383,14 @@ def test_wrong_label_names_are_refused(source: Path, tmp_path: Path, names: obje
     message = re.escape("`label_names` must name the values from 0, the background, on")
     with pytest.raises(ValueError, match=message):
         make_datalist(source, tmp_path / "out", label_names=names)
+
+
+def test_a_list_that_two_threads_write_is_whole_at_every_moment(tmp_path: Path) -> None:
+    content = {"training": [{"image": f"{number}.nii.gz"} for number in range(300)]}
+    path = tmp_path / "datalist.json"
+
+    def write_and_read(_: int) -> bool:
+        return bool(json.loads(write_datalist(path, content).read_text()) == content)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(write_and_read, range(200)))
