@@ -28,7 +28,6 @@ from lab.execute import ExecutionError, Executor, Job, StoppedError, read_state
 from lab.keys import content_hash, data_hash, file_hash
 from lab.measure import machine, versions
 from lab.networks import program_words
-from lab.pages import fill
 from lab.plan import Finished, RowFailedError, all_parallel, train_all
 from lab.recipe import TEACHER, Recipe, Row, read_recipe
 from lab.regimes import describe_regime
@@ -202,18 +201,13 @@ def search(options: argparse.Namespace, study: Study) -> None:
 
 def write_all(options: argparse.Namespace, study: Study, row: Mapping[str, Any], searched: Any = None) -> None:
     """Bring results file, figure and pages up to date; two rows that end at once take turns."""
-    from lab.figure import draw, draw_curve  # matplotlib, a second to import
+    from lab.publish import publish  # matplotlib, a second to import
 
     path = options.root / "results" / f"{options.bundle}.json"
-    path.parent.mkdir(exist_ok=True)
     with study.executor.locked(study.folder / "writing"):
         before = record.read_results(path)
         content = record.merge_row(before, options.bundle, row, study.recipe.default, searched)
-        content = record.complete(content, study.recipe)
-        record.write_results(path, content)
-        draw(content, path.with_suffix(".png"))
-        draw_curve(content, path.with_name(f"{options.bundle}_labels.png"))
-        for page in fill(content, options.root / "README.md", options.folder / "docs" / "README.md"):
+        for page in publish(options.root, content, study.recipe):
             print(f"No markers for results in {page.relative_to(options.root)}.")
     print(f"Written: {path.relative_to(options.root)}")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lab.recipe import Arm, Recipe, Row, read_recipe
+from lab.regimes import Regime
 from tests.lab.conftest import ARMS
 
 BUNDLE = "boundary_relation_ct_organs"
@@ -67,6 +68,26 @@ def test_arms_are_inherited_and_changed_by_flat_keys(repository: Path, recipes: 
     assert (recipe.metric, recipe.distilled_from) == ("val_mean_dice", ["method", "combined"])
 
 
+def test_a_row_that_is_like_another_has_what_it_does_not_say_and_regimes_are_read(
+    repository: Path, recipes: Path
+) -> None:
+    recipe = read(repository, recipes, {
+        "arms": {"method": {"regime": {"labels": 3}}},
+        "rows": {
+            "a": {"data": "d", "epochs": {"student": 7}, "regime": {"unlabeled": True}, "curve": [0, 4],
+                  "arms": {"combined": {"distill_weights#boundary": 5}}},
+            "b": {"like": "a", "regime": {"labels": 0, "unlabeled": True}, "curve": []},
+        },
+    })
+
+    first, second = recipe.rows["a"], recipe.rows["b"]
+    assert (first.regime, second.regime) == (Regime("all", unlabeled=True), Regime(0, unlabeled=True))
+    assert (second.id, second.data, second.epochs, second.curve) == ("b", "d", {"student": 7}, [])
+    assert second.arms == first.arms
+    assert first.arms["method"].regime == Regime(3)
+    assert first.arms["combined"].regime is None
+
+
 def test_without_combined_the_method_alone_is_distilled(repository: Path, recipes: Path) -> None:
     assert read(repository, recipes, {"arms": {"combined": None}}).distilled_from == ["method"]
 
@@ -112,6 +133,11 @@ def test_helpers_are_trained_only_when_something_starts_from_them() -> None:
         ({"rows": {"a": {"patient": "liver"}}}, "must have one group, got 'liver'"),
         ({"rows": {"a": {"calibrate": {"x": [1], "y": [2]}}}}, "must name one option, got \\['x', 'y'\\]"),
         ({"rows": {"a": {"search": {"x": {"seeds": 2}}}}}, "must have no `candidates` and no `seeds`"),
+        ({"rows": {"a": {}, "b": {"like": "c"}}}, "`like` of row 'b' must name a row .* of \\['a'\\], got 'c'"),
+        ({"rows": {"a": {"like": "b"}, "b": {"like": "a"}}}, "`like` of row 'a' must name a row .*, got 'b'"),
+        ({"rows": {"a": {"regime": {"labels": "few"}}}}, "'all', got 'few'"),
+        ({"rows": {"a": {"curve": [4, 1]}}}, "`curve` of row 'a' must be rising numbers of cases, got \\[4, 1\\]"),
+        ({"rows": {"a": {"calibrate": {"x": [1]}, "regime": {"labels": 0, "unlabeled": True}}}}, "no labels to choose"),
     ],
 )
 def test_a_wrong_recipe_is_refused(repository: Path, recipes: Path, content: dict[str, Any], message: str) -> None:

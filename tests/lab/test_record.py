@@ -10,9 +10,13 @@ from typing import Any
 from lab.recipe import Recipe, Row
 from lab.record import (
     all_rows,
+    complete,
+    judge_leaks,
     make_row,
     merge_row,
     read_results,
+    retention,
+    rules_of,
     shipped_of,
     split_names,
     write_results,
@@ -42,8 +46,10 @@ def row_of(**changed: Any) -> dict[str, Any]:
                           scored(0.7, 0.6, 0.7, 0.6, 0.7, seed=1, lr=1, size=3)]},
     }
     facts = {
-        "splits": {"training": 1, "validation": 1, "test": 4}, "parameters": {"teacher": 2000, "student": 10},
-        "seconds_per_case": {"teacher": 0.5, "student": 0.1}, "hardware": {}, "versions": {}, "command": "make",
+        "splits": {"training": 1, "validation": 1, "test": 4}, "converged": {"reached": True}, "hardware": {},
+        "classical": {"name": "f", "mean": 0.3}, "leaks": {"ellipsoid": {"mean": 0.9}},
+        "parameters": {"teacher": 2000, "student": 10},
+        "seconds_per_case": {"teacher": 0.5, "student": 0.1}, "versions": {}, "command": "make",
     }
     return make_row(RECIPE, Row("a", seeds=(0, 1), options={"size": 3}), scores, facts) | changed
 
@@ -52,7 +58,8 @@ def test_a_row_has_the_keys_of_the_protocol_and_chooses_by_validation_alone() ->
     row = row_of()
 
     assert {
-        "data", "splits", "metric", "higher_is_better", "seeds", "teacher", "student_alone", "logits_kd", "distilled",
+        "data", "splits", "metric", "higher_is_better", "seeds", "converged", "classical", "leaks", "retention",
+        "teacher", "student_alone", "logits_kd", "distilled",
         "gap_recovered", "parameters", "seconds_per_case", "hardware", "versions", "command", "method", "combined",
     } <= row.keys()
     assert row["student_alone"] | {"mean": 0.5, "sd": 0.0707, "runs": [0.45, 0.55]} == row["student_alone"]
@@ -61,6 +68,8 @@ def test_a_row_has_the_keys_of_the_protocol_and_chooses_by_validation_alone() ->
     assert set(row["logits_kd"]["candidates"]) == {"uniform", "foreground"}
     assert row["teacher"]["metrics"] == {"hd95": 7.0}
     assert row["options"] == {"size": 3}
+    assert row["retention"] == round(0.65 / 0.85, 4)
+    assert row["leaks"]["verdict"].startswith("ellipsoid is better than the teacher (0.900 against 0.850)")
     assert row["combined"]["options"] == {"lr": 1}
     assert row["method"]["configs"] == ["configs/train.json", "configs/method.json"]
 
@@ -84,6 +93,46 @@ def test_a_new_row_replaces_its_own_only_and_keeps_what_was_searched_last(tmp_pa
     assert [one["name"] for one in content["search"]] == ["m"]
     write_results(tmp_path / "x.json", content)
     assert json.loads((tmp_path / "x.json").read_text()) == content
+
+
+def test_a_row_of_an_earlier_protocol_goes_or_says_so() -> None:
+    recipe = Recipe("dice", True, "new", (), ARMS, rows={"new": Row("new", data="d"), "kept": Row("kept")})
+    old = {name: {"id": name, "data": name, "teacher": {}} for name in ("kept", "foreign")}
+    content = {"bundle": "x", "id": "d", "data": "d", "teacher": {}, "rows": list(old.values())}
+    content = merge_row(content, "x", {"id": "new", "data": "d", "teacher": {}, "converged": {}}, "new")
+
+    found = complete(content, recipe)
+
+    assert (found["bundle"], found["id"], [row["id"] for row in found["rows"]]) == ("x", "new", ["foreign", "kept"])
+    assert "not_rerun" not in {key for key in found if key != "rows"}
+    assert all("earlier protocol" in row["not_rerun"] for row in found["rows"])
+    assert complete(found, recipe) == found
+    searched = {"bundle": "x", "id": "kept", "data": "kept", "search": [], "rows": []}
+    assert complete(searched, recipe) == searched
+
+
+def test_retention_is_a_share_of_the_teacher_whether_the_metric_rises_or_falls() -> None:
+    assert (retention(0.6, 0.8), retention(2.0, 1.0, higher_is_better=False)) == (0.75, 0.5)
+    assert retention(0.6, 0.0) is None
+
+
+def test_a_rule_that_ignores_the_image_is_judged_by_the_networks_it_meets() -> None:
+    networks = {"student_alone": {"mean": 0.5}, "teacher": {"mean": 0.7}}
+    for mean, higher, word in ((0.4, True, "none: the best rule that ignores the image, b, has 0.400"),
+                               (0.6, True, "b is better than the student alone (0.600 against 0.500)"),
+                               (0.6, False, "b is better than the teacher (0.600 against 0.700)")):
+        worse = {"mean": 0.1 if higher else 0.9}
+        row = {"leaks": {"a": worse, "b": {"mean": mean}}, "higher_is_better": higher, **networks}
+        assert judge_leaks(row).startswith(word)
+
+
+def test_the_classical_arm_stands_apart_from_rules_that_ignore_the_image() -> None:
+    found = {"sarcoma_muscle": {"mean": 0.3}, "mean_label": {"mean": 0.2}}
+    row = Row("a", classical="sarcoma_muscle", leaks=["mean_label"])
+    assert rules_of(row, found) == {
+        "classical": {"name": "sarcoma_muscle", "mean": 0.3}, "leaks": {"mean_label": {"mean": 0.2}}
+    }
+    assert rules_of(Row("a"), {}) == {}
 
 
 def test_rows_that_are_not_written_stay_byte_for_byte(repository: Path, tmp_path: Path) -> None:

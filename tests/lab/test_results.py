@@ -115,3 +115,11 @@ def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str], words: list
     with pytest.raises(SystemExit):
         main(words)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_row_that_the_data_do_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "ct_headneck_openkbp"
+    data.mkdir()
+    assert main([BUNDLE, str(data), "--row", "ct_liver_msd_slices"]) == 1
+    said = capsys.readouterr().err
+    assert "ROW must be one of ct_headneck_openkbp_all, ct_headneck_openkbp_few, ct_headneck_openkbp_none, got" in said

@@ -16,10 +16,12 @@ from lab.training import Run, Study, check_test_list, evaluate, find_datalist, t
 
 
 @pytest.mark.parametrize(
-    ("test", "message"), [([], "must have cases, got none"), (["b", "c"], "of its own, got 1 of another list: b")]
+    ("test", "message"),
+    [([], "must have cases, got none"), (["b", "c"], "of its own, got 1 of another list: b"),
+     (["u"], "of its own, got 1 of another list: u")],
 )
 def test_test_cases_are_looked_at_before_anything_is_trained(tmp_path: Path, test: list[str], message: str) -> None:
-    lists = {"training": ["a"], "validation": ["b"], "test": test}
+    lists = {"training": ["a"], "validation": ["b"], "unlabeled": ["u"], "test": test}
     content = {name: [{"image": image} for image in images] for name, images in lists.items()}
     (tmp_path / "datalist.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
