@@ -121,15 +121,16 @@ def test_the_canal_is_followed_through_slices_and_the_gullet_lies_behind_the_air
         distance = np.hypot(places[0] - 50 - z / 4, places[1] - 50)
         bone[:, :, z] = (distance > 6) & (distance < 40)
         image[:, :, z][np.hypot(places[0] - 50, places[1] - 102) < 6] = -900
-    path = canal(bone, (1.0, 1.0, 3.0), (50.0, 54.0, 11), length=30.0)
+    places_found = canal(bone, (1.0, 1.0, 3.0), (50.0, 54.0, 11), length=30.0)
+    path = np.array(places_found)
 
     assert path[:, 2].tolist() == list(range(11, 1, -1))
     assert np.abs(path[:, 0] - 50 - path[:, 2] / 4).max() <= 1.5
     assert np.abs(path[:, 1] - 50).max() <= 1.5
-    found = gullet(image, (1.0, 1.0, 3.0), path, np.arange(12) > 5)
-    assert found[:, :, 6:].any((0, 1)).all()
-    assert not found[:, :, :6].any()
-    assert np.argwhere(found)[:, 1].mean() < 96                    # the middle of the air is at 102
+    found = gullet(image, (1.0, 1.0, 3.0), places_found[0])
+    assert found.shape == (100, 130)
+    assert np.argwhere(found).mean(0) == pytest.approx((46, 88), abs=0.5)      # the middle of the air is at 50, 102
+    assert not gullet(np.zeros_like(image), (1.0, 1.0, 3.0), places_found[0]).any()
 
 
 def write_case(folder: Path, name: str, box: int) -> dict[str, str]:
