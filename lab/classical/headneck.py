@@ -71,7 +71,7 @@ def canal(bone: Mask, spacing: Sequence[float], start: Sequence[float], length: 
     path = [(round(start[0]), round(start[1]), round(start[2]) + 1)]
     for z in range(round(start[2]), max(-1, round(start[2] - length / spacing[2])), -1):
         x, y, _ = millimeters((*bone.shape[:2], 1), path[-1], spacing)
-        reach = (8, 25) if len(path) == 1 else (5, 5)              # mm from the slice above
+        reach = (9, 25) if len(path) == 1 else (6, 6)              # mm from the slice above
         near = ((np.abs(x) <= reach[0]) & (np.abs(y) <= reach[1]))[..., 0]
         best = np.where(near, wide[:, :, z] - 3 * narrow[:, :, z], -np.inf).argmax()
         path.append((int(best) // bone.shape[1], int(best) % bone.shape[1], z))
