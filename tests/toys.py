@@ -33,7 +33,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.data.distributed import DistributedSampler
 
 from medkd.handlers.checkpoint import CheckpointHandler
-from medkd.handlers.distillation import DistillationHandler
+from medkd.handlers.distillation import DistillationEvents, DistillationHandler
+from medkd.handlers.gradient_norms import GradientNorms
 from medkd.handlers.nan_guard import NanGuard
 from medkd.handlers.randomness import EpochSeed
 from medkd.handlers.schedule import WeightSchedule
@@ -365,4 +366,30 @@ def train_one_rank(rank: int, ranks: int, directory: Path, weights: Path, last: 
     )
     run.trainer.run()
     torch.save((run.result(), seen), directory / f"result_{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def balance_one_rank(rank: int, ranks: int, directory: Path) -> None:
+    """Train one rank with balanced terms; save its own norms of the first step, what it was told, and the factors."""
+    distributed.init_process_group("gloo", f"file://{directory}/meeting_point", rank=rank, world_size=ranks)
+    network = nn.parallel.DistributedDataParallel(student())
+    told: list[dict[str, float]] = []
+    own: list[float] = []
+
+    def measure(engine: Any) -> None:
+        found = torch.autograd.grad(engine.state.supervised, list(network.parameters()), retain_graph=True)
+        own.append(float(torch.cat([one.flatten() for one in found]).norm()))
+
+    norms = GradientNorms(balance={"logits": 0.3}, steps=2)
+    handlers = [
+        DistillationHandler(Teacher(teacher), SoftLabelLoss(), {"logits": 0.5}),
+        on(DistillationEvents.TERMS_COMPLETED, measure), norms,
+        on(Events.ITERATION_COMPLETED, lambda engine: told.append(dict(engine.state.gradient_norms))),
+    ]
+    engine = make_trainer(
+        network, handlers, epochs=3, sampler=lambda dataset: DistributedSampler(dataset, ranks, rank)
+    )
+    engine.run()
+    weights = [one.detach() for one in network.parameters()]
+    torch.save((own, told, norms.state_dict()["factors"], weights), directory / f"result_{rank}.pt")
     distributed.destroy_process_group()

@@ -41,7 +41,8 @@ class DistillationEvents(EventEnum):
     """Events of one training step that the handler adds to the trainer.
 
     * `TEACHER_COMPLETED`: the teacher has seen the batch; its tensors are in `engine.state.teacher`.
-    * `TERMS_COMPLETED`: the terms are in `engine.state.output["kd/<term>"]` and added to the loss.
+    * `TERMS_COMPLETED`: the terms are in `engine.state.output["kd/<term>"]` and added to the loss. While it lasts,
+      `engine.state.supervised` and `engine.state.terms` have the supervised loss and the terms with their graph.
     """
 
     TEACHER_COMPLETED = "teacher_completed"
@@ -52,13 +53,14 @@ class DistillationHandler:
     """Add weighted distillation terms to the loss of a supervised trainer.
 
     Runs the frozen teacher on the very batch that the student saw, computes the terms of one loss or several from
-    named layers of both networks, and adds `sum(weight * factor * term)` to `engine.state.output["loss"]` before MONAI
+    named layers of both networks, and adds `sum(weight * factors * term)` to `engine.state.output["loss"]` before MONAI
     calls backward. With all weights 0 no teacher is built and training equals plain training bit for bit.
 
     What it leaves on the trainer: `state.distill_weights` (term -> weight; fixed), `state.distill_factors` (term ->
-    factor, 1.0; schedules write here at `ITERATION_STARTED`), `state.distillation` (mode, teacher, hash),
-    `state.distill_modules` (losses in use that a checkpoint must hold), and in `state.output`: `supervised_loss` and
-    the unweighted `kd/<term>`. A trainer takes one handler.
+    factor, 1.0; schedules write here at `ITERATION_STARTED`), `state.distill_balance` (a second factor, 1.0, that of
+    `GradientNorms`), `state.distillation` (mode, teacher, hash), `state.distill_modules` (losses in use that a
+    checkpoint must hold), and in `state.output`: `supervised_loss` and the unweighted `kd/<term>`. A trainer takes one
+    handler.
 
     A network may give the heads of deep supervision as a list: the one of full resolution is distilled.
 
@@ -142,6 +144,7 @@ class DistillationHandler:
         state = engine.state
         state.distill_weights = dict(self.weights)
         state.distill_factors = dict.fromkeys(self.weights, 1.0)
+        state.distill_balance = dict.fromkeys(self.weights, 1.0)
         state.distillation = {"mode": "supervised", "teacher": None, "teacher_sha256": None}
         state.distill_modules = []
         self._sums = {}
@@ -240,15 +243,20 @@ class DistillationHandler:
         label = output.get("label")
         label = plain_tensor(label) if isinstance(label, Tensor) else None
         parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         for loss in self._callables:
             values = loss(engine.state.student, engine.state.teacher, label)
             self._terms(values, unwrap(loss))
             for term, value in values.items():
                 output[f"kd/{term}"] = value.detach()
-                parts[f"part/{term}"] = self.weights[term] * engine.state.distill_factors[term] * value
+                factor = engine.state.distill_factors[term] * engine.state.distill_balance[term]
+                parts[f"part/{term}"] = self.weights[term] * factor * value
+            terms |= values
+        engine.state.supervised, engine.state.terms = output["loss"], terms
         output["loss"] = sum(parts.values(), output["loss"])
         engine.state.student = engine.state.teacher = None
         engine.fire_event(DistillationEvents.TERMS_COMPLETED)
+        engine.state.supervised = engine.state.terms = None        # or the graph would outlive the step
         for name, value in {**output, **parts}.items():
             if name in ("loss", "supervised_loss") or name.startswith(("kd/", "part/")):
                 self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
