@@ -255,6 +255,8 @@ class CheckpointHandler:
     def _describe(self, engine: Any) -> dict[str, Any]:
         run = {"saved": True, **getattr(engine.state, "distillation", {"mode": "supervised"})}
         run["weights"] = getattr(engine.state, "distill_weights", {}) if run["mode"] == "distilled" else {}
+        balance = {term: one for term, one in getattr(engine.state, "distill_balance", {}).items() if one != 1.0}
+        run |= {"balance": balance} if balance else {}
         run["epoch"], run["max_epochs"] = engine.state.epoch, engine.state.max_epochs
         if self._selection.epoch >= 1:
             run["validation"] = {self._selection.name: self._selection.metric}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -259,6 +260,13 @@ def test_a_resumed_run_ends_bit_identical_whether_the_factors_were_fixed_or_not(
     with pytest.raises(KeyboardInterrupt):
         balanced(tmp_path / "broken", toys.on(Events.EPOCH_STARTED(once=epoch), stop))
     assert toys.same(balanced(tmp_path / "broken", resume=True), whole)
+
+
+def test_the_factors_stand_beside_the_student(tmp_path: Path) -> None:
+    state = balanced(tmp_path)[2]
+    content = json.loads((tmp_path / "model.json").read_text())
+    assert content["weights"] == WEIGHTS
+    assert content["balance"] == state["factors"]
 
 
 def test_a_checkpoint_that_lacks_the_factors_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
