@@ -151,7 +151,7 @@ def test_killed_run_resumes_bit_identical(
     )
     asked = [one["record"].pop("settings") for one in (whole_state, state)]
     assert toys.same(whole_state, state)
-    assert {key for key in asked[1] if key not in asked[0]} == {"train#handlers#6#_target_", "train#handlers#6#epoch"}
+    assert {key for key in asked[1] if key not in asked[0]} == {"train#handlers#7#_target_", "train#handlers#7#epoch"}
     assert asked[0]["learning_rate"] == 0.05
 
 

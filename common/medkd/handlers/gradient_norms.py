@@ -18,7 +18,7 @@ from medkd.checks import suggest
 from medkd.handlers.distillation import DistillationEvents
 from medkd.taps import unwrap
 
-__all__ = ["GradientNorms"]
+__all__ = ["GradientNorms", "in_place"]
 
 _SUPERVISED = "supervised"
 logger = logging.getLogger(__name__)
@@ -208,3 +208,12 @@ def _line(norms: Mapping[str, float], weights: Mapping[str, float]) -> str:
         percent = f"{share:.3g}" if share < 100 else f"{share:.0f}"
         parts.append(f"{term} {norms[term]:.3g} x {weights[term]:.3g} = {percent} %")
     return "; ".join(parts)
+
+
+def in_place(handler: GradientNorms) -> GradientNorms:
+    """Give the handler itself: in a config, its place in `train#handlers`, whose items are dicts, when others name it.
+
+    Args:
+        handler: also among the `objects` of the checkpoint.
+    """
+    return handler
