@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from medkd.data.datalist import SplitsFile, make_datalist, write_datalist
 __all__ = [
     "Run", "Study", "Trained", "check_model", "check_test_list", "evaluate", "find_datalist", "ranked", "train",
 ]
+
+_WRITING = threading.Lock()                # trainings of one row start at once, and may want one list
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Study:
             return self.datalist
         made["data_root"] = str((self.datalist.parent / content.get("data_root", "")).resolve())
         path = self.folder / "data" / content_hash(made)[:12] / "datalist.json"
-        return path if path.is_file() else write_datalist(path, made)
+        with _WRITING:
+            return path if path.is_file() else write_datalist(path, made)
 
     def metric_of(self, run: Run) -> str:
         """Name of the value by which a training takes its best model: where it has no labels, agreement."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from lab.keys import data_hash
-from lab.plan import make_run, train_all
+from lab.plan import all_parallel, make_run, train_all
 from lab.recipe import Arm, Row
 from lab.regimes import Regime, describe_regime, make_regime, regime_list, supervised_list
 from lab.training import Study
+from medkd.data.datalist import write_datalist
 from tests.lab.conftest import ARMS, TRAIN, write_bundle
 
 WHOLE: dict[str, Any] = {
@@ -113,6 +115,23 @@ def test_each_training_reads_the_list_of_its_regime(make_study: Callable[..., St
     }
     whole = make_study(row=Row("a", regime={"labels": "all", "unlabeled": True}, arms=ARMS))
     assert whole.datalist_of(make_run(whole, "method", ARMS["method"], 0)) == tmp_path / "datalist.json"
+
+
+def test_trainings_that_start_at_once_may_want_one_list(
+    make_study: Callable[..., Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    study = make_study(row=Row("a", regime={"labels": 2, "unlabeled": True}, arms=ARMS))
+    written: list[Path] = []
+
+    def slowly(path: Path, content: dict[str, Any]) -> Path:
+        written.append(path)
+        time.sleep(0.2)
+        return write_datalist(path, content)
+
+    monkeypatch.setattr("lab.training.write_datalist", slowly)
+    runs = [make_run(study, "method", ARMS["method"], seed) for seed in range(4)]
+    assert len(set(all_parallel(study.datalist_of, runs, 4, study.executor))) == len(written) == 1
 
 
 def test_regimes_share_the_trainings_that_are_the_same(make_study: Callable[..., Study], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,21 +37,40 @@ def write_recipe(root: Path, repository: Path) -> None:
             "teacher_check": {"metric": "val_mean_dice", "mode": "warn"},
         },
         "epochs": {"teacher": 1, "student": 1}, "val_interval": {"teacher": 1, "student": 1}, "seeds": [0, 1],
-        "classical": "sarcoma_muscle", "leaks": ["mean_label"], "curve": [1, 2],
+        "classical": "sarcoma_muscle", "leaks": ["mean_label"], "curve": [0, 1, 2],
         "ship": True, "calibrate": {"validate#inferer#overlap": [0.0, 0.25]},
     }
     arms = {"student_alone": {"seeds": 1}, "logits_kd": None, "features_kd": None, "method": None}
-    (root / "recipes" / f"{BUNDLE}.json").write_text(json.dumps({"default": "toy", "arms": arms, "rows": {"toy": row}}))
+    own = {"regime": {"labels": 0, "unlabeled": True}, "calibrate": {}, "curve": [], "seeds": [0], "ship": False}
+    rows = {"toy": row, "toy_none": {"like": "toy", "data": "toy", **own}}
+    (root / "recipes" / f"{BUNDLE}.json").write_text(json.dumps({"default": "toy", "arms": arms, "rows": rows}))
 
 
-@pytest.mark.timeout(900)   # 80 seconds on two idle cores
+def check_row_without_labels(content: dict[str, Any]) -> None:
+    """The second row: what it shares with the first, how it chose, and its place in the curve of the first."""
+    (none,) = content["rows"]
+    assert none["regime"] == {"name": "none", "labels": 0, "unlabeled": 1, "labels_of_student_alone": 2}
+    assert none["teacher"]["keys"] == content["teacher"]["keys"]
+    assert none["student_alone"]["keys"] == content["student_alone"]["keys"]
+    assert none["distilled"]["keys"] != content["distilled"]["keys"][:1]
+    assert none["labels_worth"].keys() & {"value", "reason"}
+    points = {point["labels"]: point for point in content["curve"]["points"]}
+    assert points[0]["row"] == "toy_none"
+    assert points[0]["distilled"]["mean"] == none["distilled"]["mean"]
+    assert "student_alone" not in points[0]
+    assert points[2]["student_alone"]["keys"] == content["student_alone"]["keys"]       # trained once
+    assert points[1]["student_alone"]["keys"] != points[2]["student_alone"]["keys"]
+
+
+@pytest.mark.timeout(900)   # 2 minutes on two idle cores
 def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundles" / BUNDLE
     for name in ("configs", "scripts", "docs"):
         shutil.copytree(repository / "bundles" / BUNDLE / name, bundle / name)
     (bundle / "models").mkdir()
     shutil.copy(repository / "README.md", tmp_path)
-    write_ct_phantoms(tmp_path / "toy", training=2, validation=1, test=1, shape=(40, 36, 32), spacing=(6.0, 6.0, 7.0))
+    sizes: dict[str, Any] = {"shape": (40, 36, 32), "spacing": (6.0, 6.0, 7.0)}
+    write_ct_phantoms(tmp_path / "toy", training=2, validation=1, test=1, unlabeled=1, **sizes)
     write_recipe(tmp_path, repository)
 
     with start(repository, tmp_path) as first:
@@ -83,12 +103,8 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     assert (told["steps"], told["steps_at_half"], type(told["reached"])) == (2, 1, bool)
     assert told["teacher"]["validation_at_half"] == content["teacher"]["validation"]["mean"]
     assert content["regime"] == {"name": "all", "labels": 2, "unlabeled": 0, "labels_of_student_alone": 2}
+    check_row_without_labels(content)
     assert content["retention"] == round(content["distilled"]["mean"] / content["teacher"]["mean"], 4)
-    first, second = content["curve"]["points"]
-    assert first.keys() == second.keys() == {"labels", "student_alone", "distilled"}
-    for name in ("student_alone", "distilled"):                    # trained once
-        assert second[name]["keys"] == content[name]["keys"][:1]
-    assert first["student_alone"]["keys"] != second["student_alone"]["keys"]
     assert len(list((tmp_path / "runs" / "lab" / "rules").glob("toy_*/sarcoma_muscle/case_003*.nii.gz"))) == 1
     assert (tmp_path / "results" / f"{BUNDLE}_labels.png").exists()
     assert len(content["teacher"]["metrics"]) >= 2
