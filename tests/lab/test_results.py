@@ -28,50 +28,36 @@ def start(repository: Path, root: Path) -> subprocess.Popen[str]:
     )
 
 
-def write_recipe(root: Path, repository: Path) -> None:
-    shutil.copytree(repository / "results" / "recipes", root / "recipes")
-    row = {
-        "options": {
-            "out_channels": 7, "patch_size": [32, 32, 32], "spacing": [8.0, 8.0, 8.0],
-            "train#trainer#epoch_length": 1,
-            "teacher_check": {"metric": "val_mean_dice", "mode": "warn"},
-        },
-        "epochs": {"teacher": 1, "student": 1}, "val_interval": {"teacher": 1, "student": 1}, "seeds": [0, 1],
-        "classical": "sarcoma_muscle", "leaks": ["mean_label"], "curve": [0, 1, 2],
-        "ship": True, "calibrate": {"validate#inferer#overlap": [0.0, 0.25]},
-    }
-    arms = {"student_alone": {"seeds": 1}, "logits_kd": None, "features_kd": None, "method": None}
-    own = {"regime": {"labels": 0, "unlabeled": True}, "calibrate": {}, "curve": [], "seeds": [0], "ship": False}
-    rows = {"toy": row, "toy_none": {"like": "toy", "data": "toy", **own}}
-    (root / "recipes" / f"{BUNDLE}.json").write_text(json.dumps({"default": "toy", "arms": arms, "rows": rows}))
-
-
-def check_row_without_labels(content: dict[str, Any]) -> None:
-    """The second row: what it shares with the first, how it chose, and its place in the curve of the first."""
-    (none,) = content["rows"]
-    assert none["regime"] == {"name": "none", "labels": 0, "unlabeled": 1, "labels_of_student_alone": 2}
-    assert none["teacher"]["keys"] == content["teacher"]["keys"]
-    assert none["student_alone"]["keys"] == content["student_alone"]["keys"]
-    assert none["distilled"]["keys"] != content["distilled"]["keys"][:1]
-    assert none["labels_worth"].keys() & {"value", "reason"}
-    points = {point["labels"]: point for point in content["curve"]["points"]}
-    assert points[0]["row"] == "toy_none"
-    assert points[0]["distilled"]["mean"] == none["distilled"]["mean"]
-    assert "student_alone" not in points[0]
-    assert points[2]["student_alone"]["keys"] == content["student_alone"]["keys"]       # trained once
-    assert points[1]["student_alone"]["keys"] != points[2]["student_alone"]["keys"]
-
-
-@pytest.mark.timeout(900)   # 2 minutes on two idle cores
-def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundles" / BUNDLE
+def prepare(repository: Path, root: Path, rows: dict[str, dict[str, Any]]) -> Path:
+    """A repository with the bundle, phantoms and a recipe; gives the bundle's folder."""
+    bundle = root / "bundles" / BUNDLE
     for name in ("configs", "scripts", "docs"):
         shutil.copytree(repository / "bundles" / BUNDLE / name, bundle / name)
     (bundle / "models").mkdir()
-    shutil.copy(repository / "README.md", tmp_path)
+    shutil.copy(repository / "README.md", root)
     sizes: dict[str, Any] = {"shape": (40, 36, 32), "spacing": (6.0, 6.0, 7.0)}
-    write_ct_phantoms(tmp_path / "toy", training=2, validation=1, test=1, unlabeled=1, **sizes)
-    write_recipe(tmp_path, repository)
+    write_ct_phantoms(root / "toy", training=2, validation=1, test=1, unlabeled=1, **sizes)
+    shutil.copytree(repository / "results" / "recipes", root / "recipes")
+    arms = {"student_alone": {"seeds": 1}, "logits_kd": None, "features_kd": None, "method": None}
+    content = {"default": "toy", "arms": arms, "rows": rows}
+    (root / "recipes" / f"{BUNDLE}.json").write_text(json.dumps(content))
+    return bundle
+
+
+ROW: dict[str, Any] = {
+    "options": {
+        "out_channels": 7, "patch_size": [32, 32, 32], "spacing": [8.0, 8.0, 8.0], "train#trainer#epoch_length": 1,
+        "teacher_check": {"metric": "val_mean_dice", "mode": "warn"},
+    },
+    "epochs": {"teacher": 1, "student": 1}, "val_interval": {"teacher": 1, "student": 1},
+}
+
+
+@pytest.mark.timeout(900)   # a minute on two idle cores
+def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path, tmp_path: Path) -> None:
+    own = {"classical": "sarcoma_muscle", "leaks": ["mean_label"], "ship": True, "seeds": [0, 1],
+           "calibrate": {"validate#inferer#overlap": [0.0, 0.25]}}
+    bundle = prepare(repository, tmp_path, {"toy": {**ROW, **own}})
 
     with start(repository, tmp_path) as first:
         assert first.stdout is not None
@@ -103,10 +89,8 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     assert (told["steps"], told["steps_at_half"], type(told["reached"])) == (2, 1, bool)
     assert told["teacher"]["validation_at_half"] == content["teacher"]["validation"]["mean"]
     assert content["regime"] == {"name": "all", "labels": 2, "unlabeled": 0, "labels_of_student_alone": 2}
-    check_row_without_labels(content)
     assert content["retention"] == round(content["distilled"]["mean"] / content["teacher"]["mean"], 4)
-    assert len(list((tmp_path / "runs" / "lab" / "rules").glob("toy_*/sarcoma_muscle/case_003*.nii.gz"))) == 1
-    assert (tmp_path / "results" / f"{BUNDLE}_labels.png").exists()
+    assert len(list((runs / "rules").glob("toy_*/sarcoma_muscle/case_003*.nii.gz"))) == 1
     assert len(content["teacher"]["metrics"]) >= 2
     assert str(tmp_path) not in json.dumps(content)
     assert (tmp_path / "results" / f"{BUNDLE}.png").exists()
@@ -117,6 +101,34 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     assert "Chosen on validation, `validate#inferer#overlap`: teacher 0." in page
     assert len(content["shipped"]["sha256"]) == 64
     assert (bundle / "models" / "model.pt").stat().st_size > 10_000
+
+
+@pytest.mark.slow           # 2 minutes on two idle cores
+@pytest.mark.timeout(1800)
+def test_regimes_share_trainings_and_fill_a_curve_from_end_to_end(repository: Path, tmp_path: Path) -> None:
+    row = {**ROW, "seeds": [0], "regime": {"unlabeled": True}}
+    none = {"like": "toy", "data": "toy", "regime": {"labels": 0, "unlabeled": True}, "curve": []}
+    prepare(repository, tmp_path, {"toy": {**row, "curve": [0, 1, 2]}, "toy_none": none})
+
+    with start(repository, tmp_path) as process:
+        said, _ = process.communicate()
+
+    assert process.returncode == 0, said
+    whole = json.loads((tmp_path / "results" / f"{BUNDLE}.json").read_text())
+    (without,) = whole["rows"]
+    assert whole["regime"] == {"name": "all", "labels": 2, "unlabeled": 1, "labels_of_student_alone": 2}
+    assert without["regime"] == {"name": "none", "labels": 0, "unlabeled": 1, "labels_of_student_alone": 2}
+    for name in ("teacher", "student_alone"):
+        assert without[name]["keys"] == whole[name]["keys"]
+    assert without["labels_worth"].keys() & {"value", "reason"}
+    points = {point["labels"]: point for point in whole["curve"]["points"]}
+    assert (points[0]["row"], points[2]["row"]) == ("toy_none", "toy")
+    assert points[0]["distilled"]["mean"] == without["distilled"]["mean"]
+    assert "student_alone" not in points[0]
+    keys = [points[1]["student_alone"]["keys"], points[2]["student_alone"]["keys"], whole["student_alone"]["keys"]]
+    assert keys[0] != keys[1] == keys[2]                           # trained once
+    assert points[2]["distilled"]["keys"] == whole["distilled"]["keys"]
+    assert (tmp_path / "results" / f"{BUNDLE}_labels.png").exists()
 
 
 @pytest.mark.parametrize(
