@@ -18,7 +18,7 @@ _NO_VALIDATION = (
     "--validation SPLIT."
 )
 _TEACHER = (
-    "add labels, or a teacher, which needs none: its weights at `teacher_path`, and weights of distillation above 0 "
+    "a teacher, which needs none: its weights at `teacher_path`, and weights of distillation above 0 "
     "(medkd check-data --label_free for a teacher that is to come)."
 )
 
@@ -68,10 +68,10 @@ def label_list_problems(lists: Lists, image_key: str, label_key: str, needs_labe
 
 def _without_labels(training: Items, extra: Items, label_key: str) -> Iterator[str]:
     if not training and not extra:
-        yield f"`training` must have a case with a label, got no case; name one in the datalist, or {_TEACHER[4:]}"
+        yield f"`training` must have a case with a label, got no case; name one in the datalist, or add {_TEACHER}"
     elif not any(label_key in item for item in training):
         beside = f" and {len(extra)} in `unlabeled`" if extra else ""
-        yield f"`training` must have a case with a label, got none of {len(training)}{beside}; {_TEACHER}"
+        yield f"`training` must have a case with a label, got none of {len(training)}{beside}; add labels, or {_TEACHER}"
 
 
 def _without_cases(training: Items, extra: Items) -> Iterator[str]:

@@ -67,7 +67,7 @@ def test_beside_the_student_lies_how_it_was_trained(tmp_path: Path) -> None:
     run(tmp_path, handlers=[DistillationHandler(reference, SoftLabelLoss(), {"logits": 0.5})])
     assert json.loads((tmp_path / "model.json").read_text()) == {
         "saved": True, "mode": "distilled", "teacher": str(expert), "teacher_sha256": reference.file_sha256,
-        "weights": {"logits": 0.5}, "epoch": 2, "max_epochs": 2,
+        "predictions": "live", "weights": {"logits": 0.5}, "epoch": 2, "max_epochs": 2,
     }
 
 
