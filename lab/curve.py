@@ -64,7 +64,7 @@ def _point(point: Mapping[str, Any], row: Mapping[str, Any], rows: Sequence[Mapp
     for other in rows:
         regime = other.get("regime")
         if regime and regime["labels"] == point["labels"] and regime["unlabeled"] and _same_task(row, other):
-            taken = {name: {key: other[name][key] for key in ("mean", "sd", "runs")}
+            taken = {name: {key: other[name][key] for key in point[name]}
                      for name in (ALONE, DISTILLED) if name in other and name in point}
             return {**point, **taken, "row": other["id"]}
     return dict(point)

@@ -66,9 +66,9 @@ def test_each_stage_has_a_time_for_each_network_and_runs_on_its_trained_predicti
     assert found["parameters"] == {"teacher": 10, "student": 4}
     assert {"load", "network", "decode", "write"} <= found["seconds_per_case"].keys()
     assert all(stage.keys() == {"teacher", "student"} for stage in found["seconds_per_case"].values())
-    expected = [f"{name} ({width}, 4, 4) {value * image}" for image in (1, 2) for width, value in ((5, 1), (2, 2))
+    expected = [f"{name} ({width}, 4, 4) {value * image}" for image in (1, 1, 2) for width, value in ((5, 1), (2, 2))
                 for name in ("decode", "write", "after")]
-    assert expected == ORDER                                       # images are 1 and 2, weights 1 and 2
+    assert expected == ORDER                                       # images are 1 and 2, weights too; one untimed
 
 
 def test_writing_begins_with_what_saves(request_of: dict[str, Any]) -> None:
