@@ -4,6 +4,10 @@
 What makes it hard on purpose: the right kidney and right adrenal look like the left ones, the vena cava and
 the iliac arteries like the aorta, the stomach and a bowel loop like the spleen, the duodenum like the
 pancreas. Only position tells them apart. The pancreas has low contrast, the adrenal is a few voxels thin.
+
+Patients differ as real ones do, so that a few of them do not show what the next one looks like: habitus and place
+in the scanner, size and place of each organ, noise of the scanner, and the time after the contrast agent: a native
+kidney is as bright as muscle, an arterial one as bone marrow.
 """
 
 from __future__ import annotations
@@ -28,6 +32,13 @@ CT_LABELS = {
     "4": "aorta", "5": "pancreas", "6": "left_adrenal",
 }
 _EXTENT = (288.0, 240.0, 256.0)   # mm; the field of view that the anatomy below is drawn for
+_HABITUS = ((0.94, 0.94, 0.9), (1.15, 1.15, 1.1))   # mm of the patient drawn below per mm of this one, per axis
+_SHIFT = (8.0, 8.0, 14.0)                 # mm that its middle may lie off that of the field of view
+_TIMES = (0.0, 35.0, 70.0, 180.0)         # s after the contrast agent: native, arterial, portal venous, late
+_ENHANCED = {                             # HU at these times
+    "liver": (56, 68, 108, 92), "spleen": (48, 122, 120, 96), "kidney": (33, 150, 190, 175),
+    "vessel": (42, 270, 155, 118), "adrenal": (22, 72, 64, 46), "pancreas": (42, 96, 90, 72),
+}
 _FLIPS = ((1, 1, 1), (-1, -1, 1), (-1, 1, 1), (-1, -1, -1))   # RAS, LPS, LAS, LPI
 
 
@@ -116,19 +127,19 @@ def _random_grid(
     affine, to_patient = np.eye(4), np.eye(4)
     affine[:3, :3] = _rotation(rng, 6.0) * steps
     affine[:3, 3] = rng.uniform(-80.0, 80.0, 3) - affine[:3, :3] @ middle
-    size = np.array(_EXTENT) / (np.array(shape) * np.array(spacing))
+    size = np.array(_EXTENT) / (np.array(shape) * np.array(spacing)) * rng.uniform(_HABITUS[0], _HABITUS[1])
     to_patient[:3, :3] = size[:, None] * affine[:3, :3]
-    to_patient[:3, 3] = rng.normal(0.0, 2.0, 3) - to_patient[:3, :3] @ middle
+    to_patient[:3, 3] = rng.uniform(-1.0, 1.0, 3) * _SHIFT - to_patient[:3, :3] @ middle
     return affine, to_patient
 
 
 def _tissue_hu(rng: Generator) -> dict[str, float]:
     """Draw the case's HU; look-alikes share theirs, and the pancreas stands 14 to 18 above the mesentery."""
-    hu = {name: float(rng.normal(mean, sd)) for name, mean, sd in (
-        ("fat", -98, 5), ("muscle", 55, 4), ("mesentery", 42, 5), ("liver", 104, 9), ("spleen", 118, 8),
-        ("kidney", 165, 14), ("vessel", 150, 14), ("adrenal", 66, 6),
-    )}
-    hu["pancreas"] = hu["mesentery"] + float(rng.uniform(14, 18))
+    time = np.interp(rng.uniform(0, len(_TIMES) - 1), np.arange(len(_TIMES)), _TIMES)   # each phase alike
+    hu = {name: float(np.interp(time, _TIMES, values)) for name, values in _ENHANCED.items()}
+    hu |= {"fat": -98.0, "muscle": 55.0}
+    hu = {name: value + float(rng.normal(0, 3 + 0.05 * abs(value))) for name, value in hu.items()}
+    hu["mesentery"] = hu["pancreas"] - float(rng.uniform(14, 18))
     return hu
 
 
@@ -138,7 +149,7 @@ def _draw_body(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     half_width, half_depth = rng.uniform(116, 128), rng.uniform(82, 94)
     ratio = (np.abs(x / half_width) ** 2.4 + np.abs(y / half_depth) ** 2.4) ** (1 / 2.4) + 1e-6
     skin = np.hypot(x, y) * (1 - 1 / ratio)                       # mm along the ray from the middle
-    rim = rng.uniform(9, 17) * (1 + 0.25 * np.sin(np.arctan2(y, x) * 2 + rng.uniform(0, 6))) + canvas.wobble
+    rim = rng.uniform(6, 22) * (1 + 0.25 * np.sin(np.arctan2(y, x) * 2 + rng.uniform(0, 6))) + canvas.wobble
     muscle, canvas.wall = skin + rim, skin + rim + rng.uniform(9, 12)
     canvas.blend(np.abs(y + half_depth + 13) - 3, -150.0)         # the couch
     canvas.blend(skin, hu["fat"])
@@ -152,7 +163,7 @@ def _draw_body(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     mediastinum = (np.hypot(x / 30, (y + 18) / 50) - 1) * 30
     lungs = np.maximum(np.maximum((dome - z) * 0.6, canvas.wall), -mediastinum)
     canvas.blend(lungs, float(rng.uniform(-860, -780)))
-    heart = ellipsoid((-18, 22, 128) + rng.normal(0, 4, 3), (48, 38, 36))
+    heart = ellipsoid((-18, 22, 128) + rng.normal(0, 6, 3), (48, 38, 36))
     canvas.paint(heart, hu["vessel"] - 15)
 
 
@@ -204,18 +215,18 @@ def _draw_bowel(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     colon = [(-84, -22, -115), (-88, -18, -60), (-86, 2, -12)] + rng.normal(0, 4, (3, 3))
     canvas.paint(tube(colon, [13, 13, 12]), float(rng.uniform(25, 70)), wobble=2, inside=canvas.wall)
     canvas.paint(tube(colon + (0, 3, 0), [6, 7, 5]), -650.0, wobble=2, inside=canvas.wall)
-    center = (-50, 30, 38) + rng.normal(0, 4, 3)
+    center = (-50, 30, 38) + rng.normal(0, 7, 3)
     antrum = ellipsoid(center + (30, 10, -28), (34, 16, 15))
-    stomach = join(ellipsoid(center, (34, 26, 40) * rng.uniform(0.85, 1.1, 3)), antrum)
+    stomach = join(ellipsoid(center, (34, 26, 40) * rng.uniform(0.75, 1.2, 3)), antrum)
     canvas.paint(stomach, hu["spleen"], wobble=2.5, inside=canvas.wall)
     canvas.paint(ellipsoid(center + (2, 17, 8), (16, 7, 20)), -800.0, wobble=2, inside=canvas.wall)
 
 
 def _draw_liver(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Liver of two lobes with veins and hidden lesions (still liver), and the gall bladder (not)."""
-    center = (54, 4, 34) + rng.normal(0, 4, 3)
-    size = rng.uniform(0.9, 1.12, 3)
-    left = ellipsoid(center + (-46, 30, 18) + rng.normal(0, 4, 3), (50, 26, 26) * rng.uniform(0.85, 1.15, 3))
+    center = (54, 4, 34) + rng.normal(0, 6, 3)
+    size = rng.uniform(0.82, 1.18, 3)
+    left = ellipsoid(center + (-46, 30, 18) + rng.normal(0, 4, 3), (50, 26, 26) * rng.uniform(0.7, 1.2, 3))
     liver = join(ellipsoid(center, (50, 58, 56) * size), left, 20.0)
     liver = carve(liver, ellipsoid(center + (-30, -12, -48), (34, 40, 34)))       # under side
     canvas.paint(liver, hu["liver"], 1, wobble=4, inside=canvas.wall + 2)
@@ -244,8 +255,8 @@ def _remove_liver_islands(canvas: Canvas, hu: dict[str, float]) -> None:
 
 def _draw_spleen(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Spleen: a crescent that lies against the wall, hollow towards the stomach."""
-    center = (-78, -26, 46) + rng.normal(0, 3, 3)
-    spleen = ellipsoid(center, (27, 38, 40) * rng.uniform(0.85, 1.15, 3))
+    center = (-78, -26, 46) + rng.normal(0, 5, 3)
+    spleen = ellipsoid(center, (27, 38, 40) * rng.uniform(0.8, 1.3, 3))
     spleen = carve(spleen, ellipsoid(center + (38, 14, 0), (26, 30, 44)))
     canvas.paint(spleen, hu["spleen"], 2, wobble=2.5, inside=canvas.wall + 1)
 
@@ -253,8 +264,8 @@ def _draw_spleen(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
 def _draw_pancreas(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Pancreas: a lobed bow from the duodenum (of the same HU, not labeled) to the spleen, in mesentery."""
     line = np.array([(36, 2, -30), (22, 12, -16), (2, 22, -2), (-24, 16, 10), (-46, 0, 20), (-62, -10, 26)])
-    line = line + rng.normal(0, 3, (1, 3)) + rng.normal(0, 3, line.shape)
-    radii = np.array([13, 12, 9, 9.5, 9, 6.5]) * rng.uniform(0.85, 1.15)
+    line = line + rng.normal(0, 6, (1, 3)) + rng.normal(0, 4, line.shape)
+    radii = np.array([13, 12, 9, 9.5, 9, 6.5]) * rng.uniform(0.8, 1.2)
     canvas.paint(tube(line, radii + 11), hu["mesentery"], wobble=4, inside=canvas.wall + 4)
     loop = line[0] + [(4, 14, 24), (20, 2, 12), (24, -4, -10), (6, -8, -26), (-30, -8, -28)]
     canvas.paint(tube(loop, [9, 10, 10, 10, 8]), hu["pancreas"], wobble=2, inside=canvas.wall)
@@ -265,11 +276,11 @@ def _draw_pancreas(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None
 
 def _draw_vessels(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Aorta, labeled down to where it divides; vena cava and iliac arteries of the same HU, not labeled."""
-    height = np.linspace(150, -90 + rng.normal(0, 6), 12)
-    sway = np.cumsum(rng.normal(0, 1.3, (12, 2)), axis=0)
+    height = np.linspace(150, -90 + rng.normal(0, 10), 12)
+    sway = np.cumsum(rng.normal(0, 2.0, (12, 2)), axis=0)
     x, y = (sway - sway.mean(0)).T + np.array([[-9], [-22]])
     aorta = np.column_stack([x, y, height])
-    wide = rng.uniform(8.0, 10.0)
+    wide = rng.uniform(7.5, 11.0)
     for side in (-1, 1):
         iliac = aorta[-1] + np.array([(0, 0, 0), (side * 14, 2, -22), (side * 30, 4, -60)])
         canvas.paint(tube(iliac, [wide * 0.75, wide * 0.6, wide * 0.55]), hu["vessel"])
@@ -285,8 +296,8 @@ def _draw_kidneys(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     """Both kidneys in their fat, with sinus, and both adrenals; only the left ones are labeled."""
     for side, drop in ((-1, 0), (1, 12)):
         mirror = np.array([side, 1.0, 1.0])
-        center = mirror * (57, -36, -10 - drop) + rng.normal(0, 4, 3)
-        size = np.array([22, 21, 45]) * rng.uniform(0.86, 1.12, 3)
+        center = mirror * (57, -36, -10 - drop) + rng.normal(0, 6, 3)
+        size = np.array([22, 21, 45]) * rng.uniform(0.82, 1.18, 3)
         canvas.paint(ellipsoid(center, size + (5, 5, 7)), hu["fat"], wobble=3, inside=canvas.wall + 1)
         sinus = ellipsoid(center - mirror * (14, -5, 0), size * (0.6, 0.42, 0.45))
         kidney = carve(ellipsoid(center, size), sinus)
@@ -303,10 +314,10 @@ def _draw_kidneys(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
 
 
 def _scan(hu: Array, rng: Generator) -> NDArray[np.int16]:
-    """Blur by the scanner and add correlated noise of 20 to 25 HU."""
+    """Blur by the scanner and add correlated noise of 18 to 36 HU."""
     sharp = ndimage.gaussian_filter(hu, 0.45)
     noise = ndimage.gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), 0.55)
-    noise *= rng.uniform(20, 25) / noise.std()
+    noise *= rng.uniform(18, 36) / noise.std()
     return np.asarray(np.clip(np.rint(sharp + noise), -1024, 3071), np.int16)
 
 
