@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From nothing to a distilled student: phantom CT, teacher, student alone, distilled student, scores and a report.
+"""What a teacher without its data is worth: phantom CT, teacher, students alone, distilled student, scores, report.
+
+Somebody trained the teacher with labels that nobody else has; the user has a few labels and images without any.
 
     make demo                                  or: .venv/bin/python -m lab.demo
     .venv/bin/python -m lab.demo --help        options, such as --quick, --epochs 60, --output DIR, --fresh
@@ -21,22 +23,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab.bundle import ROOT, copy_bundle, show_words
-from lab.demo.scores import DISTILLED, TEACHER, Result, gap_text, organ_names, read_result, table
-from lab.demo.steps import SPEED, TRAININGS, Sizes, folder_of, inference, make_jobs
+from lab.demo.scores import DISTILLED, TEACHER, Result, read_result, summary_table, verdict, worth_text
+from lab.demo.steps import EPOCH, SPEED, Sizes, Training, folder_of, inference, make_jobs, make_trainings
 from lab.execute import ExecutionError, Executor, Job
 from lab.measure import machine, versions
 from lab.progress import clock, do_with_bar
 
-# Measured on two idle cores, where a step takes two patches of 48^3 and an epoch 12 steps: teacher 2:34 minutes (36
-# epochs), student alone 1:53 and distilled student 2:53 (45 epochs each, with their validations and 10 s of start),
-# phantoms, evaluation, predictions and report 0:35. Together 8 minutes.
 FULL = Sizes(
-    training=12, validation=3, test=4, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=36, student_epochs=45, val_interval=9,
+    teacher_labels=48, labels=4, unlabeled=40, validation=3, test=6, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
+    teacher_epochs=20, student_epochs=30, val_interval=10, more_labels=(16, 48),
 )
 QUICK = Sizes(
-    training=3, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=2, student_epochs=2, val_interval=1,
+    teacher_labels=3, labels=2, unlabeled=2, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
+    teacher_epochs=1, student_epochs=1, val_interval=1, more_labels=(3,),
 )
 DURATION = {FULL: ", about 8 minutes on two cores", QUICK: ", about a minute on two cores"}
 BUNDLE = ROOT / "bundles" / "boundary_relation_ct_organs"
@@ -49,15 +48,16 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a minute, to see that all works; its scores mean nothing")
-    add("--epochs", type=int, metavar="N", help="of each training (default: "
+    add("--epochs", type=int, metavar="N", help=f"of each training, {EPOCH} steps each (default: "
         f"{FULL.teacher_epochs} for the teacher, {FULL.student_epochs} for a student)")
-    add("--cases", type=int, metavar="N", help=f"training cases (default: {FULL.training})")
+    add("--labels", type=int, metavar="N", help=f"cases of yours with a label (default: {FULL.labels})")
+    add("--unlabeled", type=int, metavar="N", help=f"and without one (default: {FULL.unlabeled})")
     add("--seed", type=int, default=0, metavar="N", help="of phantoms and trainings (default: 0)")
     add("--output", type=Path, metavar="DIR", help="data, weights, logs, report (default: demo/output, and the "
         "report in demo/report.html)")
     add("--fresh", action="store_true", help="repeat finished steps too")
     options = parser.parse_args(words)
-    for name, least in (("epochs", 1), ("cases", 1), ("seed", 0)):
+    for name, least in (("epochs", 1), ("labels", 1), ("unlabeled", 0), ("seed", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             parser.error(f"--{name} must be {least} or more, got {value}.")
     folder = options.output
@@ -65,34 +65,36 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--output must be a new or empty folder, or that of an earlier demo, got {folder}.")
     sizes = QUICK if options.quick else FULL
     both, interval = options.epochs, min(sizes.val_interval, options.epochs or sizes.val_interval)
-    epochs = {"teacher_epochs": both, "student_epochs": both, "val_interval": interval} if both else {}
-    options.sizes = replace(sizes, training=options.cases or sizes.training, **epochs)
+    changed = {"teacher_epochs": both, "student_epochs": both, "val_interval": interval} if both else {}
+    changed |= {name: getattr(options, name) for name in ("labels", "unlabeled") if getattr(options, name) is not None}
+    more = tuple(count for count in sizes.more_labels if count > changed.get("labels", sizes.labels))
+    options.sizes = replace(sizes, more_labels=more, **changed)
     options.typed = "make demo" if not words else f"python -m lab.demo {shlex.join(words)}"
     options.report = (folder or ROOT / "demo").resolve() / "report.html"
     options.output = (folder or ROOT / "demo" / "output").resolve()
     return options
 
 
-def do_jobs(jobs: Sequence[Job], output: Path) -> None:
+def do_jobs(jobs: Sequence[Job], output: Path, trainings: Mapping[str, Training]) -> None:
     """Do all jobs, and tell each training's best validation Dice."""
     executor = Executor()
     for number, job in enumerate(jobs, start=1):
         print(f"\n[{number}/{len(jobs) + 1}] {job.name}", flush=True)
         word = "done in" if do_with_bar(executor, job) else "finished before (--fresh repeats it) in"
         best = ""
-        if job.name in TRAININGS:
-            told = json.loads((output / "bundle" / TRAININGS[job.name].weights / "model.json").read_text())
+        if job.name in trainings:
+            told = json.loads((output / "bundle" / trainings[job.name].weights / "model.json").read_text())
             best = f", best validation Dice {told['validation']['val_mean_dice']:.3f} at epoch {told['epoch']}"
         print(f"  {word} {clock(job.seconds)}{best}", flush=True)
 
 
-def read_results(output: Path) -> dict[str, Result]:
-    """Scores, parameters and times of the three networks."""
+def read_results(output: Path, trainings: Mapping[str, Training]) -> dict[str, Result]:
+    """Scores, parameters and times of the networks."""
     facts = json.loads((folder_of(SPEED, output) / "time_answer.json").read_text())
     results = {}
-    for name, training in TRAININGS.items():
+    for name, one in trainings.items():
         numbers = (facts[what]["teacher" if name == TEACHER else "student"] for what in facts)
-        results[name] = read_result(output / "bundle" / training.scores, *numbers)
+        results[name] = read_result(output / "bundle" / one.scores, one.labels, one.unlabeled, *numbers)
     return results
 
 
@@ -105,24 +107,27 @@ def describe_run(options: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple
         ("command", options.typed),
         ("versions", ", ".join(f"{name} {version}" for name, version in found.items())),
         ("seed", str(options.seed)),
-        ("phantoms", f"{sizes.training} to train, {sizes.validation} to validate, {sizes.test} to test; "
+        ("phantoms", f"{sizes.teacher_labels} for the teacher; {sizes.labels} with a label, {sizes.unlabeled} without, "
+                     f"{sizes.validation} to validate, {sizes.test} to test; "
                      f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
-        ("epochs", f"{sizes.teacher_epochs} for the teacher, {sizes.student_epochs} for each student"),
+        ("steps", f"{EPOCH * sizes.teacher_epochs} for the teacher, {EPOCH * sizes.student_epochs} for each student"),
         ("hardware", f"{here['processor']}, {here['cores']} cores, {platform.system()}"),
         ("times", f"{', '.join(times)}; together {clock(sum(job.seconds for job in jobs))}"),
     ]
 
 
-def show_results(options: argparse.Namespace, jobs: Sequence[Job], results: Mapping[str, Result]) -> None:
-    """Print the table, where things are, and what to type next."""
-    print(f"\n{'':18}{'Dice':<30}{'HD95 in mm'}")
-    rows = table(results, organ_names(options.output / "data" / "datalist.json"))
-    for name, *cells in (["", *("teacher", "alone", "distilled") * 2], *rows):
-        print(f"{name:16}" + "".join(f"{cell:>10}" for cell in cells))
-    print(f"\nGap recovered by distillation: {gap_text(results)}.")
+def show_results(
+    options: argparse.Namespace, jobs: Sequence[Job], results: Mapping[str, Result], trainings: Mapping[str, Training]
+) -> None:
+    """Print what was gained, the table, where things are, and what to type next."""
+    print(f"\n{verdict(results)}\n")
+    head, rows = summary_table(results)
+    for name, *cells in (head, *rows):
+        print(f"{name:18}" + "".join(f"{cell:>{len(title) + 3}}" for cell, title in zip(cells, head[1:], strict=True)))
+    print(f"\nWhat the teacher is worth: {worth_text(results)}.")
     report = options.report
     shown = report.relative_to(ROOT) if report.is_relative_to(ROOT) else report
-    again = inference(options.output, DISTILLED, "../labels")
+    again = inference(options.output, trainings[DISTILLED], "../labels")
     print(f"All steps took {clock(sum(job.seconds for job in jobs))}. Report with pictures: {shown}")
     print("Next, label maps of the distilled student; --dataset_dir takes any folder with a datalist.json:")
     print(f"  {show_words(again.words(), again.folder)}")
@@ -133,29 +138,29 @@ def main(words: Sequence[str]) -> int:
     options = parse_options(words)
     sizes, output = options.sizes, options.output
     if options.fresh:
-        for name in ("steps", "data", "bundle", "predictions"):
+        for name in ("steps", "teacher_data", "data", "bundle", "predictions"):
             shutil.rmtree(output / name, ignore_errors=True)
     copy_bundle(BUNDLE, output / "bundle")
-    jobs = make_jobs(output, sizes, options.seed)
+    jobs, trainings = make_jobs(output, sizes, options.seed), make_trainings(sizes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # ends the running step too
     try:
-        print(f"MedKD demo: phantom CT, {sizes.training} cases to train, {sizes.validation} to validate, "
-              f"{sizes.test} to test; epochs: teacher {sizes.teacher_epochs}, students {sizes.student_epochs}"
+        print(f"MedKD demo: a teacher that learned from {sizes.teacher_labels} labeled cases that you do not have; you "
+              f"have {sizes.labels}, and {sizes.unlabeled} images without labels. Phantom CT"
               f"{DURATION.get(sizes, '')}.")
-        do_jobs(jobs, output)
+        do_jobs(jobs, output, trainings)
         print(f"\n[{len(jobs) + 1}/{len(jobs) + 1}] report", flush=True)
         from lab.demo.report import write_report  # tensorboard, seconds to import
 
-        results = read_results(output)
+        results = read_results(output, trainings)
         commands = [show_words(words, job.where) for job in jobs for words in job.commands]
-        write_report(options.report, output, results, describe_run(options, jobs), commands)
+        write_report(options.report, output, results, trainings, (describe_run(options, jobs), commands))
     except ExecutionError as error:
         print(f"\nStep {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
-    show_results(options, jobs, results)
+    show_results(options, jobs, results, trainings)
     return 0
 
 

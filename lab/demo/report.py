@@ -10,8 +10,9 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from lab.demo.scores import ALONE, DISTILLED, RUNS, TEACHER, Result, gap_text, organ_names, table, verdict
-from lab.demo.steps import TRAININGS, folder_of
+from lab.demo import scores
+from lab.demo.scores import ALONE, DISTILLED, RUNS, TEACHER, Result
+from lab.demo.steps import Training, folder_of
 from medkd.report import page, pictures
 from medkd.report.curves import Curve, curve_figure, epoch_means, read_curves
 from medkd.report.pictures import difference_picture, outline_picture
@@ -39,15 +40,25 @@ class Case:
 
 
 def write_report(
-    path: Path, output: Path, results: Mapping[str, Result], facts: Sequence[tuple[str, str]], commands: Sequence[str]
+    path: Path, output: Path, results: Mapping[str, Result], trainings: Mapping[str, Training],
+    repeat: tuple[Sequence[tuple[str, str]], Sequence[str]],
 ) -> None:
-    """Write the report of what is in `output` as one file; facts are pairs such as ("seed", "0") for repeating it."""
+    """Write the report of what is in `output` as one file.
+
+    Args:
+        path: of the file.
+        output: folder of the demo.
+        results: of each network.
+        trainings: of each network.
+        repeat: facts such as ("seed", "0"), and the commands of all steps.
+    """
     datalist = output / "data" / "datalist.json"
     cases = [_read_case(output, item) for item in json.loads(datalist.read_text())["test"]]
-    curves = {run: read_curves(output / "bundle" / one.weights / "logs") for run, one in TRAININGS.items()}
-    organs, listed = organ_names(datalist), escape("\n".join(commands))
+    curves = {run: read_curves(output / "bundle" / one.weights / "logs") for run, one in trainings.items()}
+    facts, commands = repeat
+    organs, listed = scores.organ_names(datalist), escape("\n".join(commands))
     page.write_page(path, "MedKD demo", [
-        "<h1>MedKD demo: a large teacher, a small student</h1>", _summary(results), *_scores(results, organs),
+        "<h1>MedKD demo: what a teacher without its data is worth</h1>", _summary(results), *_scores(results, organs),
         *_slices(cases, organs), *_differences(cases), *_curves(curves),
         "<h2>Repeat it</h2>", page.facts(facts),
         f"<p>The command above did this, each time from the repository's root:</p><pre>{listed}</pre>",
@@ -65,22 +76,29 @@ def _read_case(output: Path, item: Mapping[str, str]) -> Case:
 def _summary(results: Mapping[str, Result]) -> str:
     teacher, student = results[TEACHER], results[DISTILLED]
     return (
-        f"<p><strong>{escape(verdict(results))}</strong> A student of "
-        f"{student.parameters / 1e6:.2f} M parameters, {100 * student.parameters / teacher.parameters:.1f} % of its "
-        f"teacher's {teacher.parameters / 1e6:.2f} M, was trained twice with the same data, schedule and number of "
-        "steps: alone with the labels, and with the teacher's help (boundary and relation distillation). The student "
-        f"takes {student.seconds:.2f} s per case, the teacher {teacher.seconds:.2f} s, on two CPU "
-        f"threads. All three networks saw {len(student.dice)} test cases once, at the end, in their original geometry. "
-        "The data are procedural CT phantoms, and this is one run with one seed: a demonstration, not a benchmark.</p>"
+        f"<p><strong>{escape(scores.verdict(results))}</strong> Somebody trained a teacher of "
+        f"{teacher.parameters / 1e6:.2f} M parameters with {teacher.labels} labeled cases. You have its weights, none "
+        f"of its cases, {student.labels} labeled cases of your own and {student.unlabeled} images without labels. A "
+        f"student of {student.parameters / 1e6:.2f} M parameters was trained alone with your labels, and with the "
+        "teacher's help: each step then sees crops of an image without a label too, and learns what the teacher says "
+        "of it. Both take the same schedule and number of steps. The student takes "
+        f"{student.seconds:.2f} s per case, the teacher {teacher.seconds:.2f} s, on two CPU threads. All networks saw "
+        f"{len(student.dice)} test cases once, at the end, in their original geometry. The data are procedural CT "
+        "phantoms, and this is one run with one seed: a demonstration, not a benchmark.</p>"
     )
 
 
 def _scores(results: Mapping[str, Result], organs: Sequence[str]) -> list[str]:
     groups = [("Dice, higher is better", len(RUNS)), ("HD95 in mm, lower is better", len(RUNS))]
+    head, rows = scores.summary_table(results)
     return [
         "<h2>Results on the test cases</h2>",
-        page.table(table(results, organs), ["", *RUNS, *RUNS], groups, strong=["mean"]),
-        f"<p>Gap recovered: {gap_text(results)}. HD95 is the 95th percentile of the Hausdorff distance; an "
+        page.table(rows, head, strong=[DISTILLED]),
+        f"<p>What the teacher is worth: {escape(scores.worth_text(results))}. That is read off the students alone in "
+        "the table, on straight lines between their Dice over the logarithm of their labels; those with more labels "
+        "than yours got the teacher's. Volume is the predicted one over the true one: 1 is right.</p>",
+        page.table(scores.organ_table(results, organs), ["", *RUNS, *RUNS], groups, strong=["mean"]),
+        f"<p>Gap recovered: {scores.gap_text(results)}. HD95 is the 95th percentile of the Hausdorff distance; an "
         "organ that was missed altogether counts with the diagonal of the image. Only the left kidney and the left "
         "adrenal are labeled; the right ones look alike on purpose.</p>",
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo measured: scores per organ and case, the share of the gap that was recovered, and the table."""
+"""What the demo measured: scores per organ and case, what the teacher was worth, and the tables."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lab.score import gap_recovered, read_table
 
-TEACHER, ALONE, DISTILLED = RUNS = ("teacher", "student alone", "distilled student")
+TEACHER, ALONE, DISTILLED = RUNS = ("teacher", "student alone", "distilled student")   # the others are ALONE too
 NOISE = 0.005  # mean Dice; a smaller difference of two runs says nothing
 
 
@@ -23,15 +24,18 @@ class Result:
 
     dice: Sequence[Sequence[float]]   # of each case (outer) and organ (inner), 0 to 1; NaN where the label has none
     hd95: Sequence[Sequence[float]]   # 95th percentile of the Hausdorff distance in mm, in the same order
+    volume: Sequence[Sequence[float]]   # predicted / true volume
+    labels: int                       # cases with a label that it learned from
+    unlabeled: int                    # and without
     parameters: int
     seconds: float                    # of the network per case, median
 
     def organs(self, metric: str) -> list[float]:
-        """Mean of `dice` or `hd95` over the cases, for each organ."""
+        """Mean of `dice`, `hd95` or `volume` over the cases, for each organ."""
         return [_mean(column) for column in zip(*getattr(self, metric), strict=True)]
 
     def cases(self, metric: str) -> list[float]:
-        """Mean of `dice` or `hd95` over the organs, for each case."""
+        """Mean of `dice`, `hd95` or `volume` over the organs, for each case."""
         return [_mean(row) for row in getattr(self, metric)]
 
     def overall(self, metric: str) -> float:
@@ -51,12 +55,13 @@ def organ_names(datalist: Path) -> list[str]:
     return [labels[number].replace("_", " ") for number in sorted(labels, key=int) if int(number)]
 
 
-def read_result(folder: Path, parameters: int, seconds: float) -> Result:
+def read_result(folder: Path, labels: int, unlabeled: int, parameters: int, seconds: float) -> Result:
     """Read what `evaluate.json` left in its `output_dir`."""
-    dice, hd95 = (
-        [organs for organs, _ in read_table(folder / f"val_{name}_raw.csv").values()] for name in ("mean_dice", "hd95")
+    names = ("mean_dice", "hd95", "volume_ratio")
+    dice, hd95, volume = (
+        [organs for organs, _ in read_table(folder / f"val_{name}_raw.csv").values()] for name in names
     )
-    return Result(dice, hd95, parameters, seconds)
+    return Result(dice, hd95, volume, labels, unlabeled, parameters, seconds)
 
 
 def _gap(results: Mapping[str, Result]) -> Any:
@@ -73,34 +78,69 @@ def gap_text(results: Mapping[str, Result]) -> str:
     return f"{100 * gap:.0f} % of {results[TEACHER].overall('dice') - results[ALONE].overall('dice'):.3f} mean Dice"
 
 
+def worth(results: Mapping[str, Result]) -> tuple[int, str]:
+    """Number of labeled cases with which a student alone is as good as the distilled one, and a word about it.
+
+    It is read off the students alone of the same run, on straight lines between their mean Dice over the logarithm of
+    their labels. The word is "about", or where the distilled student is outside of what they reached "more than" or
+    "fewer than".
+    """
+    students = sorted((one.labels, one.overall("dice")) for name, one in results.items() if name.startswith(ALONE))
+    score = results[DISTILLED].overall("dice")
+    if score < students[0][1]:
+        return students[0][0], "fewer than"
+    for (few, low), (many, high) in pairwise(students):
+        if low <= score < high:
+            return round(few * (many / few) ** ((score - low) / (high - low))), "about"
+    return students[-1][0], "more than"
+
+
+def worth_text(results: Mapping[str, Result]) -> str:
+    """What the teacher saved, in labeled cases."""
+    count, word = worth(results)
+    has = results[DISTILLED].labels
+    if word == "fewer than":
+        return "nothing: the student alone with the same labels is better"
+    return f"a student alone needs {word} {count} labeled cases to be as good as the distilled one with {has}"
+
+
 def verdict(results: Mapping[str, Result]) -> str:
-    """Say in one sentence whether distillation helped in this run, whatever the answer is."""
+    """Say in one sentence what distillation gained in this run, whatever the answer is."""
     teacher, alone, distilled = (results[run].overall("dice") for run in RUNS)
     cases = zip(results[ALONE].cases("dice"), results[DISTILLED].cases("dice"), strict=True)
     better = [after > before for before, after in cases]
     numbers = f"mean Dice {alone:.3f} alone, {distilled:.3f} distilled, teacher {teacher:.3f}"
-    gap = _gap(results)
-    if gap is None:
+    if _gap(results) is None:
         return f"The teacher is not better than the student alone, so there was nothing to distil: {numbers}."
     if abs(distilled - alone) < NOISE:
         return f"Distillation made no difference in this run: {numbers}."
     if distilled < alone:
         return f"Distillation did not help in this run, the student got worse: {numbers}."
+    mine = results[DISTILLED]
     return (
-        f"Distillation helped in this run: {numbers}, better in {sum(better)} of {len(better)} test cases; "
-        f"{100 * gap:.0f} % of the gap to the teacher recovered."
+        f"With {mine.labels} labeled cases, a teacher and {mine.unlabeled} images without labels took the student from "
+        f"{alone:.3f} to {distilled:.3f} mean Dice (teacher {teacher:.3f}), better in {sum(better)} of {len(better)} "
+        f"test cases; {worth_text(results)}."
     )
 
 
-def table(results: Mapping[str, Result], organs: Sequence[str]) -> list[list[str]]:
-    """Rows of the result table as text: organs and their mean, Dice and then HD95 in mm; parameters; seconds."""
-    shown = [results[run] for run in RUNS]
+def summary_table(results: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    """Head and a row per network as text: what it learned from, its scores, its size."""
+    head = ["", "labels", "unlabeled", "Dice", "HD95, mm", "volume", "parameters", "s per case"]
+    return head, [
+        [
+            ALONE if name.startswith(ALONE) else name, str(one.labels), str(one.unlabeled or "-"),
+            f"{one.overall('dice'):.3f}", f"{one.overall('hd95'):.1f}", f"{one.overall('volume'):.2f}",
+            f"{one.parameters / 1e6:.2f} M", f"{one.seconds:.2f}",
+        ]
+        for name, one in results.items()
+    ]
+
+
+def organ_table(results: Mapping[str, Result], organs: Sequence[str]) -> list[list[str]]:
+    """Rows as text: each organ and their mean, Dice and then HD95 in mm of teacher, student alone and distilled."""
     columns = [
         ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in (*one.organs(metric), one.overall(metric))]
-        for metric, digits in (("dice", 3), ("hd95", 1)) for one in shown
+        for metric, digits in (("dice", 3), ("hd95", 1)) for one in (results[run] for run in RUNS)
     ]
-    return [
-        *map(list, zip([*organs, "mean"], *columns, strict=True)),
-        ["parameters", *(f"{one.parameters / 1e6:.2f} M" for one in shown)],
-        ["seconds per case", *(f"{one.seconds:.2f}" for one in shown)],
-    ]
+    return list(map(list, zip([*organs, "mean"], *columns, strict=True)))

@@ -30,23 +30,40 @@ def repeated(before: dict[str, str], after: dict[str, str]) -> list[str]:
 def test_what_depends_on_a_change_is_repeated_and_nothing_else(output: Path) -> None:
     first = keys(output)
     later = ["evaluation", "prediction and speed"]
+    mine = ["your phantoms", "student alone", "distilled student", *later]
 
-    assert list(first) == ["phantoms", "teacher", "student alone", "distilled student", *later]
+    assert list(first) == [
+        "phantoms of the teacher", "your phantoms", "teacher", "student alone", "student alone with 3 labels",
+        "distilled student", *later,
+    ]
     assert repeated(first, keys(output)) == []
-    assert repeated(first, keys(output, training=4)) == list(first)
+    assert repeated(first, keys(output, labels=1)) == mine
+    assert repeated(first, keys(output, unlabeled=5)) == mine
     assert repeated(first, keys(output, seed=1)) == list(first)
     assert repeated(first, keys(output, teacher_epochs=3)) == ["teacher", "distilled student", *later]
-    assert repeated(first, keys(output, student_epochs=3)) == ["student alone", "distilled student", *later]
+    students = [name for name in first if "student" in name]
+    assert repeated(first, keys(output, student_epochs=3)) == [*students, *later]
     config = output / "bundle" / "configs" / "inference.json"
     config.write_text(config.read_text().replace('"overlap": 0.5', '"overlap": 0.25'))
     assert repeated(first, keys(output)) == ["prediction and speed"]
 
 
+def test_the_teacher_learns_from_cases_that_the_user_has_not(output: Path) -> None:
+    jobs = {job.name: " ".join(job.commands[0]) for job in make_jobs(output, QUICK, seed=3)}
+
+    assert "../teacher_data --seed 7 --training 3" in jobs["phantoms of the teacher"]
+    assert "../data --seed 6 --training 2 --unlabeled 2" in jobs["your phantoms"]
+    assert "--dataset_dir ../teacher_data" in jobs["teacher"]
+    assert "--dataset_dir ../data" in jobs["student alone"]
+    assert "--dataset_dir ../data" in jobs["distilled student"]
+    assert "[:3]" in jobs["student alone with 3 labels"]
+
+
 def test_trainings_tell_their_progress_and_go_on_from_checkpoints(output: Path) -> None:
     jobs = {job.name: job for job in make_jobs(output, QUICK, 0)}
-    folders = {"teacher": "models/teacher", "student alone": "runs/baseline", "distilled student": "models"}
+    folders = {"teacher": "models/teacher", "student alone": "runs/baseline", "distilled student": "runs/logits"}
     for name, folder in folders.items():
         weights = output / "bundle" / folder
         assert jobs[name].checkpoints == weights / "checkpoints"
         assert jobs[name].progress == [weights / "progress.json"]
-    assert len(jobs["evaluation"].progress) == len(jobs["evaluation"].commands) == 3
+    assert len(jobs["evaluation"].progress) == len(jobs["evaluation"].commands) == 4
