@@ -24,18 +24,18 @@ from pathlib import Path
 
 from lab.bundle import ROOT, copy_bundle, show_words
 from lab.demo.scores import DISTILLED, TEACHER, Result, read_result, summary_table, verdict, worth_text
-from lab.demo.steps import EPOCH, SPEED, Sizes, Training, folder_of, inference, make_jobs, make_trainings
+from lab.demo.steps import SPEED, Sizes, Training, folder_of, inference, make_jobs, make_trainings
 from lab.execute import ExecutionError, Executor, Job
 from lab.measure import machine, versions
 from lab.progress import clock, do_with_bar
 
 FULL = Sizes(
     teacher_labels=48, labels=4, unlabeled=40, validation=3, test=6, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=20, student_epochs=30, val_interval=10, more_labels=(16, 48),
+    teacher_epochs=20, student_epochs=30, val_interval=10, steps=40, more_labels=(16, 48),
 )
 QUICK = Sizes(
     teacher_labels=3, labels=2, unlabeled=2, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=1, student_epochs=1, val_interval=1, more_labels=(3,),
+    teacher_epochs=2, student_epochs=2, val_interval=1, steps=3, more_labels=(3,),
 )
 DURATION = {FULL: ", about 8 minutes on two cores", QUICK: ", about a minute on two cores"}
 BUNDLE = ROOT / "bundles" / "boundary_relation_ct_organs"
@@ -48,7 +48,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a minute, to see that all works; its scores mean nothing")
-    add("--epochs", type=int, metavar="N", help=f"of each training, {EPOCH} steps each (default: "
+    add("--epochs", type=int, metavar="N", help=f"of each training, {FULL.steps} steps each (default: "
         f"{FULL.teacher_epochs} for the teacher, {FULL.student_epochs} for a student)")
     add("--labels", type=int, metavar="N", help=f"cases of yours with a label (default: {FULL.labels})")
     add("--unlabeled", type=int, metavar="N", help=f"and without one (default: {FULL.unlabeled})")
@@ -110,7 +110,7 @@ def describe_run(options: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple
         ("phantoms", f"{sizes.teacher_labels} for the teacher; {sizes.labels} with a label, {sizes.unlabeled} without, "
                      f"{sizes.validation} to validate, {sizes.test} to test; "
                      f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
-        ("steps", f"{EPOCH * sizes.teacher_epochs} for the teacher, {EPOCH * sizes.student_epochs} for each student"),
+        ("steps", f"teacher {sizes.steps * sizes.teacher_epochs}, students {sizes.steps * sizes.student_epochs} each"),
         ("hardware", f"{here['processor']}, {here['cores']} cores, {platform.system()}"),
         ("times", f"{', '.join(times)}; together {clock(sum(job.seconds for job in jobs))}"),
     ]

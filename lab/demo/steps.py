@@ -23,14 +23,13 @@ from medkd.phantoms.ct import CT_LABELS
 PHANTOMS = {                            # options that the phantoms ask for
     "out_channels": len(CT_LABELS), "spacing": [5.0, 5.0, 4.0], "patch_size": [40, 40, 40],
 }
-EPOCH = 40                              # steps of an epoch, however many cases there are
 THEIRS, OWN = "../teacher_data", "../data"   # sets of cases: of whoever trained the teacher, and of the user
 SPEED = "prediction and speed"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is done: cases, voxels, mm, epochs."""
+    """How much is done: cases, voxels, mm, epochs, and steps in each of these, however many cases there are."""
 
     teacher_labels: int                 # cases with a label that the teacher had, and the user has not
     labels: int                         # cases with a label that the user has
@@ -42,6 +41,7 @@ class Sizes:
     teacher_epochs: int
     student_epochs: int
     val_interval: int
+    steps: int
     more_labels: tuple[int, ...] = ()   # of the teacher's cases that further students alone get: what a label is worth
 
 
@@ -97,7 +97,7 @@ def make_jobs(output: Path, sizes: Sizes, seed: int) -> list[Job]:
     for name, one in trainings.items():
         epochs = sizes.teacher_epochs if name == TEACHER else sizes.student_epochs
         run = _run(output, "training", ["train", *one.overrides], dataset_dir=one.data, **{
-            "epochs": epochs, "val_interval": sizes.val_interval, "train#trainer#epoch_length": EPOCH,
+            "epochs": epochs, "val_interval": sizes.val_interval, "train#trainer#epoch_length": sizes.steps,
             "cpu_dtype": cpu_dtype(), "seed": seed, **one.options,
         })
         needs = [(own if one.data == OWN else theirs).key]

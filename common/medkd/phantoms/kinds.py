@@ -40,7 +40,7 @@ class Kind:
 
 
 KINDS = {kind.name: kind for kind in (
-    Kind("ct", "CT", "Abdominal CT: six organs, look-alikes, noise, oblique affines; 1 MB per case.", (12, 3, 4), {
+    Kind("ct", "CT", "Abdominal CT: six organs, look-alikes, contrast phases, noise; 1 MB per case.", (12, 3, 4), {
         "shape": ((96, 80, 64), "voxels per axis, 16 or more each"),
         "spacing": ((3.0, 3.0, 4.0), "mm per voxel and axis; a case differs from it by up to 8 %"),
     }),

@@ -96,11 +96,24 @@ def test_affines_are_oblique_with_mixed_axes_and_varied_spacing(cases: list[CTPh
 
 def test_organs_have_realistic_hu(cases: list[CTPhantom]) -> None:
     expected = {
-        LIVER: (75, 130), SPLEEN: (85, 145), KIDNEY: (110, 210), AORTA: (105, 200), PANCREAS: (30, 80),
+        LIVER: (45, 130), SPLEEN: (35, 145), KIDNEY: (20, 220), AORTA: (30, 310), PANCREAS: (25, 115),
     }
     for case in cases:
         for value, (low, high) in expected.items():
             assert low < np.median(case.image[case.label == value]) < high
+
+
+def test_cases_are_of_all_contrast_phases_from_native_to_arterial() -> None:
+    aorta = [np.median(case.image[case.label == AORTA]) for case in (ct_phantom((5, n), **SMALL) for n in range(16))]
+    assert min(aorta) < 80
+    assert max(aorta) > 200
+
+
+def test_patients_differ_in_size_so_that_a_few_do_not_show_them_all() -> None:
+    cases = [ct_phantom((6, number), **SMALL) for number in range(16)]
+    for value, least in ((LIVER, 1.6), (SPLEEN, 2.0), (KIDNEY, 1.8), (PANCREAS, 1.8)):
+        volumes = [(case.label == value).sum() * abs(np.linalg.det(case.affine[:3, :3])) for case in cases]
+        assert max(volumes) / min(volumes) > least
 
 
 def test_right_kidney_looks_like_the_left_one_and_is_not_labeled(cases: list[CTPhantom]) -> None:
