@@ -78,11 +78,10 @@ def make_trainings(sizes: Sizes) -> dict[str, Training]:
     }
 
 
-def cpu_dtype() -> str:
-    """Number type in which a CPU trains fastest: bfloat16 where the processor multiplies it."""
-    file = Path("/proc/cpuinfo")
+def cpu_dtype(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Number type in which this CPU trains fastest, by the file that lists its flags, where there is one."""
     flags = file.read_text().split() if file.exists() else []
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"   # emulated, it is slower
 
 
 def folder_of(name: str, output: Path, kind: str = "steps") -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from lab.bundle import copy_bundle
 from lab.demo.__main__ import BUNDLE, QUICK
-from lab.demo.steps import make_jobs
+from lab.demo.steps import cpu_dtype, make_jobs
 
 
 @pytest.fixture
@@ -67,3 +67,15 @@ def test_trainings_tell_their_progress_and_go_on_from_checkpoints(output: Path) 
         assert jobs[name].checkpoints == weights / "checkpoints"
         assert jobs[name].progress == [weights / "progress.json"]
     assert len(jobs["evaluation"].progress) == len(jobs["evaluation"].commands) == 4
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [
+    ("flags : fpu avx512f avx512_bf16", "bfloat16"), ("flags : fpu avx512f", "float32"), (None, "float32"),
+])
+def test_bfloat16_is_taken_only_where_the_processor_multiplies_it(
+    tmp_path: Path, flags: str | None, dtype: str
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if flags:
+        file.write_text(flags)
+    assert cpu_dtype(file) == dtype
