@@ -31,13 +31,22 @@ def share_of(progress: Mapping[str, Any]) -> tuple[float, str]:
     return min(max(epoch - 1 + step / steps, 0) / epochs, 1.0), word
 
 
-def do_with_bar(executor: Executor, job: Job) -> bool:
-    """Do a job, with its commands and a bar, or a line every 20 seconds; False when it was done before."""
+def tell(text: str) -> None:
+    """Print a line at once, above the bars."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def do_with_bar(executor: Executor, job: Job, title: str = "") -> bool:
+    """Do a job, with its commands and a bar, or a line every 20 seconds; False when it was done before.
+
+    Several threads may do so at once: `title` tells their lines apart.
+    """
     start = spoken = time.monotonic()
     columns, rows = shutil.get_terminal_size()                # tqdm takes a terminal of unknown size for no room
     with tqdm(
         total=1.0, disable=not sys.stderr.isatty(), leave=False, ncols=min(columns - 1, 99), nrows=rows,
-        bar_format="  {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
+        desc=title and f"{title} ", bar_format="  {desc}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
     ) as bar:
         def watch(number: int, progress: Mapping[str, Any]) -> None:
             nonlocal spoken
@@ -48,12 +57,10 @@ def do_with_bar(executor: Executor, job: Job) -> bool:
                 bar.set_postfix_str(word)
             elif now - spoken > SECONDS_BETWEEN_LINES:
                 spoken = now
-                say(f"  {100 * share:3.0f} % {word}, {clock(now - start)}".replace(" ,", ","))
+                done = f"{100 * share:3.0f} % {word}, {clock(now - start)}".replace(" ,", ",")
+                tell(f"{title}: {done.lstrip()}" if title else f"  {done}")
 
-        def say(text: str) -> None:
-            tqdm.write(text)                                  # above the bar
-            sys.stdout.flush()
-
-        for words in job.commands if not job.is_done else ():
-            say(f"  {show_words(words, job.where)}")
+        if not job.is_done:
+            commands = [f"  {show_words(words, job.where)}" for words in job.commands]
+            tell("\n".join([title, *commands] if title else commands))   # in one piece
         return executor.do(job, watch=watch)

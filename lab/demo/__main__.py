@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -20,14 +21,26 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lab.bundle import ROOT, copy_bundle, show_words
 from lab.demo.scores import DISTILLED, TEACHER, Result, read_result, summary_table, verdict, worth_text
-from lab.demo.steps import SPEED, Sizes, Training, folder_of, inference, make_jobs, make_trainings
+from lab.demo.steps import (
+    SPEED,
+    Sizes,
+    Training,
+    duration,
+    folder_of,
+    inference,
+    make_jobs,
+    make_trainings,
+    plan_lanes,
+)
 from lab.execute import ExecutionError, Executor, Job
 from lab.measure import machine, versions
-from lab.progress import clock, do_with_bar
+from lab.plan import all_parallel
+from lab.progress import clock, do_with_bar, tell
 
 FULL = Sizes(
     teacher_labels=48, labels=4, unlabeled=40, validation=3, test=6, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
@@ -35,9 +48,10 @@ FULL = Sizes(
 )
 QUICK = Sizes(
     teacher_labels=3, labels=2, unlabeled=2, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=2, student_epochs=2, val_interval=1, steps=3, more_labels=(3,),
+    teacher_epochs=2, student_epochs=2, val_interval=1, steps=10, more_labels=(3,),
 )
 DURATION = {FULL: ", about 8 minutes on two cores", QUICK: ", about a minute on two cores"}
+WORKERS = 2
 BUNDLE = ROOT / "bundles" / "boundary_relation_ct_organs"
 
 
@@ -76,16 +90,24 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def do_jobs(jobs: Sequence[Job], output: Path, trainings: Mapping[str, Training]) -> None:
-    """Do all jobs, and tell each training's best validation Dice."""
-    executor = Executor()
-    for number, job in enumerate(jobs, start=1):
-        print(f"\n[{number}/{len(jobs) + 1}] {job.name}", flush=True)
-        word = "done in" if do_with_bar(executor, job) else "finished before (--fresh repeats it) in"
-        best = ""
-        if job.name in trainings:
-            told = json.loads((output / "bundle" / trainings[job.name].weights / "model.json").read_text())
-            best = f", best validation Dice {told['validation']['val_mean_dice']:.3f} at epoch {told['epoch']}"
-        print(f"  {word} {clock(job.seconds)}{best}", flush=True)
+    """Do all jobs, two at once where they do not need each other, and tell each training's best validation Dice."""
+    threads = max((os.cpu_count() or 1) // WORKERS, 1)   # two trainings on a core each beat one on two cores
+
+    def work(executor: Executor, lane: Sequence[Job]) -> None:
+        for job in lane:
+            title = f"[{jobs.index(job) + 1}/{len(jobs) + 1}] {job.name}"
+            word = "done in" if do_with_bar(executor, job, title) else "finished before (--fresh repeats it) in"
+            best = _best(output / "bundle" / trainings[job.name].weights) if job.name in trainings else ""
+            tell(f"{title}: {word} {clock(job.seconds)}{best}")
+
+    for lanes in plan_lanes(jobs):
+        executor = Executor(threads if len(lanes) > 1 else 0)
+        all_parallel(partial(work, executor), lanes, WORKERS, executor)
+
+
+def _best(weights: Path) -> str:
+    told = json.loads((weights / "model.json").read_text())
+    return f", best validation Dice {told['validation']['val_mean_dice']:.3f} at epoch {told['epoch']}"
 
 
 def read_results(output: Path, trainings: Mapping[str, Training]) -> dict[str, Result]:
@@ -112,7 +134,7 @@ def describe_run(options: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple
                      f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
         ("steps", f"teacher {sizes.steps * sizes.teacher_epochs}, students {sizes.steps * sizes.student_epochs} each"),
         ("hardware", f"{here['processor']}, {here['cores']} cores, {platform.system()}"),
-        ("times", f"{', '.join(times)}; together {clock(sum(job.seconds for job in jobs))}"),
+        ("times", f"{', '.join(times)}; together {clock(duration(jobs))}"),
     ]
 
 
@@ -128,7 +150,7 @@ def show_results(
     report = options.report
     shown = report.relative_to(ROOT) if report.is_relative_to(ROOT) else report
     again = inference(options.output, trainings[DISTILLED], "../labels")
-    print(f"All steps took {clock(sum(job.seconds for job in jobs))}. Report with pictures: {shown}")
+    print(f"All steps took {clock(duration(jobs))}. Report with pictures: {shown}")
     print("Next, label maps of the distilled student; --dataset_dir takes any folder with a datalist.json:")
     print(f"  {show_words(again.words(), again.folder)}")
 

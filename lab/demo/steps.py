@@ -112,6 +112,17 @@ def make_jobs(output: Path, sizes: Sizes, seed: int) -> list[Job]:
     return [*jobs, _evaluation(output, trainings, keys), _speed(output, trainings, keys)]
 
 
+def plan_lanes(jobs: Sequence[Job]) -> list[list[list[Job]]]:
+    """What runs beside what: stages, one after the other, of lanes, whose jobs follow each other."""
+    theirs, own, teacher, *students, distilled, evaluation, speed = jobs
+    return [[[theirs], [own]], [[teacher, distilled], students], [[evaluation, speed]]]   # times need a quiet machine
+
+
+def duration(jobs: Sequence[Job]) -> float:
+    """Seconds of all jobs, side by side as planned."""
+    return sum(max(sum(job.seconds for job in lane) for lane in lanes) for lanes in plan_lanes(jobs))
+
+
 def _run(output: Path, run_id: str, configs: Sequence[str], **options: Any) -> BundleRun:
     return BundleRun(output / "bundle", run_id, configs, {"dataset_dir": OWN, **PHANTOMS, **options})
 

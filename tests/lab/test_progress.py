@@ -47,3 +47,16 @@ def test_without_a_terminal_lines_tell_how_far_a_job_is(
     said = capsys.readouterr().out
     assert f"  cd {tmp_path} && sleep 0.7\n" in said
     assert "   25 % epoch 2/4, 0:0" in said                        # half of the first of two commands
+
+
+def test_a_title_tells_the_lines_of_jobs_at_once_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    job = Job("one", tmp_path, "0", [["sleep", "0.7"]], tmp_path)
+
+    assert do_with_bar(Executor(), job, "[1/2] one")
+
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("[1/2] one", f"  cd {tmp_path} && sleep 0.7")
+    assert third == "[1/2] one: 0 %, 0:00"

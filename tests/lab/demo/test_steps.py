@@ -10,7 +10,7 @@ import pytest
 
 from lab.bundle import copy_bundle
 from lab.demo.__main__ import BUNDLE, QUICK
-from lab.demo.steps import cpu_dtype, make_jobs
+from lab.demo.steps import cpu_dtype, make_jobs, plan_lanes
 
 
 @pytest.fixture
@@ -67,6 +67,17 @@ def test_trainings_tell_their_progress_and_go_on_from_checkpoints(output: Path) 
         assert jobs[name].checkpoints == weights / "checkpoints"
         assert jobs[name].progress == [weights / "progress.json"]
     assert len(jobs["evaluation"].progress) == len(jobs["evaluation"].commands) == 4
+
+
+def test_what_needs_something_runs_after_it_and_times_are_taken_alone(output: Path) -> None:
+    jobs = make_jobs(output, QUICK, 0)
+    names = [[[job.name for job in lane] for lane in lanes] for lanes in plan_lanes(jobs)]
+
+    assert names == [
+        [["phantoms of the teacher"], ["your phantoms"]],
+        [["teacher", "distilled student"], ["student alone", "student alone with 3 labels"]],
+        [["evaluation", "prediction and speed"]],
+    ]
 
 
 @pytest.mark.parametrize(("flags", "dtype"), [
