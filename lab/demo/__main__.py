@@ -25,18 +25,9 @@ from functools import partial
 from pathlib import Path
 
 from lab.bundle import ROOT, copy_bundle, show_words
+from lab.demo import steps
 from lab.demo.scores import DISTILLED, TEACHER, Result, read_result, summary_table, verdict, worth_text
-from lab.demo.steps import (
-    SPEED,
-    Sizes,
-    Training,
-    duration,
-    folder_of,
-    inference,
-    make_jobs,
-    make_trainings,
-    plan_lanes,
-)
+from lab.demo.steps import SPEED, Sizes, Training, folder_of, inference, make_jobs, make_trainings
 from lab.execute import ExecutionError, Executor, Job
 from lab.measure import machine, versions
 from lab.plan import all_parallel
@@ -100,7 +91,7 @@ def do_jobs(jobs: Sequence[Job], output: Path, trainings: Mapping[str, Training]
             best = _best(output / "bundle" / trainings[job.name].weights) if job.name in trainings else ""
             tell(f"{title}: {word} {clock(job.seconds)}{best}")
 
-    for lanes in plan_lanes(jobs):
+    for lanes in steps.plan_lanes(jobs):
         executor = Executor(threads if len(lanes) > 1 else 0)
         all_parallel(partial(work, executor), lanes, WORKERS, executor)
 
@@ -134,7 +125,7 @@ def describe_run(options: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple
                      f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
         ("steps", f"teacher {sizes.steps * sizes.teacher_epochs}, students {sizes.steps * sizes.student_epochs} each"),
         ("hardware", f"{here['processor']}, {here['cores']} cores, {platform.system()}"),
-        ("times", f"{', '.join(times)}; together {clock(duration(jobs))}"),
+        ("times", f"{', '.join(times)}; together {clock(steps.duration(jobs))}"),
     ]
 
 
@@ -150,7 +141,7 @@ def show_results(
     report = options.report
     shown = report.relative_to(ROOT) if report.is_relative_to(ROOT) else report
     again = inference(options.output, trainings[DISTILLED], "../labels")
-    print(f"All steps took {clock(duration(jobs))}. Report with pictures: {shown}")
+    print(f"All steps took {clock(steps.duration(jobs))}. Report with pictures: {shown}")
     print("Next, label maps of the distilled student; --dataset_dir takes any folder with a datalist.json:")
     print(f"  {show_words(again.words(), again.folder)}")
 
