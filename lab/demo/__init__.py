@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: from nothing to a distilled student and a report."""
+"""`make demo`: what a teacher without its data is worth, from nothing to a report."""

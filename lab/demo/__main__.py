@@ -41,7 +41,7 @@ QUICK = Sizes(
     teacher_labels=3, labels=2, unlabeled=2, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
     teacher_epochs=2, student_epochs=2, val_interval=1, steps=10, more_labels=(3,),
 )
-DURATION = {FULL: ", about 8 minutes on two cores", QUICK: ", about a minute on two cores"}
+DURATION = {FULL: ", about 10 minutes on two cores", QUICK: ", about a minute on two cores"}
 WORKERS = 2
 BUNDLE = ROOT / "bundles" / "boundary_relation_ct_organs"
 
