@@ -152,7 +152,7 @@ def test_the_command_line_decides_on_the_sizes(words: list[str], sizes: Sizes) -
 def test_finished_steps_are_skipped_and_a_failing_one_shows_the_end_of_its_log(
     demo: Demo, repository: Path
 ) -> None:
-    weights = demo.output / "bundle" / "models" / "model.pt"
+    weights = demo.output / "bundle" / "runs" / "logits" / "model.pt"
     before = weights.read_bytes()
     step = demo.output / "steps" / "prediction_and_speed"
     (step / "run.json").unlink()
