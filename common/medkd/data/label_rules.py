@@ -71,7 +71,8 @@ def _without_labels(training: Items, extra: Items, label_key: str) -> Iterator[s
         yield f"`training` must have a case with a label, got no case; name one in the datalist, or add {_TEACHER}"
     elif not any(label_key in item for item in training):
         beside = f" and {len(extra)} in `unlabeled`" if extra else ""
-        yield f"`training` must have a case with a label, got none of {len(training)}{beside}; add labels, or {_TEACHER}"
+        found = f"got none of {len(training)}{beside}"
+        yield f"`training` must have a case with a label, {found}; add labels, or {_TEACHER}"
 
 
 def _without_cases(training: Items, extra: Items) -> Iterator[str]:
