@@ -37,7 +37,8 @@ def summary_table(content: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     first = f"test {metric_title(rows[0]['metric'])}, {'higher' if rows[0]['higher_is_better'] else 'lower'} is better"
-    notes = [f"\n\n{row['id']}: {row['not_rerun']}." for row in rows if "not_rerun" in row]
+    reasons = dict.fromkeys(row["not_rerun"] for row in rows if "not_rerun" in row)
+    notes = [f"\n\nNot rerun: {reason}." for reason in reasons]
     head = [first, *(TITLES.get(name, name) for name in shown_columns(content))]
     return _markdown(head, _main_values(content)) + "".join(notes)
 

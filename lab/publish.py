@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,5 +50,18 @@ def publish_all(root: Path, bundles: Sequence[str] = (), recipes: Path = ROOT / 
     return [file.stem for file in named]
 
 
+def main(words: Sequence[str]) -> int:
+    """Publish what the command line names."""
+    parser = argparse.ArgumentParser(
+        "python -m lab.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help="with results (default: all that have some)")
+    try:
+        print(f"Up to date: {', '.join(publish_all(ROOT, parser.parse_args(words).bundles))}.")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
 if __name__ == "__main__":
-    print(f"Up to date: {', '.join(publish_all(ROOT, sys.argv[1:]))}.")
+    sys.exit(main(sys.argv[1:]))

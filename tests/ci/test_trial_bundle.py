@@ -24,20 +24,20 @@ ADVERSARY = {
 
 
 def extend(train: dict[str, Any]) -> None:
-    """Another input of the teacher, a handler with a network and an optimizer, images without labels, own keys."""
+    """Another input of the teacher, a handler with a network and an optimizer, more training cases, own keys."""
     train["teacher_input"] = "teacher_image"
-    train["unlabeled"] = "$@load_datalist(@datalist, 'unlabeled')"
+    train["more_cases"] = "$@load_datalist(@datalist, 'more', missing_ok=True)"
     train["discriminator"] = {"_target_": "scripts.adversary.Discriminator", "channels": "@out_channels"}
     train["discriminator_optimizer"] = {
         "_target_": "torch.optim.Adam", "params": "$@trainable_parameters(@discriminator)",
     }
-    train["train"]["dataset"]["data"] = "$@load_datalist(@datalist, 'training') + @unlabeled"
-    train["data_check"] |= {"training": "$@load_datalist(@datalist, 'training')", "unlabeled": "@unlabeled"}
+    train["train"]["dataset"]["data"] = "$@load_datalist(@datalist, 'training') + @more_cases"
+    train["data_check"]["training"] = "$@load_datalist(@datalist, 'training')"
     handlers = train["train"]["handlers"]
     names = [handler["_target_"].split(".")[-1] for handler in handlers]
     objects = handlers[names.index("CheckpointHandler")]["objects"]
     objects |= {"discriminator": "@discriminator", "discriminator_optimizer": "@discriminator_optimizer"}
-    handlers.insert(names.index("WeightSchedule") + 1, ADVERSARY)
+    handlers.insert(names.index("in_place") + 1, ADVERSARY)
     train["train"]["teacher_transforms"] = [{"_target_": "LoadImaged", "keys": "teacher_image"}]
     train["validate"]["teacher_dataset"] = {"_target_": "Dataset", "transform": "@train#teacher_transforms"}
     train["validate"]["teacher_evaluator"] |= {

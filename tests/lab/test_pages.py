@@ -152,7 +152,7 @@ def test_short_tables_have_the_classical_arm_and_retention_where_a_row_has_them(
         "| a (not converged) | 0.310 | 0.500 ± 0.050 | 0.250 ± 0.050 | 0.650 ± 0.050 | 0.850 | 97 % |",
         "| b (not rerun) | - | 0.500 ± 0.050 | 0.250 ± 0.050 | 0.650 ± 0.050 | 0.850 | - |",
         "",
-        "b: trained before.",
+        "Not rerun: trained before.",
     ]
     assert readme_cell(new_row()).endswith("0.310 / 0.500 ± 0.050 / 0.250 ± 0.050 / 0.650 ± 0.050 / 0.850 / 97 %")
 
