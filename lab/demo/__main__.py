@@ -35,11 +35,11 @@ from lab.progress import clock, do_with_bar, tell
 
 FULL = Sizes(
     teacher_labels=48, labels=4, unlabeled=40, validation=3, test=6, shape=(96, 80, 64), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=20, student_epochs=30, val_interval=10, steps=40, more_labels=(16, 48),
+    teacher_epochs=20, alone_epochs=60, distilled_epochs=30, val_interval=10, steps=40, more_labels=(48,),
 )
 QUICK = Sizes(
     teacher_labels=3, labels=2, unlabeled=2, validation=1, test=2, shape=(48, 40, 32), spacing=(3.0, 3.0, 4.0),
-    teacher_epochs=2, student_epochs=2, val_interval=1, steps=10, more_labels=(3,),
+    teacher_epochs=2, alone_epochs=4, distilled_epochs=2, val_interval=1, steps=10, more_labels=(3,),
 )
 DURATION = {FULL: ", about 10 minutes on two cores", QUICK: ", about a minute on two cores"}
 WORKERS = 2
@@ -53,8 +53,8 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a minute, to see that all works; its scores mean nothing")
-    add("--epochs", type=int, metavar="N", help=f"of each training, {FULL.steps} steps each (default: "
-        f"{FULL.teacher_epochs} for the teacher, {FULL.student_epochs} for a student)")
+    add("--epochs", type=int, metavar="N", help=f"of {FULL.steps} steps, of teacher and distilled student; a student "
+        f"alone takes twice as many (default: {FULL.teacher_epochs} and {FULL.distilled_epochs})")
     add("--labels", type=int, metavar="N", help=f"cases of yours with a label (default: {FULL.labels})")
     add("--unlabeled", type=int, metavar="N", help=f"and without one (default: {FULL.unlabeled})")
     add("--seed", type=int, default=0, metavar="N", help="of phantoms and trainings (default: 0)")
@@ -62,15 +62,17 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         "report in demo/report.html)")
     add("--fresh", action="store_true", help="repeat finished steps too")
     options = parser.parse_args(words)
-    for name, least in (("epochs", 1), ("labels", 1), ("unlabeled", 0), ("seed", 0)):
+    for name, least in (("epochs", 1), ("labels", 1), ("unlabeled", 1), ("seed", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             parser.error(f"--{name} must be {least} or more, got {value}.")
     folder = options.output
     if folder and folder.exists() and not (folder / "steps").is_dir() and any(folder.iterdir()):
         parser.error(f"--output must be a new or empty folder, or that of an earlier demo, got {folder}.")
     sizes = QUICK if options.quick else FULL
-    both, interval = options.epochs, min(sizes.val_interval, options.epochs or sizes.val_interval)
-    changed = {"teacher_epochs": both, "student_epochs": both, "val_interval": interval} if both else {}
+    changed = {}
+    if number := options.epochs:
+        changed = {"teacher_epochs": number, "alone_epochs": 2 * number, "distilled_epochs": number}
+        changed["val_interval"] = min(sizes.val_interval, number)
     changed |= {name: getattr(options, name) for name in ("labels", "unlabeled") if getattr(options, name) is not None}
     more = tuple(count for count in sizes.more_labels if count > changed.get("labels", sizes.labels))
     options.sizes = replace(sizes, more_labels=more, **changed)
@@ -123,7 +125,8 @@ def describe_run(options: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple
         ("phantoms", f"{sizes.teacher_labels} for the teacher; {sizes.labels} with a label, {sizes.unlabeled} without, "
                      f"{sizes.validation} to validate, {sizes.test} to test; "
                      f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
-        ("steps", f"teacher {sizes.steps * sizes.teacher_epochs}, students {sizes.steps * sizes.student_epochs} each"),
+        ("steps", f"teacher {sizes.steps * sizes.teacher_epochs}, students alone {sizes.steps * sizes.alone_epochs}, "
+                  f"distilled student {sizes.steps * sizes.distilled_epochs}, which sees twice the crops in each"),
         ("hardware", f"{here['processor']}, {here['cores']} cores, {platform.system()}"),
         ("times", f"{', '.join(times)}; together {clock(steps.duration(jobs))}"),
     ]

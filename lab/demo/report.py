@@ -81,7 +81,7 @@ def _summary(results: Mapping[str, Result]) -> str:
         f"of its cases, {student.labels} labeled cases of your own and {student.unlabeled} images without labels. A "
         f"student of {student.parameters / 1e6:.2f} M parameters was trained alone with your labels, and with the "
         "teacher's help: each step then sees crops of an image without a label too, and learns what the teacher says "
-        "of it. Both take the same schedule and number of steps. The student takes "
+        "of it. Alone it takes twice the steps, so that both see as many crops. The student takes "
         f"{student.seconds:.2f} s per case, the teacher {teacher.seconds:.2f} s, on two CPU threads. All networks saw "
         f"{len(student.dice)} test cases once, at the end, in their original geometry. The data are procedural CT "
         "phantoms, and this is one run with one seed: a demonstration, not a benchmark.</p>"

@@ -40,7 +40,8 @@ class Sizes:
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     teacher_epochs: int
-    student_epochs: int
+    alone_epochs: int                   # of a student alone, until more of them bring no more
+    distilled_epochs: int               # whose steps see twice the crops
     val_interval: int
     steps: int
     more_labels: tuple[int, ...] = ()   # of the teacher's cases that further students alone get: what a label is worth
@@ -95,7 +96,7 @@ def make_jobs(output: Path, sizes: Sizes, seed: int) -> list[Job]:
     theirs, own = jobs = _phantoms(output, sizes, seed)
     trainings = make_trainings(sizes)
     for name, one in trainings.items():
-        epochs = sizes.teacher_epochs if name == TEACHER else sizes.student_epochs
+        epochs = {TEACHER: sizes.teacher_epochs, DISTILLED: sizes.distilled_epochs}.get(name, sizes.alone_epochs)
         rate = {} if name == TEACHER else {"learning_rate": LEARNING_RATE}
         run = _run(output, "training", ["train", *one.overrides], dataset_dir=one.data, **{
             "epochs": epochs, "val_interval": sizes.val_interval, "train#trainer#epoch_length": sizes.steps,

@@ -142,7 +142,7 @@ def test_a_folder_with_something_else_in_it_is_refused(
     ([], FULL),
     (["--quick"], QUICK),
     (["--epochs", "5", "--labels", "16", "--unlabeled", "8"], replace(
-        FULL, labels=16, unlabeled=8, teacher_epochs=5, student_epochs=5, val_interval=5, more_labels=(48,)
+        FULL, labels=16, unlabeled=8, teacher_epochs=5, alone_epochs=10, distilled_epochs=5, val_interval=5
     )),
 ])
 def test_the_command_line_decides_on_the_sizes(words: list[str], sizes: Sizes) -> None:

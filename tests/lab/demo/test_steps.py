@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lab.bundle import copy_bundle
-from lab.demo.__main__ import BUNDLE, QUICK
-from lab.demo.steps import cpu_dtype, make_jobs, plan_lanes
+from lab.demo.__main__ import BUNDLE, FULL, QUICK, parse_options
+from lab.demo.steps import Sizes, cpu_dtype, make_jobs, plan_lanes
 
 
 @pytest.fixture
@@ -41,8 +41,9 @@ def test_what_depends_on_a_change_is_repeated_and_nothing_else(output: Path) -> 
     assert repeated(first, keys(output, unlabeled=5)) == mine
     assert repeated(first, keys(output, seed=1)) == list(first)
     assert repeated(first, keys(output, teacher_epochs=3)) == ["teacher", "distilled student", *later]
-    students = [name for name in first if "student" in name]
-    assert repeated(first, keys(output, student_epochs=3)) == [*students, *later]
+    alone = [name for name in first if name.startswith("student alone")]
+    assert repeated(first, keys(output, alone_epochs=3)) == [*alone, *later]
+    assert repeated(first, keys(output, distilled_epochs=3)) == ["distilled student", *later]
     config = output / "bundle" / "configs" / "inference.json"
     config.write_text(config.read_text().replace('"overlap": 0.5', '"overlap": 0.25'))
     assert repeated(first, keys(output)) == ["prediction and speed"]
@@ -90,3 +91,8 @@ def test_bfloat16_is_taken_only_where_the_processor_multiplies_it(
     if flags:
         file.write_text(flags)
     assert cpu_dtype(file) == dtype
+
+
+@pytest.mark.parametrize("sizes", [FULL, QUICK, parse_options(["--epochs", "7"]).sizes])
+def test_a_student_alone_sees_as_many_crops_as_the_distilled_one(sizes: Sizes) -> None:
+    assert sizes.alone_epochs == 2 * sizes.distilled_epochs      # an unlabeled case is added to each labeled one
