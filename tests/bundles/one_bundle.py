@@ -139,6 +139,27 @@ def test_baseline_methods_train(run: Run, teacher: Path, tmp_path: Path, baselin
     assert all(np.isfinite(value).all() for value in terms.values())
 
 
+@pytest.mark.parametrize("labeled", [0, 1])
+def test_images_without_labels_teach_the_student(
+    run: Run, data: Path, teacher: Path, tmp_path: Path, labeled: int
+) -> None:
+    content = json.loads((data / "datalist.json").read_text())
+    root = str((data / content.get("data_root", "")).resolve())
+    images = {name: [{"image": item["image"]} for item in content[name]] for name in ("training", "validation")}
+    lists = {"training": content["training"][:labeled], "unlabeled": images["training"][labeled:], "data_root": root}
+    if not labeled:
+        lists["validation"] = images["validation"]
+    (tmp_path / "list.json").write_text(json.dumps({**content, **lists}))
+    options = {"datalist": str(tmp_path / "list.json"), "teacher_check#mode": "off", "epochs": 1, "val_interval": 1}
+    folder = run("training", "train", "smoke", "logits", ckpt_dir=str(tmp_path / "run"), **options)
+    assert all(np.max(np.abs(values)) > 0 for values in distillation_terms(folder).values())
+    assert (max(scalars(folder)["supervised_loss"]) > 0) is bool(labeled)
+    told = json.loads((folder / "model.json").read_text())
+    assert told["mode"] == "distilled"
+    if "validation" in told:                                       # the student of one epoch may find nothing at all
+        assert told["validation"].keys() == {METRIC if labeled else f"{METRIC}_with_teacher"}
+
+
 def test_weights_of_zero_equal_plain_training_bit_for_bit(run: Run, teacher: Path, tmp_path: Path) -> None:
     none = dict.fromkeys(TERMS, 0.0)
     off = run("training", "train", "smoke", distill_weights=none, ckpt_dir=str(tmp_path / "off"))
