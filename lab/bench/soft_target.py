@@ -31,8 +31,9 @@ from medkd.handlers.teacher import Teacher
 from medkd.losses.ignoring import IgnoringLoss
 from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.soft_target import SoftTarget, SoftTargetLoss
+from medkd.ops.ignored import UNLABELED
 
-CLASSES, CASES, STEPS = 8, 4, 16
+CLASSES, CASES, STEPS = 8, 4, 32   # steps of each training, so that its start weighs little
 WEIGHTS = {"soft_target": 1.0, "logits": 0.5}
 LAYOUTS = {"": torch.contiguous_format, "_channels_last": torch.channels_last_3d}
 
@@ -84,8 +85,8 @@ class Trainings:
 
     def __init__(self, quick: bool, folder: Path) -> None:
         self.size = _crop(quick)
-        teacher = _teacher(quick)
-        torch.save(teacher.state_dict(), folder / "teacher.pt")
+        self.network = _teacher(quick)
+        torch.save(self.network.state_dict(), folder / "teacher.pt")
         self.losses = [SoftTargetLoss(), SoftLabelLoss()]
         self.teacher = Teacher(partial(_teacher, quick), folder / "teacher.pt", weights=WEIGHTS)
         inferer = SlidingWindowInferer([self.size] * 3, overlap=0.25)
@@ -104,25 +105,31 @@ class Trainings:
         cut = ["image", "label", *(["centers", "soft_label"] if distills else [])]
         moved = ["image", "label", *(["teacher_pred"] if distills else [])]
         crop = RandCropByLabelClassesd(
-            cut, "label", [self.size] * 3, num_classes=CLASSES, num_samples=2, warn=False, allow_missing_keys=True
+            cut, "centers" if distills else "label", [self.size] * 3, num_classes=CLASSES, num_samples=2, warn=False,
+            allow_missing_keys=True,
         )
         affine = RandAffined(
             moved, prob=0.5, rotate_range=[0.15] * 3, scale_range=[0.1] * 3, padding_mode="border",
             mode=["bilinear", "nearest", "bilinear"][: len(moved)],
         )
-        own = ([SoftLabeld(self.soft_labels)], [UnpackSoftLabeld(self.soft_labels)]) if distills else ([], [])
-        chain = Compose([*own[0], crop, *own[1], affine, RandScaleIntensityd("image", 0.1, 0.5)])
+        own = [UnpackSoftLabeld(self.soft_labels)] if distills else []
+        chain = Compose([crop, *own, affine, RandScaleIntensityd("image", 0.1, 0.5)])
         chain.set_random_state(0)
         return chain
 
-    def batches(self, distills: bool) -> DataLoader:
-        """Two crops of one case in each step."""
-        return DataLoader(Dataset(self.cases, self.transforms(distills)), batch_size=1, num_workers=0)
+    def batches(self, distills: bool, labeled: bool = True) -> DataLoader:
+        """Two crops of one case in each step; soft labels are cached with the cases, as MONAI's `CacheDataset` does."""
+        cases: list[dict[Any, Any]] = [dict(case) for case in self.cases]
+        if not labeled:
+            cases = [{**case, "label": torch.full_like(case["label"], UNLABELED)} for case in cases]
+        if distills:
+            cases = [SoftLabeld(self.soft_labels)(case) for case in cases]
+        return DataLoader(Dataset(cases, self.transforms(distills)), batch_size=1, num_workers=0)
 
     def run(self, batches: Any, distills: bool) -> None:
-        """Train; without a teacher there is no handler at all."""
+        """Train; without a teacher there is no handler at all, and with one it is there already: steps are compared."""
         network = _student()
-        handlers = [DistillationHandler(self.teacher, self.losses, WEIGHTS)] if distills else []
+        handlers = [DistillationHandler(self.network, self.losses, WEIGHTS)] if distills else []
         SupervisedTrainer(
             torch.device("cpu"), 1, batches, network, torch.optim.AdamW(network.parameters(), lr=0.002), self.loss,
             epoch_length=STEPS, train_handlers=handlers,
@@ -132,16 +139,17 @@ class Trainings:
 def cached_step(quick: bool) -> list[Row]:
     """Compare training steps with a cached teacher, soft targets and soft labels, with steps without a teacher.
 
-    Once with batches that are ready, and once with all that is done to a case behind the cache.
+    With batches that are ready, with all that is done to a case behind the cache, and that without labels: then the
+    teacher takes the place of the supervised loss, and does not come on top of it.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         trainings = Trainings(quick, Path(folder))
-        for name, ready in (("step", True), ("training", False)):
-            sources: Sequence[Any] = [trainings.batches(distills) for distills in (True, False)]
+        for name, ready, labeled in (("step", True, True), ("training", False, True), ("unlabeled", False, False)):
+            sources: Sequence[Any] = [trainings.batches(True, labeled), trainings.batches(False)]
             sources = [list(source) for source in sources] if ready else sources
             works = tuple(partial(trainings.run, one, n == 0) for n, one in enumerate(sources))
-            what = "batches ready" if ready else "with crops and augmentation"
+            what = ("batches ready" if ready else "with crops and augmentation") + ("" if labeled else ", no labels")
             words = f"steps with a cached teacher, {what}", f"steps without a teacher, {what}"
             rows += compare(f"cached_{name}", words, works, 2 if quick else 7, "lower", 1.1, memory=False)   # type: ignore[arg-type]
     return rows
