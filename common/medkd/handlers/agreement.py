@@ -14,7 +14,7 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
 from medkd.handlers.randomness import preserved_random_state
-from medkd.handlers.teacher import teacher_image
+from medkd.handlers.teacher_check import as_the_teacher_sees, replaced
 from medkd.outputs import plain_tensor
 
 __all__ = ["TeacherAgreement"]
@@ -83,21 +83,14 @@ class TeacherAgreement:
             KeyError: the images have no `teacher_input`.
         """
         self._labels = []
-        evaluator, prepare_batch = self.evaluator, self.evaluator.prepare_batch
-
-        def prepare(batch: Any, *args: Any, **options: Any) -> Any:
-            return prepare_batch({**batch, "image": teacher_image(batch, self.teacher_input)}, *args, **options)
-
+        evaluator = self.evaluator
+        prepare = as_the_teacher_sees(evaluator.prepare_batch, self.teacher_input)
         logger.info("No validation image has a label: the student is chosen by its agreement with the teacher.")
-        network = evaluator.network
-        handler = evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, self._keep)
-        try:
-            evaluator.network, evaluator.prepare_batch = teacher, prepare
-            with preserved_random_state():
-                evaluator.run()
-        finally:
-            handler.remove()
-            evaluator.network, evaluator.prepare_batch = network, prepare_batch
+        with (
+            evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, self._keep),
+            preserved_random_state(), replaced(evaluator, network=teacher, prepare_batch=prepare),
+        ):
+            evaluator.run()
         self._judge()
 
     def _keep(self, engine: Any) -> None:

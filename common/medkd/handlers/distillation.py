@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -206,8 +205,10 @@ class DistillationHandler:
         refuse_deaf(student)
         is_cached = self._is_cached(engine.state.batch)
         engine.state.student = student
-        live = partial(self._live, engine, self._network, self._taps[1])
-        engine.state.teacher = self._remembered(engine) if is_cached else live()
+        if is_cached:
+            engine.state.teacher = self._remembered(engine)
+        else:
+            engine.state.teacher = self._live(engine, self._network, self._taps[1])
         engine.state.distillation["predictions"] = "cached" if is_cached else "live"
         engine.fire_event(DistillationEvents.TEACHER_COMPLETED)
 

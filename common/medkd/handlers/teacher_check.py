@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from medkd.handlers.randomness import preserved_random_state
 from medkd.handlers.teacher import teacher_image
 from medkd.outputs import MainOutput
 
-__all__ = ["CheckMode", "TeacherCheck"]
+__all__ = ["CheckMode", "TeacherCheck", "as_the_teacher_sees", "replaced"]
 
 CheckMode = Literal["refuse", "warn", "off"]
 logger = logging.getLogger(__name__)
@@ -68,14 +68,8 @@ class TeacherCheck:
         if self.validator is None or not len(self.validator.data_loader):   # type: ignore[arg-type]
             logger.warning("The teacher is not checked: there is no validation data.")
             return None
-        prepare_batch = self.validator.prepare_batch
-
-        def prepare(batch: Any, *args: Any, **options: Any) -> Any:
-            if self.teacher_input != "image":
-                batch = {**batch, "image": teacher_image(batch, self.teacher_input)}
-            return prepare_batch(batch, *args, **options)
-
-        with preserved_random_state(), _replaced(self.validator, prepare_batch=prepare):
+        prepare = as_the_teacher_sees(self.validator.prepare_batch, self.teacher_input)
+        with preserved_random_state(), replaced(self.validator, prepare_batch=prepare):
             logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
             channels: list[int] = []
             main = MainOutput("The teacher", "wrap it so that `forward` returns the prediction alone")
@@ -135,7 +129,7 @@ class TeacherCheck:
         validator: Any = self.validator
         constant, best = "", math.nan
         for name, candidate in _constants(validator.inferer, channels, self.regions):
-            with _replaced(validator, inferer=candidate):
+            with replaced(validator, inferer=candidate):
                 value = self._validate(validator.network)
             if not constant or (not math.isnan(value) and (math.isnan(best) or validator.metric_cmp_fn(value, best))):
                 constant, best = name, value
@@ -167,8 +161,19 @@ class _Constant(Inferer):
         return torch.cat([blank + value for value in self.values], dim=1)
 
 
+def as_the_teacher_sees(prepare_batch: Callable[..., Any], key: str) -> Callable[..., Any]:
+    """A `prepare_batch` that gives what the batch has under `key`, the teacher's, in the place of its `image`."""
+
+    def prepare(batch: Any, *args: Any, **options: Any) -> Any:
+        if key != "image":
+            batch = {**batch, "image": teacher_image(batch, key)}
+        return prepare_batch(batch, *args, **options)
+
+    return prepare
+
+
 @contextmanager
-def _replaced(target: Any, **attributes: Any) -> Iterator[None]:
+def replaced(target: Any, **attributes: Any) -> Iterator[None]:
     """Give an object other attributes for a while."""
     before = {name: getattr(target, name) for name in attributes}
     try:

@@ -9,9 +9,8 @@ from typing import get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from medkd.checks import check_maps, check_same_grid
 from medkd.losses.base import DistillationLoss
-from medkd.losses.predictions import Predictions
+from medkd.losses.predictions import Predictions, check_comparable
 from medkd.ops.divergence import softened_divergence
 from medkd.ops.ignored import ignored_voxels
 from medkd.ops.prediction import Activation, TeacherOutput, log_probabilities, two_class_logits
@@ -81,12 +80,7 @@ class SoftLabelLoss(DistillationLoss):
         if "logits" not in self.active_terms:
             return {}
         mine, other = student["pred"], teacher["pred"]
-        check_maps("student['pred']", mine)
-        check_same_grid("student['pred']", mine, "teacher['pred']", other)
-        if mine.shape[1] != other.shape[1]:
-            raise ValueError(
-                f"`student['pred']` must have the teacher's {other.shape[1]} classes, got {mine.shape[1]}."
-            )
+        check_comparable(mine, other)
         mine, other = self._predictions.student(mine), self._predictions.teacher(other)
         if label is not None and label.shape[1] == 1:
             self._predictions.classes(label, mine)

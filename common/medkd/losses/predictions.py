@@ -9,10 +9,10 @@ from typing import get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from medkd.checks import check_classes
+from medkd.checks import check_classes, check_maps, check_same_grid
 from medkd.ops.prediction import Activation, TeacherOutput, logits_of, region_codes
 
-__all__ = ["Predictions"]
+__all__ = ["Predictions", "check_comparable"]
 
 _NEAR = 0.05                                                       # so near to 0 and to 1 are certain probabilities
 logger = logging.getLogger(__name__)
@@ -136,6 +136,20 @@ class Predictions:
                 f"`teacher['pred']` must hold probabilities that {what}, got values from {low:.4g} to {high:.4g}; "
                 "give `teacher_output` 'logits', or `activation` 'sigmoid' for regions that overlap."
             )
+
+
+def check_comparable(student: Tensor, teacher: Tensor) -> None:
+    """Refuse predictions that cannot be compared voxel by voxel and class by class.
+
+    Raises:
+        ValueError: other grids, or numbers of classes.
+    """
+    check_maps("student['pred']", student)
+    check_same_grid("student['pred']", student, "teacher['pred']", teacher)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"`student['pred']` must have the teacher's {teacher.shape[1]} classes, got {student.shape[1]}."
+        )
 
 
 def _sums_to_one(pred: Tensor) -> bool:

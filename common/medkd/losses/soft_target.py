@@ -8,9 +8,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from medkd.checks import check_maps, check_same_grid
 from medkd.losses.base import DistillationLoss
-from medkd.losses.predictions import Predictions
+from medkd.losses.predictions import Predictions, check_comparable
 from medkd.ops.ignored import ignored_voxels, on_grid
 from medkd.ops.overlap import ClassSums, class_sums
 from medkd.ops.prediction import Activation, TeacherOutput, largest_channel
@@ -92,12 +91,7 @@ class SoftTargetLoss(DistillationLoss):
         if "soft_target" not in self.active_terms:
             return {}
         mine, other = student["pred"], teacher["pred"]
-        check_maps("student['pred']", mine)
-        check_same_grid("student['pred']", mine, "teacher['pred']", other)
-        if mine.shape[1] != other.shape[1]:
-            raise ValueError(
-                f"`student['pred']` must have the teacher's {other.shape[1]} classes, got {mine.shape[1]}."
-            )
+        check_comparable(mine, other)
         mine = self._predictions.student(mine)
         if label is not None and label.shape[1] == 1:
             self._predictions.classes(label, mine)
