@@ -29,12 +29,11 @@ from medkd.data.soft_labels import SoftLabeld, SoftLabels, UnpackSoftLabeld
 from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.teacher import Teacher
 from medkd.losses.ignoring import IgnoringLoss
-from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.soft_target import SoftTarget, SoftTargetLoss
 from medkd.ops.ignored import UNLABELED
 
 CLASSES, CASES, STEPS = 8, 4, 32   # steps of each training, so that its start weighs little
-WEIGHTS = {"soft_target": 1.0, "logits": 0.5}
+WEIGHTS = {"soft_target": 1.0}                                     # plain distillation of the CT bundle
 LAYOUTS = {"": torch.contiguous_format, "_channels_last": torch.channels_last_3d}
 
 
@@ -87,7 +86,7 @@ class Trainings:
         self.size = _crop(quick)
         self.network = _teacher(quick)
         torch.save(self.network.state_dict(), folder / "teacher.pt")
-        self.losses = [SoftTargetLoss(), SoftLabelLoss()]
+        self.losses = [SoftTargetLoss()]
         self.teacher = Teacher(partial(_teacher, quick), folder / "teacher.pt", weights=WEIGHTS)
         inferer = SlidingWindowInferer([self.size] * 3, overlap=0.25)
         self.soft_labels = SoftLabels(self.teacher, folder / "soft_labels", inferer, self.losses, WEIGHTS)
@@ -137,7 +136,7 @@ class Trainings:
 
 
 def cached_step(quick: bool) -> list[Row]:
-    """Compare training steps with a cached teacher, soft targets and soft labels, with steps without a teacher.
+    """Compare training steps with a cached teacher and soft targets with steps without a teacher.
 
     With batches that are ready, with all that is done to a case behind the cache, and that without labels: then the
     teacher takes the place of the supervised loss, and does not come on top of it.

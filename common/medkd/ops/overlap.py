@@ -56,7 +56,8 @@ def class_sums(
         >>> sums.overlap.tolist(), sums.predicted.tolist(), sums.target.tolist()
         ([[0.5, 0.5]], [[1.0, 1.0]], [[1.0, 1.0]])
     """
-    flat, wanted = logits.flatten(2), target.detach().flatten(2)   # (B, K, N)
+    flat = logits.flatten(2).contiguous()                          # (B, K, N); over channels last all of this is slow
+    wanted = target.detach().flatten(2)
     mask = None if counted is None else counted.flatten(2)
     voxels = flat.new_full((len(flat),), flat.shape[2], dtype=torch.int64) if mask is None else mask.sum((1, 2))
     if activation == "sigmoid":
@@ -121,11 +122,10 @@ class _SoftmaxSums(torch.autograd.Function):
         if target.is_floating_point():
             slope = torch.addcmul(predicted.unsqueeze(2), target, overlap.unsqueeze(2)).mul_(chances)
             slope.addcmul_(target, entropy.reshape(-1, 1, 1), value=-1.0)
-        else:
-            slope = chances * predicted.unsqueeze(2)
+            grad = slope.addcmul_(chances, slope.sum(1, keepdim=True), value=-1.0)
+        else:                                                      # t is p times `predicted`, and more at one class
             place = target.unsqueeze(1)
             pull = chances.gather(1, place).mul_(overlap.gather(1, target).unsqueeze(1)).sub_(entropy.reshape(-1, 1, 1))
-            slope.scatter_add_(1, place, pull)
-        if mask is not None:
-            slope.mul_(mask)
-        return slope.addcmul_(chances, slope.sum(1, keepdim=True), value=-1.0), None, None
+            total = torch.bmm(predicted.unsqueeze(1), chances).add_(pull)          # sum(t), (B, 1, N)
+            grad = (predicted.unsqueeze(2) - total).mul_(chances).scatter_add_(1, place, pull)
+        return (grad if mask is None else grad.mul_(mask)), None, None
