@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which trainings a row needs, and the waves in which they run: all at once that what they start from is there for."""
+"""Which trainings a row needs, and when they run: each as soon as what it starts from is there, and a worker free."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -91,8 +92,7 @@ def train_all(study: Study, arms: Arms) -> Finished:
     def say(run: Run, text: str) -> None:
         print(f"[{len(finished)}/{total}] {run.label}: {text}", flush=True)
 
-    def work(item: tuple[Run, Mapping[str, Path]]) -> None:
-        run, weights = item
+    def work(run: Run, weights: Mapping[str, Path]) -> None:
         try:
             trained = train(run, study, weights, partial(say, run))
         except ExecutionError as error:
@@ -106,14 +106,20 @@ def train_all(study: Study, arms: Arms) -> Finished:
             f"{total - len(finished) - len(failed)} left, {(time.monotonic() - begin) / 60:.0f} min so far",
         )
 
-    while True:
-        wanted = wanted_runs(study, arms, finished)
-        ready = [(run, _weights(run, study, arms, finished)) for run in wanted if run.id not in tried]
-        wave = [(run, weights) for run, weights in ready if weights is not None]
-        if not wave:
-            break
-        tried |= {run.id for run, _ in wave}
-        all_parallel(work, wave, study.workers, study.executor)
+    with _workers(study.workers, study.executor) as pool:
+        running: set[Future[None]] = set()
+        while True:
+            wanted = wanted_runs(study, arms, finished)
+            for run in wanted:
+                weights = _weights(run, study, arms, finished) if run.id not in tried else None
+                if weights is not None:
+                    tried.add(run.id)
+                    running.add(pool.submit(work, run, weights))
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
     missing = [run.label for run in wanted if run.id not in finished]
     if missing:
         raise RowFailedError(f"{study.row.id}: not trained: {'; '.join(missing)}. The same command goes on from here.")
@@ -122,13 +128,20 @@ def train_all(study: Study, arms: Arms) -> Finished:
 
 def all_parallel(work: Callable[[Item], Made], items: Sequence[Item], workers: int, executor: Executor) -> list[Made]:
     """Call `work` for each item, `workers` at once, and give what it returned in their order; an error stops all."""
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with _workers(workers, executor) as pool:
         futures = [pool.submit(work, item) for item in items]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
         return [future.result() for future in futures]
+
+
+@contextmanager
+def _workers(number: int, executor: Executor) -> Iterator[ThreadPoolExecutor]:
+    """Threads that start jobs; an error ends the jobs that run, and starts no other."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield pool
     except BaseException:
         executor.stop()
         raise
