@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-__all__ = ["facts", "figure", "grid", "legend", "table", "write_page"]
+__all__ = ["facts", "figure", "grid", "legend", "rows", "table", "write_page"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -23,6 +23,7 @@ thead th { font-weight: 600; vertical-align: bottom; } .strong td { font-weight:
 .facts td { text-align: left; } .edge { border-left: 1px solid var(--line); }
 .grid { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 46%), 1fr));
   margin-bottom: 1.5rem; }
+.rows { display: grid; gap: .5rem; margin-bottom: 1rem; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .plots svg { width: 100%; height: auto; }
 figure { margin: 0; min-width: 0; } figure img { width: 100%; display: block; border-radius: 4px; background: #000; }
@@ -44,6 +45,17 @@ def figure(png: bytes, caption: str) -> str:
 def grid(parts: Iterable[str], name: str = "grid") -> str:
     """Set parts side by side, as many as fit: `grid` for pictures, `plots` for the larger curves."""
     return f"<div class={name}>{''.join(parts)}</div>"
+
+
+def rows(parts: Sequence[str], columns: int) -> str:
+    """Set parts into rows of `columns` of one width, so that what belongs together stays side by side on any screen.
+
+    Example:
+        >>> rows(["a", "b"], 2)
+        "<div class=wide><div class=rows style='grid-template-columns:repeat(2,minmax(8rem,1fr))'>ab</div></div>"
+    """
+    style = f"grid-template-columns:repeat({columns},minmax(8rem,1fr))"
+    return f"<div class=wide><div class=rows style='{style}'>{''.join(parts)}</div></div>"
 
 
 def legend(colors: Mapping[str, str]) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,8 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+
+from medkd.report.canvas import canvas, mark, outline, png
 
 __all__ = [
     "DIFFERENT", "SOFT_TISSUE", "Plane", "Volume", "best_slice", "class_color", "cut", "difference_picture",
@@ -24,7 +24,6 @@ Array = NDArray[Any]
 SOFT_TISSUE = (40.0, 400.0)   # level and width, HU
 DIFFERENT = "#ff2fd0"
 _COLORS = ("#ff9f1c", "#4cc9f0", "#ffe94a", "#ff4d5a", "#3ddc84", "#ff7be5", "#b79cff", "#c8d64b")
-_WIDTH = 560                  # pixels of a picture
 _LETTERS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I")}   # left, right, top, bottom
 
 
@@ -86,8 +85,8 @@ def outline_picture(
     axes = _canvas(image, plane, position, window)
     classes, pixel = cut(label, plane, position)
     for number in np.unique(classes[classes > 0]):
-        _outline(axes, classes == number, pixel, class_color(int(number)))
-    return _png(axes)
+        outline(axes, classes == number, pixel, class_color(int(number)))
+    return png(axes)
 
 
 def difference_picture(
@@ -97,46 +96,11 @@ def difference_picture(
     """Draw as `outline_picture` the voxels where two predictions differ, and the outline of the second one."""
     axes = _canvas(image, plane, position, window)
     (one, pixel), (other, _) = cut(first, plane, position), cut(second, plane, position)
-    _outline(axes, other > 0, pixel, "#ffffff", 1.2)
-    overlay = np.zeros((*one.shape, 4))
-    overlay[..., :3] = [int(DIFFERENT[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    overlay[..., 3] = 0.75 * (one != other)
-    axes.imshow(overlay, extent=axes.images[0].get_extent(), interpolation="nearest")
-    return _png(axes)
+    outline(axes, other > 0, pixel, "#ffffff", 1.2)
+    mark(axes, one != other, DIFFERENT)
+    return png(axes)
 
 
 def _canvas(image: Volume, plane: Plane, position: int, window: tuple[float, float]) -> Any:
-    """Axes with the windowed slice, on a figure of its shape, in mm, with the letters of its sides."""
-    from matplotlib.figure import Figure  # a second to import
-    from matplotlib.patheffects import withStroke
-
-    pixels, pixel = cut(image, plane, position)
-    height, width = pixels.shape[0] * pixel[0], pixels.shape[1] * pixel[1]
-    axes: Any = Figure(figsize=(_WIDTH / 100, _WIDTH / 100 * height / width), dpi=100).add_axes((0, 0, 1, 1))
-    gray = {"cmap": "gray", "vmin": window[0] - window[1] / 2, "vmax": window[0] + window[1] / 2}
-    axes.imshow(pixels, extent=(0.0, width, height, 0.0), interpolation="bicubic", **gray)
-    axes.autoscale(False)
-    axes.set_axis_off()
-    places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
-    for letter, place in zip(_LETTERS[plane], places, strict=True):
-        axes.text(
-            *place, letter, transform=axes.transAxes, color="white", fontsize=20, weight="bold", ha="center",
-            va="center", path_effects=[withStroke(linewidth=3, foreground="black")],
-        )
-    return axes
-
-
-def _outline(axes: Any, mask: Array, pixel: tuple[float, float], color: str, width: float = 2.6) -> None:
-    """Draw a mask's outline; drawn on a finer grid, so that thin shapes keep theirs."""
-    if not mask.any():
-        return
-    finer = np.pad(np.kron(mask, np.ones((4, 4))), 4)
-    smooth = ndimage.gaussian_filter(finer, 1.5)
-    rows, columns = ((np.arange(finer.shape[n]) - 3.5) * pixel[n] / 4 for n in (0, 1))
-    axes.contour(columns, rows, smooth, levels=[0.5], colors=[color], linewidths=width)
-
-
-def _png(axes: Any) -> bytes:
-    buffer = io.BytesIO()
-    axes.figure.savefig(buffer, format="png", facecolor="black")
-    return buffer.getvalue()
+    """Axes with the windowed slice and the letters of its sides."""
+    return canvas(*cut(image, plane, position), window, _LETTERS[plane])
