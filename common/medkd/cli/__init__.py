@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     name: import_module(f"medkd.cli.{name.replace('-', '_')}")
-    for name in ("phantom", "datalist", "check-data", "verify")
+    for name in ("phantom", "datalist", "check-data", "compare", "verify")
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from medkd.data.check import check_data
 from medkd.data.report import DataReport
 
-__all__ = ["check_for_bundle", "is_bundle"]
+__all__ = ["check_for_bundle", "is_bundle", "scripts_of"]
 
 _CONFIG = "configs/train.json"
 
@@ -61,7 +61,7 @@ def check_for_bundle(
     if num_classes is not None:
         linked = parser["data_check"].get("num_classes") == "@out_channels"
         parser["out_channels" if linked else "data_check#num_classes"] = num_classes
-    with _scripts_of(root):
+    with scripts_of(root):
         return _run(parser)
 
 
@@ -98,7 +98,7 @@ def _run(parser: Any) -> DataReport:
 
 
 @contextmanager
-def _scripts_of(root: Path) -> Iterator[None]:
+def scripts_of(root: Path) -> Iterator[None]:
     """Let `scripts` be those of the bundle; afterwards it is what it was."""
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"}
     for name in before:

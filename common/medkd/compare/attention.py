@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention maps of tapped layers for an image of any size: where a layer's activations are large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
+
+from medkd.data.grid import free_memory
+from medkd.outputs import plain_tensor
+from medkd.taps import FeatureTaps
+
+__all__ = ["attention_map", "attention_maps", "normalized"]
+
+_OVERLAP = 0.25       # of windows; maps are looked at, not scored
+_SHARE = 0.25         # of the free memory that maps may take
+
+
+def attention_map(features: Tensor, power: float = 4.0) -> Tensor:
+    """Mean over channels of |x|^p.
+
+    Args:
+        features: of a layer, shape (B, C, *S).
+        power: p, above 0. Large ones show the strongest channel of each voxel, 1 their mean.
+
+    Returns:
+        Shape (B, 1, *S), float32, 0 or more.
+
+    Raises:
+        ValueError: `power` is not above 0.
+
+    Reference:
+        Zagoruyko and Komodakis, Paying more attention to attention, arXiv 1612.03928, section 3.1: its F_mean^p but for
+        the mean, there a sum; after the norm both are the same.
+
+    Example:
+        >>> attention_map(torch.tensor([[[1.0, 0.0], [-2.0, 1.0]]]), power=2).tolist()
+        [[[2.5, 0.5]]]
+    """
+    if not power > 0:
+        raise ValueError(f"`power` must be above 0, got {power}.")
+    return features.float().abs().pow(power).mean(1, keepdim=True)
+
+
+def normalized(attention: Tensor) -> Tensor:
+    """Divide a map by its L2 norm, and multiply by the root of its size: 1 is its quadratic mean, on any grid.
+
+    A map of zeros stays as it is; so does its last bit below 1e-12 of a norm.
+
+    Example:
+        >>> normalized(torch.tensor([3.0, 4.0, 0.0, 0.0])).tolist()
+        [1.2000000476837158, 1.600000023841858, 0.0, 0.0]
+    """
+    norm = torch.linalg.vector_norm(attention.double()).clamp(min=1e-12)
+    return (attention.double() / norm * attention.numel() ** 0.5).float()
+
+
+def attention_maps(
+    network: nn.Module, image: Tensor, paths: Sequence[str], window: Sequence[int], power: float = 4.0, batch: int = 1
+) -> Iterator[tuple[str, Tensor]]:
+    """Attention maps on the grid of an image, one layer after the other.
+
+    The network runs on windows, as in inference. A window's maps are scaled to the window's size and blended with those
+    of its neighbors, which needs no normalization, as they are of one layer; the whole map is normalized in the end.
+    As many layers are done at once as a quarter of the free memory holds.
+
+    Args:
+        network: in eval mode.
+        image: shape (1, C, *S).
+        paths: of layers, as `FeatureTaps` takes them.
+        window: voxels per axis.
+        power: see `attention_map`.
+        batch: windows per forward pass.
+
+    Yields:
+        Path, and its map (*S), float32, see `normalized`.
+    """
+    plain = plain_tensor(image)
+    cost = 8 * plain[0, 0].numel()                                 # a float32 of a map, and of its weights
+    most = max(int(_SHARE * min(free_memory(), 1e15) / cost), 1)
+    for start in range(0, len(paths), most):
+        chosen = paths[start : start + most]
+        taps = FeatureTaps(network, chosen, "network")
+
+        def look(windows: Tensor, taps: FeatureTaps = taps) -> Tensor:
+            taps.open()
+            network(windows)
+            maps = (attention_map(features, power) for features in taps.close().values())
+            return torch.cat([_resized(one, windows.shape[2:]) for one in maps], 1)   # (b, layers, *window)
+
+        try:
+            with torch.no_grad():
+                maps = sliding_window_inference(plain, window, batch, look, _OVERLAP, mode="gaussian")
+        finally:
+            taps.remove()
+        assert isinstance(maps, Tensor)   # noqa: S101 - for mypy: one tensor comes back where one is given
+        for number, path in enumerate(chosen):
+            yield path, normalized(maps[0, number]).cpu()
+
+
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[maps.dim()]
+    return maps if maps.shape[2:] == tuple(size) else F.interpolate(maps, size=tuple(size), mode=mode)

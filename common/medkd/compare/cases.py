@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases that networks are compared on: which, and what their files hold, read one case at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medkd.checks import suggest
+from medkd.compare.frames import Frame, frame_of
+from medkd.compare.networks import Network
+from medkd.data.bundle_check import scripts_of
+from medkd.inference.cases import told_cause
+from medkd.inference.picture_files import PICTURES
+from medkd.outputs import plain_tensor
+
+__all__ = ["Case", "Files", "choose_cases", "read_case"]
+
+Array = NDArray[Any]
+Files = Mapping[str, str]      # `image`, and `label` if there is one
+
+_NEAR = 1e-3                   # of a voxel, between the places of image and label
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case on the grid of its files."""
+
+    name: str
+    image: Array               # (*S), or (*S, 3) of colors in [0, 1]
+    label: Array | None        # (*S), whole numbers; negative is ignored
+    frame: Frame
+
+
+def choose_cases(items: Sequence[Files], names: Sequence[str] = ()) -> dict[str, Files]:
+    """Name cases by their files, and keep those that are asked for.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: there is no case, or none of a name.
+
+    Example:
+        >>> choose_cases([])
+        Traceback (most recent call last):
+        ...
+        ValueError: There must be a case that all networks can be run on, got none; name a list of the datalist ...
+    """
+    if not items:
+        raise ValueError(
+            "There must be a case that all networks can be run on, got none; name a list of the datalist that has "
+            "some (--list), or an image (--image)."
+        )
+    missing = [path for item in items for path in item.values() if not os.path.exists(path)]
+    if missing:
+        raise FileNotFoundError(f"Cases must have files that exist, got {missing[0]}, which does not.")
+    found = dict(zip(_names([item["image"] for item in items]), items, strict=True))
+    for name in names:
+        if name not in found:
+            raise ValueError(f"--case must name a case of the list, got {name!r}; {suggest(name, found)}")
+    return {name: item for name, item in found.items() if not names or name in names}
+
+
+def _names(files: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell them apart, without extension."""
+    paths = []
+    for file in files:
+        path = Path(file)
+        stem = path.name.removesuffix(".gz")
+        paths.append((*path.parts[:-1], os.path.splitext(stem)[0]))
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    names = ["/".join(path[-depth:]) for path in paths]
+    return [name if names.index(name) == n else f"{name} {n + 1}" for n, name in enumerate(names)]
+
+
+def read_case(network: Network, name: str, files: Files) -> Case:
+    """Read image and label as the bundle of a network does, and check that they belong together.
+
+    Raises:
+        ValueError: a file cannot be read; the label has another grid than its image, or a number that is no class.
+    """
+    with scripts_of(network.root):
+        loading = network.parse().get_parsed_content("loading")
+        try:
+            data = loading(dict(files))
+        except Exception as error:
+            raise ValueError(f"Case {name} cannot be read: {told_cause(error)}") from error
+    image, label = data["image"], data.get("label")
+    affine = np.asarray(image.affine, dtype=np.float64)
+    frame = frame_of(tuple(image.shape[1:]), affine, network.config.get("unit"), _is_picture(files["image"]))
+    if label is not None:
+        _check_label(network, name, image, label)
+    return Case(name, _looked_at(plain_tensor(image).numpy()), None if label is None else _whole(label), frame)
+
+
+def _is_picture(file: str) -> bool:
+    return file.lower().endswith(PICTURES)
+
+
+def _check_label(network: Network, name: str, image: Any, label: Any) -> None:
+    if image.shape[1:] != label.shape[1:]:
+        raise ValueError(
+            f"The label of {name} must have the size of its image, {tuple(image.shape[1:])}, got "
+            f"{tuple(label.shape[1:])}; take the label that was drawn on this image, or resample it."
+        )
+    affines = [np.asarray(one.affine, dtype=np.float64) for one in (image, label)]
+    shift = np.abs(affines[0] - affines[1]) / np.linalg.norm(affines[0][:-1, :-1], axis=0).min()
+    if shift.max() > _NEAR * max(image.shape[1:]):
+        lengths = [np.linalg.norm(affine[:-1, :-1], axis=0).round(4).tolist() for affine in affines]
+        raise ValueError(
+            f"The label of {name} must lie where its image does, got voxels of {lengths[1]} for the label and "
+            f"{lengths[0]} for the image, or another position; take the label that was drawn on this image."
+        )
+    largest = int(label.max())
+    if network.kind == "classes" and largest >= network.classes:
+        raise ValueError(
+            f"The label of {name} must have values in 0..{network.classes - 1}, the classes of `{network.name}`, got "
+            f"{largest}; compare networks of as many classes, or mark unknown voxels by -1."
+        )
+
+
+def _whole(label: Any) -> Array:
+    values: Array = plain_tensor(label).numpy()[0]
+    return values if values.dtype.kind in "iu" else np.rint(values).astype(np.int32)
+
+
+def _looked_at(image: Array) -> Array:
+    """Gray values as they are, or colors scaled to 0..1; of other numbers of channels the first one."""
+    if len(image) != 3:
+        return image[0]
+    low, high = float(image.min()), float(np.percentile(image, 99.8))
+    colors: Array = np.clip((np.moveaxis(image, 0, -1) - low) / max(high - low, 1e-6), 0, 1)
+    return colors
