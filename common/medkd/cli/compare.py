@@ -86,9 +86,10 @@ def _compare(options: Namespace, folder: Path, command: str) -> None:
     from medkd.data.bundle_check import is_bundle
     from medkd.data.datalist import load_datalist
 
+    names: dict[int, str] = {}
     if options.image is not None:
         files = {"image": options.image} | ({"label": options.label} if options.label else {})
-        items, names = [{key: str(Path(file).absolute()) for key, file in files.items()}], {}
+        items = [{key: str(Path(file).absolute()) for key, file in files.items()}]
     else:
         path = Path(options.data, "datalist.json") if Path(options.data).is_dir() else Path(options.data)
         listed = load_datalist(path, options.list)

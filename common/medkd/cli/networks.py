@@ -51,7 +51,7 @@ def read_settings(pairs: Sequence[str], where: str) -> dict[str, Any]:
         {'spacing': [4, 4, 3], 'resume': True}
     """
     words = {"true": True, "false": False, "null": None}
-    settings = {}
+    settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:

@@ -111,7 +111,7 @@ class CaseFigures:
         if not self.errors:
             return []
         left = np.sum([self.case.frame.per_slice(mask) for mask in self.errors.values()], axis=0).astype(float)
-        apart, chosen = max(self.case.frame.depth // (2 * self.most), 1), []
+        apart, chosen = max(self.case.frame.depth // (2 * self.most), 1), list[int]()
         while len(chosen) < self.most and left.max() > 0:
             position = int(left.argmax())
             chosen.append(position)

@@ -70,10 +70,13 @@ class Frame:
         """What a volume on another grid has at the places of a slice, linearly interpolated; 0 outside of it."""
         places = [np.array([position]) if axis == self.across else np.arange(length)
                   for axis, length in enumerate(self.shape)]
-        own = np.stack(np.meshgrid(*places, indexing="ij"), -1).squeeze(() if self.across is None else self.across)
+        own = np.stack(np.meshgrid(*places, indexing="ij"), -1)     # (*S, axes), 1 for the axis that is sliced
+        if self.across is not None:
+            own = own.squeeze(self.across)
         to_other = np.linalg.inv(affine) @ self.affine
         other = own @ to_other[:-1, :-1].T + to_other[:-1, -1]     # (.., .., axes)
-        values = ndimage.map_coordinates(volume.astype(np.float32), np.moveaxis(other, -1, 0), order=1, mode="grid-constant")
+        places_first = np.moveaxis(other, -1, 0)
+        values = ndimage.map_coordinates(volume.astype(np.float32), places_first, order=1, mode="grid-constant")
         flat = Frame(values.shape, np.eye(3), None, *self._in_plane())
         return flat.cut(values, 0)
 

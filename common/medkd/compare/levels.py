@@ -117,13 +117,15 @@ def _keys(levels: Sequence[Level]) -> Iterator[tuple[Any, Level]]:
 def _unet(network: nn.Module) -> list[tuple[str, Side]]:
     """Levels of MONAI's `UNet`: blocks (down, skip around the next block, up), nested."""
     block: Any = getattr(network, "model", None)
-    prefix, encoder, decoder = "model", [], []
+    prefix, encoder, decoder = "model", list[str](), list[str]()
     while isinstance(block, nn.Sequential) and len(block) == 3 and isinstance(block[1], SkipConnection):
         encoder.append(f"{prefix}.0")
         decoder.append(f"{prefix}.2")
         block, prefix = block[1].submodule, f"{prefix}.1.submodule"
-    bottom = [f"{prefix}"] if encoder else []
-    return [(path, "encoder") for path in encoder + bottom] + [(path, "decoder") for path in reversed(decoder)]
+    bottom = [prefix] if encoder else []
+    levels: list[tuple[str, Side]] = [(path, "encoder") for path in encoder + bottom]
+    levels += [(path, "decoder") for path in reversed(decoder)]
+    return levels
 
 
 def _encoder_decoder(network: nn.Module) -> list[tuple[str, Side]]:
@@ -131,7 +133,7 @@ def _encoder_decoder(network: nn.Module) -> list[tuple[str, Side]]:
     found = {side: getattr(network, side, None) for side in sides}
     if not all(isinstance(part, (nn.ModuleList, nn.Sequential)) for part in found.values()):
         return []
-    return [(f"{side}.{child}", side) for side in sides for child, _ in found[side].named_children()]   # type: ignore[union-attr]
+    return [(f"{side}.{child}", side) for side in sides for child, _ in found[side].named_children()]
 
 
 def _last_of_size(network: nn.Module, size: Sequence[int]) -> list[tuple[str, Side]]:

@@ -70,7 +70,8 @@ def _misfits(own: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
 def _way_out(network: Network, content: Mapping[str, Any]) -> str:
     """Which config of the bundle, and which number of classes, has a network that the weights fit."""
     names = [file.stem for file in sorted((network.root / "configs").glob("*.json"))]
-    candidates = [(), *((name,) for name in names if name not in _NO_NETWORKS and not name.startswith("inference"))]
+    named = [name for name in names if name not in _NO_NETWORKS and not name.startswith("inference")]
+    candidates: list[tuple[str, ...]] = [(), *((name,) for name in named)]
     for added in [one for one in candidates if not set(one) & set(network.configs)]:
         if added and not _defines_network(network.root / f"configs/{added[0]}.json"):
             continue

@@ -34,7 +34,8 @@ def write_report(
         shown: cases with pictures, the first ones.
         told: called with each case whose pictures are drawn.
     """
-    overlays, attention, focus, left_out = [], [], [], list(_left_out(found))
+    overlays, attention, left_out = list[str](), list[str](), list(_left_out(found))
+    focus: list[dict[tuple[int, str], float]] = []
     for case in list(found.cases)[:shown]:
         figures = CaseFigures(found, read_case(found.first, case, found.cases[case]), window, slices)
         told(case)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.data.dataloader import DataLoader
 from monai.data.dataset import Dataset
 from monai.engines.evaluator import SupervisedEvaluator
@@ -144,7 +144,7 @@ class Runner:
             return named_levels(self.module, taps, self.window, self.network.name)
         try:
             return find_levels(self.module, self.window)
-        except (RuntimeError, ValueError) as error:   # layers that run twice, or are changed in place, of a network unknown to us
+        except (RuntimeError, ValueError) as error:   # a network unknown to us, whose layers run twice, for example
             self.outcome.left_out.append(
                 f"Attention of `{self.network.name}`: its levels are not found ({error}); name layers by --tap."
             )
@@ -177,9 +177,9 @@ class Runner:
             val_handlers=self._parts["handlers"], amp=self._options["amp"],
         )
 
-        def keep(engine: Engine) -> None:
+        def keep(engine: Any) -> None:
             case = names[engine.state.iteration - 1]
-            self._keep_prediction(case, engine.state.output[0]["pred"])   # type: ignore[index]
+            self._keep_prediction(case, engine.state.output[0]["pred"])
             told(case)
 
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
@@ -231,12 +231,12 @@ class Runner:
     def _keep_prediction(self, case: str, pred: Any) -> None:
         if not self._decodes:
             return
-        values = np.asarray(plain_tensor(pred).cpu())
+        values: Array = plain_tensor(pred).cpu().numpy()
         if self.network.kind == "classes":
-            numbers = (values.argmax(0) if len(values) > 1 else values[0]).astype(np.int32)
+            values = (values.argmax(0) if len(values) > 1 else values[0]).astype(np.int32)
         else:
-            numbers = values[0].astype(np.int64)
-        self.outcome.predictions[case] = self._save(f"{case} prediction", numbers)
+            values = values[0].astype(np.int64)
+        self.outcome.predictions[case] = self._save(f"{case} prediction", values)
 
     def _save(self, name: str, values: Array) -> Path:
         file = self.folder / f"{len(list(self.folder.iterdir()))}_{''.join(c for c in name if c.isalnum())}.npy"
