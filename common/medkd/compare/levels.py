@@ -102,7 +102,8 @@ def align_levels(levels: Mapping[str, Sequence[Level]]) -> list[Row]:
     for key in order:
         row = {name: found[key] for name, found in keyed.items() if key in found}
         titles = dict.fromkeys(level.title() for level in row.values())
-        rows.append(Row("; ".join(titles), {name: level.path for name, level in row.items()}))
+        place = f", no. {key[-1]}" if key[0] != "tap" and key[-1] > 1 else ""
+        rows.append(Row("; ".join(titles) + place, {name: level.path for name, level in row.items()}))
     return rows
 
 

@@ -71,7 +71,7 @@ def _summary(found: Comparison) -> list[str]:
                  ] if found.metrics else []
     devices = ", ".join(sorted({outcome.device for outcome in found.outcomes.values()}))
     meanings.append(("s per case", "of the network with its windows, without reading and writing; device "
-                     f"{devices}, one CPU thread, measured once per case while other programs may have run: rough"))
+                     f"{devices}, one CPU thread, measured once per case: rough"))
     labeled = len(found.labeled)
     cases = f"{len(found.cases)} case(s), {labeled} of them with a label" if labeled < len(found.cases) else (
         f"{labeled} case(s), each with a label")

@@ -60,10 +60,10 @@ def test_levels_of_one_stride_stand_in_a_row_and_others_alone() -> None:
     assert [(row.title, dict(row.paths)) for row in rows] == [
         ("encoder, 1/2 of the size", {"small": "model.0", "large": "model.0"}),
         ("encoder, 1/4 of the size", {"large": "model.1.submodule.0"}),
-        ("encoder, 1/4 of the size", {"large": "model.1.submodule.1.submodule"}),
+        ("encoder, 1/4 of the size, no. 2", {"large": "model.1.submodule.1.submodule"}),
         ("decoder, 1/2 of the size", {"large": "model.1.submodule.2"}),
         ("decoder, full size", {"small": "model.2", "large": "model.2"}),
-        ("encoder, 1/2 of the size", {"small": "model.1.submodule"}),
+        ("encoder, 1/2 of the size, no. 2", {"small": "model.1.submodule"}),
     ]
 
 
