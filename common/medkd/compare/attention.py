@@ -56,7 +56,8 @@ def normalized(attention: Tensor) -> Tensor:
         [1.2000000476837158, 1.600000023841858, 0.0, 0.0]
     """
     norm = torch.linalg.vector_norm(attention.double()).clamp(min=1e-12)
-    return (attention.double() / norm * attention.numel() ** 0.5).float()
+    scale: Tensor = attention.numel() ** 0.5 / norm
+    return (attention.double() * scale).float()
 
 
 def attention_maps(

@@ -134,7 +134,8 @@ def _whole(label: Any) -> Array:
 def _looked_at(image: Array) -> Array:
     """Gray values as they are, or colors scaled to 0..1; of other numbers of channels the first one."""
     if len(image) != 3:
-        return image[0]
+        gray: Array = image[0]
+        return gray
     low, high = float(image.min()), float(np.percentile(image, 99.8))
     colors: Array = np.clip((np.moveaxis(image, 0, -1) - low) / max(high - low, 1e-6), 0, 1)
     return colors

@@ -39,7 +39,8 @@ def wrong(pred: Array, label: Array, kind: Kind, background_counts: bool = True)
     """
     counts = label >= 0 if background_counts else label > 0
     if kind == "classes":
-        return (pred != label) & counts
+        differs: Array = (pred != label) & counts
+        return differs
     pred, label = (np.where(counts, side, 0) for side in (pred, label))
     table = contingency(pred, label)
     best = [np.zeros(len(ids), np.int64) for ids in (table.pred_ids, table.label_ids)]
@@ -50,7 +51,9 @@ def wrong(pred: Array, label: Array, kind: Kind, background_counts: bool = True)
     is_mutual = best[1][best[0]] == np.arange(len(best[0]))
     partner = np.where(is_mutual, table.label_ids[best[0]], -1)              # of each predicted instance
     partner[0] = 0
-    return (partner[np.searchsorted(table.pred_ids, pred)] != label) & counts
+    wanted: Array = partner[np.searchsorted(table.pred_ids, pred)]            # (*S) numbers of the label
+    found: Array = (wanted != label) & counts
+    return found
 
 
 def differ(predictions: Sequence[Array], kind: Kind) -> Array:

@@ -131,7 +131,7 @@ def _unet(network: nn.Module) -> list[tuple[str, Side]]:
 
 def _encoder_decoder(network: nn.Module) -> list[tuple[str, Side]]:
     sides: tuple[Side, Side] = ("encoder", "decoder")
-    found = {side: getattr(network, side, None) for side in sides}
+    found: dict[Side, Any] = {side: getattr(network, side, None) for side in sides}
     if not all(isinstance(part, (nn.ModuleList, nn.Sequential)) for part in found.values()):
         return []
     return [(f"{side}.{child}", side) for side in sides for child, _ in found[side].named_children()]

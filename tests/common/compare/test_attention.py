@@ -18,11 +18,11 @@ class Pointwise(nn.Module):
         super().__init__()
         kind, pool = (nn.Conv2d, nn.AvgPool2d) if axes == 2 else (nn.Conv3d, nn.AvgPool3d)
         self.full = kind(1, 3, 1)
-        self.half = nn.Sequential(pool(2), kind(3, 5, 1))
+        self.small = nn.Sequential(pool(2), kind(3, 5, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         full: Tensor = self.full(image)
-        self.half(full)
+        self.small(full)
         return full
 
 
@@ -70,9 +70,9 @@ def test_windows_give_what_the_whole_image_gives(size: tuple[int, ...], window: 
 
 def test_layers_come_in_their_order_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     network, image = Pointwise(2).eval(), torch.rand(1, 1, 8, 8)
-    at_once = list(attention_maps(network, image, ["half", "full"], (8, 8)))
+    at_once = list(attention_maps(network, image, ["small", "full"], (8, 8)))
     monkeypatch.setattr(attention, "free_memory", lambda: 0.0)
-    one_by_one = list(attention_maps(network, image, ["half", "full"], (8, 8)))
-    assert [path for path, _ in at_once] == [path for path, _ in one_by_one] == ["half", "full"]
+    one_by_one = list(attention_maps(network, image, ["small", "full"], (8, 8)))
+    assert [path for path, _ in at_once] == [path for path, _ in one_by_one] == ["small", "full"]
     assert all(torch.equal(mine, other) for (_, mine), (_, other) in zip(at_once, one_by_one, strict=True))
     assert not network.full._forward_hooks
