@@ -161,7 +161,7 @@ def test_an_image_without_a_label_has_agreement_in_place_of_scores(
     ("name", "kind", "options"),
     [
         ("graph_relation_nuclei", "nuclei", {"shape": (96, 80)}),
-        ("graph_relation_em_neurons", "em", {"shape": (16, 48, 40), "spacing": (10.0, 10.0, 10.0)}),
+        ("graph_relation_em_neurons", "em", {"shape": (20, 48, 40), "spacing": (10.0, 10.0, 10.0)}),
     ],
 )
 def test_instances_are_compared_too(name: str, kind: str, options: dict[str, object], tmp_path: Path) -> None:
