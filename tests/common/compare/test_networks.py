@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,22 @@ def test_folder_of_a_bundle_has_the_weights_that_its_configs_write(bundle: Path,
     network = read_network(f"{bundle}+teacher", tmp_path)
     assert network.weights == bundle / "models/teacher/model.pt"
     assert network.name == "ct+teacher"
+
+
+def test_zip_is_checked_and_unpacked(bundle: Path, tmp_path: Path) -> None:
+    files = [file for file in sorted(bundle.rglob("*")) if file.is_file()]
+    hashes = "".join(f"{sha256(file.read_bytes()).hexdigest()}  {file.relative_to(bundle)}\n" for file in files)
+    with zipfile.ZipFile(tmp_path / "ct_v1.zip", "w") as archive:
+        archive.writestr("ct/MANIFEST.sha256", hashes)
+        for file in files:
+            archive.write(file, f"ct/{file.relative_to(bundle)}")
+    network = read_network(f"{tmp_path / 'ct_v1.zip'}+teacher", tmp_path / "unpacked")
+    assert network.name == "ct_v1+teacher"
+    assert network.weights == tmp_path / "unpacked/ct_v1/ct/models/teacher/model.pt"
+    with zipfile.ZipFile(tmp_path / "ct_v1.zip", "a") as archive:
+        archive.writestr("ct/more.txt", "")
+    with pytest.raises(ValueError, match=r"more.txt: not in the manifest"):
+        read_network(str(tmp_path / "ct_v1.zip"), tmp_path / "again")
 
 
 def test_plus_and_equals_in_a_path_are_part_of_it(bundle: Path, tmp_path: Path) -> None:
