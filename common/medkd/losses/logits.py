@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import get_args
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.losses.base import DistillationLoss
 from medkd.losses.predictions import Predictions, check_comparable
-from medkd.ops.divergence import softened_divergence
+from medkd.ops.divergence import prediction_divergence
 from medkd.ops.ignored import ignored_voxels
-from medkd.ops.prediction import Activation, TeacherOutput, log_probabilities, two_class_logits
+from medkd.ops.prediction import Activation, TeacherOutput
 from medkd.ops.voxel_weight import VoxelWeighting, voxel_weight
 
 __all__ = ["SoftLabelLoss"]
@@ -84,14 +83,7 @@ class SoftLabelLoss(DistillationLoss):
         mine, other = self._predictions.student(mine), self._predictions.teacher(other)
         if label is not None and label.shape[1] == 1:
             self._predictions.classes(label, mine)
-        divergence = self._divergence(mine, other)
+        divergence = prediction_divergence(mine, other, self.temperature, self.activation)
         ignored = ignored_voxels(label)
         weight = voxel_weight(other, self.weighting, self.floor, self.activation, ignored)   # (B, 1, *S), mean 1
         return {"logits": self.temperature**2 * (weight * divergence).mean()}
-
-    def _divergence(self, mine: Tensor, other: Tensor) -> Tensor:
-        """Divergence of each voxel, (B, 1, *S)."""
-        if self.activation == "softmax":
-            return softened_divergence(two_class_logits(mine), two_class_logits(other), self.temperature)
-        soft, target = (log_probabilities(one / self.temperature, self.activation) for one in (mine, other))
-        return F.kl_div(soft, target, reduction="none", log_target=True).sum(1, keepdim=True)

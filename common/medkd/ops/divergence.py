@@ -10,7 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["softened_divergence"]
+from medkd.ops.prediction import Activation, log_probabilities, two_class_logits
+
+__all__ = ["prediction_divergence", "softened_divergence"]
+
+
+def prediction_divergence(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, activation: Activation = "softmax"
+) -> Tensor:
+    """The divergence of each voxel for what a network may predict: classes, one sigmoid channel, or regions.
+
+    Args:
+        student: logits, shape (B, K, *S), float32 or float64.
+        teacher: likewise; never receives a gradient.
+        temperature: T, above 0.
+        activation: `softmax` (one channel is a sigmoid output); of `sigmoid` the sum over regions of the divergences
+            of two coins that show a voxel to be in the region.
+
+    Returns:
+        Shape (B, 1, *S).
+    """
+    if activation == "softmax":
+        return softened_divergence(two_class_logits(student), two_class_logits(teacher), temperature)
+    soft, target = (log_probabilities(one / temperature, activation) for one in (student, teacher.detach()))
+    return F.kl_div(soft, target, reduction="none", log_target=True).sum(1, keepdim=True)
 
 
 def softened_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

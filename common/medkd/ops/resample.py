@@ -14,7 +14,7 @@ from torch import Tensor
 from medkd.checks import check_maps
 from medkd.ops.ignored import IGNORED, is_ignored
 
-__all__ = ["majority_label", "pool_average", "pool_or_interpolate"]
+__all__ = ["majority_label", "pool_average", "pool_or_interpolate", "resize_linearly"]
 
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
@@ -45,9 +45,23 @@ def pool_or_interpolate(
     coarse = tuple(min(s, g) for s, g in zip(size, grid, strict=True))
     if coarse != size:
         maps = _pool_maximum(maps, coarse) if pool == "maximum" else pool_average(maps, coarse)
-    if coarse != grid:
-        maps = F.interpolate(maps, size=grid, mode=_LINEAR[len(grid)], align_corners=False)
-    return maps
+    return resize_linearly(maps, grid)
+
+
+def resize_linearly(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Interpolate maps linearly between voxel centers; where the grid is coarser, voxels between are not looked at.
+
+    Args:
+        maps: shape (B, C, *S), floating.
+        grid: spatial shape of the result.
+
+    Returns:
+        Maps of shape (B, C, *grid); the input itself when it is on the grid already.
+    """
+    grid = tuple(grid)
+    if tuple(maps.shape[2:]) == grid:
+        return maps
+    return F.interpolate(maps, size=grid, mode=_LINEAR[len(grid)], align_corners=False)
 
 
 def _pool_maximum(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
