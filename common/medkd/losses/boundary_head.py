@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.losses.base import pointwise_convolution
+from medkd.losses.fitted import load_fitted
 from medkd.ops.border import pair_label_loss
 from medkd.ops.ignored import labeled_samples
 from medkd.ops.resample import majority_label, pool_or_interpolate
-from medkd.weights import load_tensors
 
 __all__ = ["BoundaryHead", "PairLabelLoss", "TeacherHead"]
 
@@ -95,32 +94,9 @@ class TeacherHead:
             FileNotFoundError: there is no such file; the message gives the command that makes it.
             ValueError: weights of another head, or of a head that was fitted to another teacher.
         """
-        if not self.path.is_file():
-            raise FileNotFoundError(
-                f"`teacher_head` must be the weights of the teacher's boundary head, got {str(self.path)!r}, which "
-                "does not exist; fit it with the config file teacher_head.json behind those of this run."
-            )
         head = BoundaryHead(self.channels, self.spatial_dims)
-        tensors = load_tensors(self.path)
-        self._check_teacher(tensors.pop("teacher_sha256", None))
-        try:
-            head.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"`teacher_head` must hold a head for levels of {list(self.channels)} channels, but {self.path} does "
-                f"not: {error}"
-            ) from error
-        return head.to(device).eval().requires_grad_(False)
-
-    def _check_teacher(self, fitted_to: Tensor | None) -> None:
-        if self.teacher_path is None or fitted_to is None:
-            return
-        hashes = [bytes(fitted_to.tolist()).hex(), hashlib.sha256(self.teacher_path.read_bytes()).hexdigest()]
-        if hashes[0] != hashes[1]:
-            raise ValueError(
-                f"`teacher_head` must be fitted to the teacher {self.teacher_path} (SHA-256 {hashes[1][:12]}...), but "
-                f"{self.path} was fitted to {hashes[0][:12]}...; fit it again with teacher_head.json."
-            )
+        contents = f"a head for levels of {list(self.channels)} channels"
+        return load_fitted(head, self.path, self.teacher_path, device, "boundary head", contents)
 
 
 class PairLabelLoss(nn.Module):

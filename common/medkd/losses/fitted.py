@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that were fitted to a frozen teacher: read strictly, and only with the teacher that they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from medkd.weights import load_tensors
+
+__all__ = ["load_fitted"]
+
+Head = TypeVar("Head", bound=nn.Module)
+
+
+def load_fitted(
+    head: Head, path: Path, teacher_path: Path | None, device: torch.device | str, name: str, contents: str
+) -> Head:
+    """Load the weights of a head strictly, and freeze it on `device`.
+
+    Args:
+        head: to load into.
+        path: its weights; `teacher_sha256` among them, uint8 of shape (32,), tells what teacher it was fitted to.
+        teacher_path: weights of the teacher, which must be those; None does not look.
+        device: where it will run.
+        name: what it is, in words, such as "boundary head".
+        contents: what the file must hold, in words, such as "a head for levels of [3, 4] channels".
+
+    Raises:
+        FileNotFoundError: there is no such file; the message gives the command that makes it.
+        ValueError: weights of another head, or of a head that was fitted to another teacher.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`teacher_head` must be the weights of the teacher's {name}, got {str(path)!r}, which does not exist; fit "
+            "it with the config file teacher_head.json behind those of this run."
+        )
+    tensors = load_tensors(path)
+    _check_teacher(tensors.pop("teacher_sha256", None), path, teacher_path)
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"`teacher_head` must hold {contents}, but {path} does not: {error}") from error
+    return head.to(device).eval().requires_grad_(False)
+
+
+def _check_teacher(fitted_to: Tensor | None, path: Path, teacher_path: Path | None) -> None:
+    if teacher_path is None or fitted_to is None:
+        return
+    hashes = [bytes(fitted_to.tolist()).hex(), hashlib.sha256(teacher_path.read_bytes()).hexdigest()]
+    if hashes[0] != hashes[1]:
+        raise ValueError(
+            f"`teacher_head` must be fitted to the teacher {teacher_path} (SHA-256 {hashes[1][:12]}...), but "
+            f"{path} was fitted to {hashes[0][:12]}...; fit it again with teacher_head.json."
+        )
