@@ -76,12 +76,23 @@ def _clocks(work: Work) -> tuple[float, float]:
 
 def peak_memory(work: Work) -> float:
     """Largest sum, in MiB, of what torch's CPU allocator has handed out since the start of `work`."""
+    return max(accumulate(_allocations(work), initial=0)) / 2**20
+
+
+def kept_memory(work: Work) -> float:
+    """What the result of `work` holds at its end, in MiB: itself, and what its graph keeps beyond the inputs."""
+    return sum(_allocations(work)) / 2**20
+
+
+def _allocations(work: Work) -> list[int]:
+    """Bytes that torch's CPU allocator hands out or takes back, in order, as long as the result is there."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        work()
+        result = work()
+    del result
     events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return float(max(accumulate((change for _, change in changes), initial=0))) / 2**20
+    return [change for _, change in changes]
 
 
 @contextmanager

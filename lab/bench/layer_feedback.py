@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cost of layer feedback distillation: in a training step, alone, and of its unified feature term with all its memory.
+
+Sizes are those of five-level U-Nets on a patch of 96 x 96 x 96 voxels: student 16 to 160 channels, teacher 32 to 320.
+Steps use two threads, single terms one. The released formulas are a literal port (`tests/oracles`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from monai.losses import DiceCELoss
+from monai.networks.nets import DynUNet
+from torch import Tensor, nn
+
+from lab.bench.peers import against, step_works
+from lab.measure import Row, compare, kept_memory, peak_memory, threads
+from medkd.losses.class_heads import ClassHeads, TeacherHeads
+from medkd.losses.layer_feedback import LayerFeedbackLoss
+from medkd.ops.attention import (
+    attention_distance,
+    attention_map,
+    largest_magnitude,
+    resized_attention_map,
+    unified_attention_map,
+)
+from medkd.ops.resample import pool_average
+from medkd.taps import FeatureTaps
+from tests.oracles import layer_feedback as plain
+
+CLASSES, LEVELS = 2, 5
+ENCODER = ["input_block", "downsamples.0", "downsamples.1", "downsamples.2", "bottleneck"]
+DECODER = [f"upsamples.{n}" for n in range(4)]
+TERMS = ("ufd", "ifd", "upd", "ipd")
+STUDENT, TEACHER = (16, 32, 64, 128, 160), (32, 64, 128, 256, 320)
+MEBI = 2.0**20
+KEPT = 10.0                # MiB for backward beyond the taps, and of the peak beyond 1.2 student taps
+
+
+def _loss(filters: Sequence[Sequence[int]]) -> LayerFeedbackLoss:
+    """The default preset with heads of first values; the teacher's come from a file, as in a training."""
+    student, teacher = (list(counts[3::-1]) for counts in filters)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "heads.pt"
+        torch.save(ClassHeads(teacher[:3], CLASSES, seed=1).state_dict(), path)
+        heads = ClassHeads(student, CLASSES), TeacherHeads(teacher[:3], CLASSES, path)
+        loss = LayerFeedbackLoss(ENCODER, DECODER, heads=heads)
+        loss.activate(TERMS)
+    return loss
+
+
+class Setting:
+    """DynUNets of random weights, their taps, and one patch with a ball as label."""
+
+    def __init__(self, quick: bool) -> None:
+        torch.manual_seed(0)
+        self.size = 32 if quick else 96
+        filters = [[count // 4 for count in counts] if quick else list(counts) for counts in (STUDENT, TEACHER)]
+        self.student, self.teacher = (_network(counts) for counts in filters)
+        self.teacher.eval().requires_grad_(False)
+        self.loss = _loss(filters)
+        paths = ([pair[role] for pair in self.loss.tap_pairs] for role in (0, 1))
+        self.taps = [FeatureTaps(one, names) for one, names in zip((self.student, self.teacher), paths, strict=True)]
+        self.image, self.label = torch.randn(1, 1, *[self.size] * 3), _ball(self.size)
+
+    def run_teacher(self) -> dict[str, Tensor]:
+        """Forward without gradients; gives the tapped tensors."""
+        with torch.no_grad():
+            return self._run(self.teacher, self.taps[1])
+
+    def run_student(self) -> dict[str, Tensor]:
+        """Forward; gives the tapped tensors."""
+        self.student.zero_grad()
+        return self._run(self.student, self.taps[0])
+
+    def _run(self, network: nn.Module, taps: FeatureTaps) -> dict[str, Tensor]:
+        taps.open()
+        pred = network(self.image)
+        return taps.close() | {"pred": pred}
+
+
+def _network(filters: Sequence[int]) -> DynUNet:
+    strides = [1] + [2] * (LEVELS - 1)
+    return DynUNet(3, 1, CLASSES, [3] * LEVELS, strides, strides[1:], filters=filters)
+
+
+def _ball(size: int) -> Tensor:
+    """A ball in the middle, (1, 1, S, S, S)."""
+    axis = torch.linspace(-1.0, 1.0, size)
+    squares = (axis.view(-1, 1, 1).square(), axis.view(1, -1, 1).square(), axis.view(1, 1, -1).square())
+    return (sum(squares, start=torch.zeros(())) < 0.1).long()[None, None]
+
+
+def training_step(quick: bool) -> list[Row]:
+    """Compare a distillation step, without the optimizer, with the plain step and the teacher's forward pass."""
+    setting = Setting(quick)
+    supervised = DiceCELoss(to_onehot_y=True, softmax=True)
+    works = step_works(setting.run_student, setting.run_teacher, supervised, setting.loss, setting.label)
+    words = "step with all four terms", "plain step + teacher's forward"
+    with threads(1 if quick else 2):
+        return compare("training_step", words, works, 2 if quick else 5, "lower", 1.15)
+
+
+def loss_share(quick: bool) -> list[Row]:
+    """Time the loss alone, down to the tapped features, against the student's forward and backward pass."""
+    setting = Setting(quick)
+    teacher = setting.run_teacher()
+    student = {name: value.detach().requires_grad_() for name, value in setting.run_student().items()}
+    pull = torch.randn_like(student["pred"])
+
+    def network() -> None:
+        torch.autograd.backward(setting.run_student()["pred"], pull)
+
+    terms = partial(_loss_alone, setting.loss, student, teacher)
+    words = "all four terms, forward and backward", "student, forward and backward"
+    with threads(1 if quick else 2):
+        return compare("loss_share", words, (terms, network), 2 if quick else 7, "lower", memory=False)
+
+
+def _loss_alone(loss: LayerFeedbackLoss, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+    for value in student.values():
+        value.grad = None
+    torch.autograd.backward(list(loss(student, teacher).values()))
+
+
+# ---- the unified feature term: 448 channels of the teacher, and the largest layer of the student ------------------
+
+
+def _unified(quick: bool) -> tuple[Tensor, list[Tensor]]:
+    """The student's e1 and the teacher's e2, e3, e4; in the quick mode a third of the size."""
+    torch.manual_seed(0)
+    size = 32 if quick else 96
+    levels = [torch.randn(1, c, *[size // stride] * 3) for c, stride in zip(TEACHER[1:4], (2, 4, 8), strict=True)]
+    return torch.randn(1, STUDENT[0], *[size] * 3, requires_grad=True), levels
+
+
+def _pooled(student: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """`ufd` of preset `default`, (B,)."""
+    target = unified_attention_map(levels)
+    mine = attention_map(student, 4.0, largest_magnitude(student))
+    return attention_distance(pool_average(mine, target.shape[2:]), target)
+
+
+def _resized(student: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """`ufd` of preset `paper`, (B,)."""
+    target = resized_attention_map(levels, student.shape[2:])
+    return attention_distance(attention_map(student, 4.0, largest_magnitude(student)), target)
+
+
+def _literal(student: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    return plain.unified_features(student, levels)[None]
+
+
+UNIFIED = {"default": _pooled, "paper": _resized}
+
+
+def unified_memory(quick: bool) -> list[Row]:
+    """Give what is kept for backward beyond the taps, and the peak with the student's gradient; also of the port."""
+    student, levels = _unified(quick)
+    tap = student.numel() * student.element_size() / MEBI
+    goals = {"default": (KEPT, KEPT + 1.2 * tap), "paper": (KEPT, KEPT + 1.2 * tap), "literal": (None, None)}
+    rows = []
+    for name, function in {**UNIFIED, "literal": _literal}.items():
+        kept = kept_memory(partial(function, student, levels))
+        peak = peak_memory(partial(_both_ways, function, student, levels))
+        words = f"{name}, {student.shape[-1]}^3: "
+        rows += [
+            _plain_row(f"unified_kept_{name}", f"{words}kept for backward beyond the taps", kept, goals[name][0]),
+            _plain_row(f"unified_peak_{name}", f"{words}peak, with a gradient of {tap:.1f} MiB", peak, goals[name][1]),
+        ]
+    return rows
+
+
+def _plain_row(name: str, subject: str, value: float, goal: float | None) -> Row:
+    reached = None if goal is None else value <= goal
+    return Row(name, subject, None, value, None, None, "lower", goal, reached, "MiB", None)
+
+
+def _both_ways(
+    function: Callable[[Tensor, Sequence[Tensor]], Tensor], student: Tensor, levels: Sequence[Tensor]
+) -> Tensor:
+    return torch.autograd.grad(function(student, levels).sum(), student)[0]
+
+
+def unified_time(quick: bool) -> list[Row]:
+    """Compare with the literal port, forward and backward: the same value and gradient in preset `paper`."""
+    student, levels = _unified(quick)
+    pairs = 2 if quick else 5
+    words = f"channels in blocks, {student.shape[-1]}^3", f"literal port, {student.shape[-1]}^3"
+    functions = partial(_resized, levels=levels), partial(_literal, levels=levels)
+    rows = against("unified_paper", words, functions, student, pairs)
+    works = tuple(partial(_both_ways, one, student, levels) for one in (_pooled, _literal))
+    words = f"one channel, on the coarser grid, {student.shape[-1]}^3", words[1]
+    return rows + compare("unified_default", words, works, pairs)   # type: ignore[arg-type]
+
+
+MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {
+    measure.__name__: measure for measure in (training_step, loss_share, unified_memory, unified_time)
+}
