@@ -14,8 +14,10 @@ from medkd.losses.affinity import AffinityLoss
 from medkd.losses.base import DistillationLoss
 from medkd.losses.boundary_head import PairLabelLoss
 from medkd.losses.boundary_relation import BoundaryRelationLoss
+from medkd.losses.class_heads import FixedHeads
 from medkd.losses.features import HintLoss
 from medkd.losses.graph_relation import GraphRelationLoss
+from medkd.losses.layer_feedback import LayerFeedbackLoss
 from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.relation_bank import RelationBank
 
@@ -74,6 +76,11 @@ def relation(rank: int) -> DistillationLoss:
     return loss
 
 
+def feedback(rank: int) -> DistillationLoss:
+    heads = FixedHeads([3, 3], CHANNELS, rank), FixedHeads([3], CHANNELS, rank, seed=1)
+    return LayerFeedbackLoss(["e", "c", "c"], ["c", "e"], projection="fixed", heads=heads)
+
+
 def graph(rank: int, **options: Any) -> DistillationLoss:
     bank = RelationBank(channels=CHANNELS, capacity=4, sample=2)
     return GraphRelationLoss(OFFSETS[rank], bank=bank, pooling=(2,) * rank, **options)
@@ -83,8 +90,11 @@ def graph_balanced(rank: int) -> DistillationLoss:
     return graph(rank, balance="sample" if rank == 2 else "channel", background_weight=2.0)
 
 
+ALL = [soft, soft_foreground, soft_regions, hints, relation, feedback, graph, graph_balanced]
+
+
 @pytest.mark.parametrize("rank", [2, 3])
-@pytest.mark.parametrize("make", [soft, soft_foreground, soft_regions, hints, relation, graph, graph_balanced])
+@pytest.mark.parametrize("make", ALL)
 def test_a_loss_equals_that_of_the_labeled_part(make: Callable[[int], DistillationLoss], rank: int) -> None:
     student, teacher, label = inputs(rank)
     part = cropped(student)
@@ -132,7 +142,7 @@ def test_the_loss_of_a_boundary_head_equals_that_of_the_labeled_part(rank: int) 
     torch.testing.assert_close(PairLabelLoss()(boundary, label), PairLabelLoss()(corner(boundary), corner(label)))
 
 
-@pytest.mark.parametrize("make", [soft, hints, relation, graph, graph_balanced])
+@pytest.mark.parametrize("make", [soft, hints, relation, feedback, graph, graph_balanced])
 def test_changes_of_images_at_ignored_voxels_do_not_count(make: Callable[[int], DistillationLoss]) -> None:
     student, teacher, label = inputs(2)
     expected = make(2)(student, teacher, label)
@@ -143,7 +153,7 @@ def test_changes_of_images_at_ignored_voxels_do_not_count(make: Callable[[int], 
         torch.testing.assert_close(value, expected[term])
 
 
-@pytest.mark.parametrize("make", [soft, soft_foreground, hints, relation, graph, graph_balanced])
+@pytest.mark.parametrize("make", [soft, soft_foreground, hints, relation, feedback, graph, graph_balanced])
 def test_where_everything_is_ignored_the_terms_are_zero_and_finite(make: Callable[[int], DistillationLoss]) -> None:
     student, teacher, label = inputs(3)
     loss = make(3)
@@ -171,7 +181,7 @@ def test_soft_labels_take_the_label_of_another_grid_by_the_nearest_voxel(factor:
     torch.testing.assert_close(SoftLabelLoss()(student, teacher, resized)["logits"], expected)
 
 
-@pytest.mark.parametrize("make", [soft, relation])
+@pytest.mark.parametrize("make", [soft, relation, feedback])
 @pytest.mark.parametrize("value", [CHANNELS, 255])
 def test_a_label_that_is_no_class_is_refused(make: Callable[[int], DistillationLoss], value: int) -> None:
     student, teacher, label = inputs(2)

@@ -16,9 +16,11 @@ from medkd.losses.affinity import AffinityLoss
 from medkd.losses.base import DistillationLoss
 from medkd.losses.boundary_head import PairLabelLoss
 from medkd.losses.boundary_relation import BoundaryRelationLoss
+from medkd.losses.class_heads import FixedHeads
 from medkd.losses.features import HintLoss
 from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.ignoring import IgnoringLoss
+from medkd.losses.layer_feedback import LayerFeedbackLoss
 from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.relation_bank import RelationBank
 from medkd.losses.soft_target import SoftTargetLoss
@@ -76,6 +78,11 @@ def relation(rank: int) -> DistillationLoss:
     return BoundaryRelationLoss(["e"], ["e", "c"], min_boundary_auc=0.0)
 
 
+def feedback(rank: int) -> DistillationLoss:
+    heads = FixedHeads([3, 3], CHANNELS, rank), FixedHeads([3], CHANNELS, rank, seed=1)
+    return LayerFeedbackLoss(["e", "c", "c"], ["c", "e"], projection="fixed", heads=heads)
+
+
 def graph(rank: int, **options: Any) -> DistillationLoss:
     """With a past image in its memory, so that all terms are there."""
     bank = RelationBank(channels=CHANNELS, capacity=4, sample=2)
@@ -92,9 +99,9 @@ def stand_in(make: Make, teacher: Maps) -> Tensor:
     return hard_labels(teacher["pred"]) if make is relation else torch.zeros_like(hard_labels(teacher["pred"]))
 
 
-ALL = [soft, soft_foreground, target, target_by_sample, hints, relation, graph, graph_balanced]
+ALL = [soft, soft_foreground, target, target_by_sample, hints, relation, feedback, graph, graph_balanced]
 # Losses whose terms are means over samples as long as no voxel is ignored.
-BY_SAMPLE = {soft: None, target_by_sample: None, hints: None, graph: None, graph_balanced: None, relation: "relation"}
+BY_SAMPLE = dict.fromkeys([soft, target_by_sample, hints, feedback, graph, graph_balanced]) | {relation: "relation"}
 
 
 def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
