@@ -199,15 +199,16 @@ class LayerFeedbackLoss(DistillationLoss):
     def compute_terms(self, student: Maps, teacher: Maps, label: Tensor | None) -> dict[str, Tensor]:
         """Give each of `active_terms`; the labels tell which voxels are ignored."""
         logits = teacher["pred"]
-        if self.active_terms & _PIXEL_TERMS:                       # the others read its grid only
+        if self.active_terms & _PIXEL_TERMS:                       # the others read only its grid
             logits = self._predictions.teacher(logits)
         if label is not None and label.shape[1] == 1:
             self._predictions.classes(label, teacher["pred"])
         ignored = ignored_voxels(label)
         counted = None if ignored is None else (~on_grid(ignored, logits.shape[2:])).to(logits.dtype)
         values = self._feature_terms(student, teacher, counted)
-        weight = self._voxel_weight(logits, counted)
-        generator = None
+        if not self.active_terms & _PIXEL_TERMS:
+            return values
+        weight, generator = self._voxel_weight(logits, counted), None
         if self.projection == "reference" and self.active_terms & {"upd", "ipd"}:
             generator = torch.Generator().manual_seed(self.seed + int(self.draws))
             self.draws += 1
