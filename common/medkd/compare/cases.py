@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.data.utils import to_affine_nd
 from numpy.typing import NDArray
 
 from medkd.checks import suggest
 from medkd.compare.frames import Frame, frame_of
 from medkd.compare.networks import Network
 from medkd.data.bundle_check import scripts_of
+from medkd.data.check import AFFINE_TOLERANCE
+from medkd.data.volumes import largest_shift
 from medkd.inference.cases import told_cause
 from medkd.inference.picture_files import PICTURES
 from medkd.outputs import plain_tensor
@@ -24,8 +27,6 @@ __all__ = ["Case", "Files", "choose_cases", "read_case"]
 
 Array = NDArray[Any]
 Files = Mapping[str, str]      # `image`, and `label` if there is one
-
-_NEAR = 1e-3                   # of a voxel, between the places of image and label
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,26 @@ def _check_label(network: Network, name: str, image: Any, label: Any) -> None:
             f"The label of {name} must have the size of its image, {tuple(image.shape[1:])}, got "
             f"{tuple(label.shape[1:])}; take the label that was drawn on this image, or resample it."
         )
-    affines = [np.asarray(one.affine, dtype=np.float64) for one in (image, label)]
-    shift = np.abs(affines[0] - affines[1]) / np.linalg.norm(affines[0][:-1, :-1], axis=0).min()
-    if shift.max() > _NEAR * max(image.shape[1:]):
-        lengths = [np.linalg.norm(affine[:-1, :-1], axis=0).round(4).tolist() for affine in affines]
-        raise ValueError(
-            f"The label of {name} must lie where its image does, got voxels of {lengths[1]} for the label and "
-            f"{lengths[0]} for the image, or another position; take the label that was drawn on this image."
-        )
+    if network.axes == 3 or "orientation" in network.config:       # of other pictures readers make up the affine
+        _check_place(name, *(to_affine_nd(3, np.asarray(one.affine, np.float64)) for one in (image, label)),
+                     image.shape[1:])
     largest = int(label.max())
     if network.kind == "classes" and largest >= network.classes:
         raise ValueError(
             f"The label of {name} must have values in 0..{network.classes - 1}, the classes of `{network.name}`, got "
             f"{largest}; compare networks of as many classes, or mark unknown voxels by -1."
+        )
+
+
+def _check_place(name: str, image: Array, label: Array, shape: Sequence[int]) -> None:
+    """Raise where affines (4, 4) of image and label put a voxel at unlike places."""
+    lengths = [np.linalg.norm(affine[:-1, :-1], axis=0)[: len(shape)] for affine in (image, label)]
+    shift = largest_shift(image, label, shape) / float(lengths[0].min())
+    if shift > AFFINE_TOLERANCE:
+        raise ValueError(
+            f"The label of {name} must lie where its image does, to {AFFINE_TOLERANCE:g} voxels, got one that is up to "
+            f"{shift:.3g} voxels off, with voxels of {lengths[1].round(4).tolist()} for the label and "
+            f"{lengths[0].round(4).tolist()} for the image; take the label that was drawn on this image."
         )
 
 

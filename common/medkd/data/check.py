@@ -24,9 +24,9 @@ from medkd.data.oddities import log_oddities
 from medkd.data.overlaps import collisions, is_path, shared_files
 from medkd.data.reasons import unreadable
 from medkd.data.report import DataReport, numbers, report
-from medkd.data.volumes import Case, Loading, Volume, default_loading, volume_of
+from medkd.data.volumes import Case, Loading, Volume, default_loading, largest_shift, volume_of
 
-__all__ = ["DataError", "DataReport", "check_data"]
+__all__ = ["AFFINE_TOLERANCE", "DataError", "DataReport", "check_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -272,10 +272,7 @@ def _misfits(image: Volume, label: Volume, compare_affines: bool) -> Iterator[st
         copy = "save both as PNG, or both as TIFF"
     else:
         copy = "copy the image's header if the voxels match, else resample the label"
-    axes = len(image.shape)
-    ends = np.array(np.meshgrid(*[(0, n - 1) for n in image.shape])).reshape(axes, -1)
-    corners = np.vstack([ends, np.zeros((3 - axes, ends.shape[1])), np.ones(ends.shape[1])])   # (4, 2^axes)
-    most = float(np.linalg.norm(((image.affine - label.affine) @ corners)[:3], axis=0).max())
+    most = largest_shift(image.affine, label.affine, image.shape)
     if most <= AFFINE_TOLERANCE * min(image.spacing):
         return
     if not np.allclose(image.spacing, label.spacing, rtol=1e-3):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medkd.data.headers import Header
 from medkd.inference.reading import FILE_SHAPE
 
-__all__ = ["Case", "Loading", "Volume", "default_loading", "raw_values", "volume_of"]
+__all__ = ["Case", "Loading", "Volume", "default_loading", "largest_shift", "raw_values", "volume_of"]
 
 Loading = Callable[[dict[str, Any]], Mapping[Any, Any]]
 
@@ -95,3 +95,24 @@ def volume_of(path: str, tensor: Any, header: Header) -> tuple[NDArray[Any], Vol
     file_shape = tuple(map(int, getattr(tensor, "meta", {}).get(FILE_SHAPE, shape)))
     volume = Volume(path, shape, np.asarray(to_affine_nd(3, affine), np.float64), len(values), header, file_shape)
     return values, volume
+
+
+def largest_shift(affine: NDArray[np.float64], other: NDArray[np.float64], shape: Sequence[int]) -> float:
+    """How far apart two grids of one shape put the same voxel, at most; it is at a corner.
+
+    Args:
+        affine: from voxels to places, shape (N + 1, N + 1), N at least the axes of the grid.
+        other: that of the other grid, of the same shape.
+        shape: spatial shape of both.
+
+    Returns:
+        Distance in the unit of the affines.
+
+    Example:
+        >>> largest_shift(np.eye(3), np.diag([1.5, 1.0, 1.0]), (5, 3))
+        2.0
+    """
+    corners = np.array(np.meshgrid(*[(0, length - 1) for length in shape])).reshape(len(shape), -1)   # (axes, 2^axes)
+    voxels = np.zeros((len(affine), corners.shape[1]))
+    voxels[: len(shape)], voxels[-1] = corners, 1.0
+    return float(np.linalg.norm(((affine - other) @ voxels)[:-1], axis=0).max())
