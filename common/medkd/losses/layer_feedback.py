@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.checks import check_maps
 from medkd.losses.base import DistillationLoss, TapPair, tap_pairs
 from medkd.losses.class_heads import ClassHeads, FixedHeads, LayerHeads, TeacherHeads, drawn_projection
+from medkd.losses.focus import FocusCheck
 from medkd.losses.predictions import Predictions, check_comparable
 from medkd.ops.attention import (
     attention_distance,
     attention_map,
-    effective_voxels,
     largest_magnitude,
     resized_attention_map,
     shared_grid,
@@ -27,7 +25,7 @@ from medkd.ops.attention import (
 )
 from medkd.ops.divergence import prediction_divergence, softened_divergence
 from medkd.ops.ignored import ignored_voxels, on_grid
-from medkd.ops.prediction import Activation, TeacherOutput, two_class_logits
+from medkd.ops.prediction import Activation, TeacherOutput, foreground_probability
 from medkd.ops.resample import pool_average, pool_or_interpolate, resize_linearly
 
 __all__ = ["LayerFeedbackLoss", "Projection", "Reduction"]
@@ -36,11 +34,9 @@ Projection = Literal["learned", "fixed", "reference"]
 Reduction = Literal["mean", "sum"]
 Maps = Mapping[str, Tensor]
 Heads = tuple[ClassHeads | FixedHeads, TeacherHeads | FixedHeads]
-logger = logging.getLogger(__name__)
 # Of the released code: 0.9 for features, 0.1 for predictions, each halved between two terms.
 _WEIGHTS = {"ufd": 0.45, "ifd": 0.45, "upd": 0.05, "ipd": 0.05, "final_feature": 0.0, "final_pixel": 0.0}
 _PIXEL_TERMS = frozenset({"upd", "ipd", "final_pixel"})
-_FEW = 2.0                          # voxels; a map of fewer belongs to one of them
 _LIKELY = 0.1                       # probability of foreground from which on a voxel is looked at more
 
 
@@ -170,7 +166,7 @@ class LayerFeedbackLoss(DistillationLoss):
         self.draws: Tensor
         if self.projection == "reference":
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64))   # a resumed run draws what comes next
-        self._focus = _FocusCheck()
+        self._focus = FocusCheck()
         self.tap_pairs = self._needed_pairs()
 
     def activate(self, terms: Iterable[str]) -> None:
@@ -313,11 +309,7 @@ class LayerFeedbackLoss(DistillationLoss):
         """Weights (B, 1, *S) with mean 1 over the batch; None where all voxels weigh the same."""
         weight = counted
         if self.foreground > 0:
-            if self.activation == "sigmoid":
-                likely = logits.sigmoid().amax(1, keepdim=True)
-            else:
-                likely = 1.0 - F.softmax(two_class_logits(logits), dim=1)[:, :1]
-            own = 1.0 + self.foreground * (likely > _LIKELY)
+            own = 1.0 + self.foreground * (foreground_probability(logits, self.activation) > _LIKELY)
             weight = own if counted is None else own * counted
         return None if weight is None else weight / weight.mean().clamp(min=torch.finfo(weight.dtype).tiny)
 
@@ -336,29 +328,6 @@ class LayerFeedbackLoss(DistillationLoss):
         if not self._frozen_heads and self.teacher_heads is not None:
             self._frozen_heads.append(self.teacher_heads.load(device))
         return self._frozen_heads[0].to(device)
-
-
-class _FocusCheck:
-    """Tells once, after the first batches, over how many voxels the teacher's attention maps are spread."""
-
-    def __init__(self, batches: int = 8) -> None:
-        self.batches = batches
-        self.values: dict[str, list[float]] = {}
-
-    def __call__(self, term: str, attention: Tensor) -> None:
-        values = self.values.setdefault(term, [])
-        if len(values) == self.batches:
-            return
-        values.append(float(effective_voxels(attention).mean()))
-        if len(values) < self.batches:
-            return
-        mean, voxels = sum(values) / self.batches, attention[0].numel()
-        log, way_out = logger.info, ""
-        if voxels == 1:
-            log, way_out = logger.warning, " Of one voxel there is nothing to learn; take larger patches."
-        elif mean < _FEW:
-            log, way_out = logger.warning, " One has nearly all of it; a smaller `exponent` shows more of the layer."
-        log("The teacher's attention maps of `%s` are spread over %.1f of %d voxels.%s", term, mean, voxels, way_out)
 
 
 def _layers(taps: Sequence[str | Sequence[str]], argument: str, least: int) -> tuple[TapPair, ...]:

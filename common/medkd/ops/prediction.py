@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "Activation", "TeacherOutput", "hard_labels", "largest_channel", "log_probabilities", "logits_of",
-    "probabilities", "region_codes", "two_class_logits",
+    "Activation", "TeacherOutput", "foreground_probability", "hard_labels", "largest_channel",
+    "log_probabilities", "logits_of", "probabilities", "region_codes", "two_class_logits",
 ]
 
 Activation = Literal["softmax", "sigmoid"]
@@ -63,6 +63,22 @@ def probabilities(logits: Tensor, activation: Activation = "softmax") -> Tensor:
     if activation == "sigmoid":
         return torch.cat([(-logits).sigmoid(), logits.sigmoid()], dim=1)
     return F.softmax(two_class_logits(logits), dim=1)
+
+
+def foreground_probability(logits: Tensor, activation: Activation = "softmax") -> Tensor:
+    """How likely a voxel is no background, shape (B, 1, *S); of regions the probability of the likeliest one.
+
+    Args:
+        logits: shape (B, K, *S), channel 0 is background unless these are regions; one channel is a sigmoid output.
+        activation: `softmax` or `sigmoid`.
+
+    Example:
+        >>> foreground_probability(torch.tensor([[[0.0]], [[0.0]]]).view(1, 2, 1, 1)).item()
+        0.5
+    """
+    if activation == "sigmoid":
+        return logits.sigmoid().amax(1, keepdim=True)
+    return 1.0 - F.softmax(two_class_logits(logits), dim=1)[:, :1]
 
 
 def hard_labels(logits: Tensor, activation: Activation = "softmax") -> Tensor:

@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medkd.ops.ignored import on_grid
-from medkd.ops.prediction import Activation, two_class_logits
+from medkd.ops.prediction import Activation, foreground_probability
 
-__all__ = ["VoxelWeighting", "two_class_logits", "voxel_weight"]
+__all__ = ["VoxelWeighting", "voxel_weight"]
 
 VoxelWeighting = Literal["uniform", "foreground"]
 
@@ -43,10 +42,8 @@ def voxel_weight(
         weight = torch.ones_like(teacher_logits[:, :1], dtype=torch.float32)
         if ignored is None:
             return weight
-    elif activation == "sigmoid":
-        weight = teacher_logits.float().sigmoid().amax(1, keepdim=True) + floor
     else:
-        weight = 1.0 - F.softmax(two_class_logits(teacher_logits.float()), dim=1)[:, :1] + floor
+        weight = foreground_probability(teacher_logits.float(), activation) + floor
     if ignored is not None:
         weight = weight.masked_fill(on_grid(ignored, weight.shape[2:]), 0.0)
     return weight / weight.mean().clamp(min=torch.finfo(weight.dtype).tiny)   # all zero under a floor of 0: stays zero

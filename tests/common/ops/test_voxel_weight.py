@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medkd.ops.voxel_weight import two_class_logits, voxel_weight
+from medkd.ops.prediction import two_class_logits
+from medkd.ops.voxel_weight import voxel_weight
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 2, 3, 5, 4)])
