@@ -30,13 +30,17 @@ def read_network(
         common: settings of all networks; those of the word win.
 
     Raises:
-        ValueError: nothing at the path, no bundle around the weights, a zip that is not as it was packed.
+        ValueError: nothing at the path, no bundle around the weights, two files of weights, a zip that is not as it
+            was packed.
     """
     parts = word.split("+")
     named = re.match(r"([^=/\\]+)=(.+)", parts[0]) if not Path(parts[0]).exists() else None
     path, rest = _longest_path([named[2] if named else parts[0], *parts[1:]], word)
     settings = dict(common or {}) | read_settings([part for part in rest if "=" in part], f"{word!r}")
     inner = [part for part in rest if "=" not in part and part.endswith(_WEIGHTS)]
+    given = [*([path.name] if not path.is_dir() and path.suffix != ".zip" else []), *inner]
+    if len(given) > 1:
+        raise ValueError(f"A network must have one file of weights, got {' and '.join(given)} in {word!r}; leave one.")
     configs = [part.removesuffix(".json") for part in rest if "=" not in part and part not in inner]
     root, weights = _places(path, folder, bundle)
     weights = root / inner[0] if inner else weights
@@ -76,7 +80,7 @@ def _places(path: Path, folder: Path, bundle: str | None) -> tuple[Path, Path | 
     """Folder of the bundle, and the weights if they were named."""
     if path.is_dir():
         return path.absolute(), None
-    if zipfile.is_zipfile(path) and path.suffix == ".zip":
+    if path.suffix == ".zip":
         from medkd.verify import verify
 
         verify(path)

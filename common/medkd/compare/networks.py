@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from medkd.checks import suggest
 from medkd.data.bundle_check import scripts_of
+from medkd.inference.cases import told_cause
 
 __all__ = ["Kind", "Network", "check_comparable", "find_bundle"]
 
@@ -79,11 +80,22 @@ class Network:
         return "classes" if self.config.get("score_columns") == "classes" else "instances"
 
     def value(self, key: str) -> Any:
-        """A value of the config with its references resolved; None where there is no such key."""
+        """A value of the config with its references resolved; None where there is no such key.
+
+        Raises:
+            ValueError: a setting with which it cannot be had.
+        """
         if key not in self.config:
             return None
+        parser = self.parse()
         with scripts_of(self.root):
-            return self.parse().get_parsed_content(key)
+            try:
+                return parser.get_parsed_content(key)
+            except Exception as error:   # whatever its configs make of a setting
+                raise ValueError(
+                    f"`{self.name}` must have a {key!r} that its configs can make, got {self.config[key]!r}: "
+                    f"{told_cause(error)}; correct the settings."
+                ) from error
 
     @cached_property
     def classes(self) -> int:

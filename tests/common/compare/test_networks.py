@@ -72,6 +72,9 @@ def test_zip_is_checked_and_unpacked(bundle: Path, tmp_path: Path) -> None:
         archive.writestr("ct/more.txt", "")
     with pytest.raises(ValueError, match=r"more.txt: not in the manifest"):
         read_network(str(tmp_path / "ct_v1.zip"), tmp_path / "again")
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "ct_v1.zip").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="got one that is cut off or damaged"):
+        read_network(str(tmp_path / "cut.zip"), tmp_path / "again")
 
 
 def test_plus_and_equals_in_a_path_are_part_of_it(bundle: Path, tmp_path: Path) -> None:
@@ -95,6 +98,12 @@ def test_weights_outside_of_a_bundle_need_one(bundle: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="Weights must lie in the folder of their bundle, or come with --bundle"):
         read_network(str(lone), tmp_path)
     assert read_network(str(lone), tmp_path, str(bundle)).root == bundle
+
+
+def test_two_files_of_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+    for path, files in ((bundle, "a.pt and b.pt"), (bundle / "models/model.pt", "model.pt and a.pt and b.pt")):
+        with pytest.raises(ValueError, match=f"must have one file of weights, got {files} in"):
+            read_network(f"{path}+a.pt+b.pt", tmp_path)
 
 
 def test_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
@@ -201,5 +210,7 @@ def test_missing_weights_config_and_key_are_refused(bundle: Path) -> None:
         _ = Network("a", bundle, ["baseline"]).weights
     with pytest.raises(ValueError, match="`a` must have the config 'techer' in .*did you mean 'teacher'"):
         _ = Network("a", bundle, ["techer"]).config
+    with pytest.raises(ValueError, match="`a` must have a 'spacing' that its configs can make, got .*nothing"):
+        Network("a", bundle, (), {"spacing": "$nothing"}).value("spacing")
     with pytest.raises(ValueError, match="`a` must be set by keys of its configs, got 'spacng'; .* 'spacing'"):
         _ = Network("a", bundle, (), {"spacng": 1}).config
