@@ -6,44 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from medkd.data.grid import free_memory
+from medkd.ops.attention import attention_map
+from medkd.ops.resample import resize_linearly
 from medkd.outputs import plain_tensor
 from medkd.taps import FeatureTaps
 
-__all__ = ["attention_map", "attention_maps", "normalized"]
+__all__ = ["attention_maps", "normalized"]
 
 _OVERLAP = 0.25       # of windows; maps are looked at, not scored
 _SHARE = 0.25         # of the free memory that maps may take
-
-
-def attention_map(features: Tensor, power: float = 4.0) -> Tensor:
-    """Mean over channels of |x|^p.
-
-    Args:
-        features: of a layer, shape (B, C, *S).
-        power: p, above 0. Large ones show the strongest channel of each voxel, 1 their mean.
-
-    Returns:
-        Shape (B, 1, *S), float32, 0 or more.
-
-    Raises:
-        ValueError: `power` is not above 0.
-
-    Reference:
-        Zagoruyko and Komodakis, Paying more attention to attention, arXiv 1612.03928, section 3.1: its F_mean^p but for
-        the mean, there a sum; after the norm both are the same.
-
-    Example:
-        >>> attention_map(torch.tensor([[[1.0, 0.0], [-2.0, 1.0]]]), power=2).tolist()
-        [[[2.5, 0.5]]]
-    """
-    if not power > 0:
-        raise ValueError(f"`power` must be above 0, got {power}.")
-    return features.float().abs().pow(power).mean(1, keepdim=True)
 
 
 def normalized(attention: Tensor) -> Tensor:
@@ -74,7 +49,7 @@ def attention_maps(
         image: shape (1, C, *S).
         paths: of layers, as `FeatureTaps` takes them.
         window: voxels per axis.
-        power: see `attention_map`.
+        power: `exponent` of `attention_map`, at least 1.
         batch: windows per forward pass.
 
     Yields:
@@ -91,7 +66,7 @@ def attention_maps(
             taps.open()
             network(windows)
             maps = (attention_map(features, power) for features in taps.close().values())
-            return torch.cat([_resized(one, windows.shape[2:]) for one in maps], 1)   # (b, layers, *window)
+            return torch.cat([resize_linearly(one, windows.shape[2:]) for one in maps], 1)   # (b, layers, *window)
 
         try:
             with torch.no_grad():
@@ -101,8 +76,3 @@ def attention_maps(
         assert isinstance(maps, Tensor)   # noqa: S101 - for mypy: one tensor comes back where one is given
         for number, path in enumerate(chosen):
             yield path, normalized(maps[0, number]).cpu()
-
-
-def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[maps.dim()]
-    return maps if maps.shape[2:] == tuple(size) else F.interpolate(maps, size=tuple(size), mode=mode)

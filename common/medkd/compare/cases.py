@@ -112,8 +112,8 @@ def _check_label(network: Network, name: str, image: Any, label: Any) -> None:
             f"{tuple(label.shape[1:])}; take the label that was drawn on this image, or resample it."
         )
     if network.axes == 3 or "orientation" in network.config:       # of other pictures readers make up the affine
-        _check_place(name, *(to_affine_nd(3, np.asarray(one.affine, np.float64)) for one in (image, label)),
-                     image.shape[1:])
+        places = [np.asarray(to_affine_nd(3, np.asarray(one.affine, np.float64))) for one in (image, label)]
+        _check_place(name, places[0], places[1], image.shape[1:])
     largest = int(label.max())
     if network.kind == "classes" and largest >= network.classes:
         raise ValueError(

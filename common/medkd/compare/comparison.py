@@ -201,6 +201,9 @@ class Comparison:
         if not known:
             return f"None of {cases} case(s) has a {METRICS[key].name}: there is nothing in their labels."
         best = min(known, key=lambda name: abs(known[name] - METRICS[key].best))
+        if len(known) == len(means) and max(known.values()) - min(known.values()) < 1e-9:
+            return (f"All networks have the same mean {METRICS[key].name}, {number(known[best])}: none is nearer to "
+                    "the labels.")
         others = ", ".join(f"{number(value)} of {name}" for name, value in means.items() if name != best)
         wins = sum(best in self.best(key, case) for case in self.labeled)
         text = (f"{best} is nearest to the labels: mean {METRICS[key].name} {number(known[best])}, against {others}; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention maps: by a slow loop, over windows as over the whole, and normalized on any grid."""
+"""Attention maps: over windows as over the whole, and normalized on any grid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medkd.compare import attention
-from medkd.compare.attention import attention_map, attention_maps, normalized
+from medkd.compare.attention import attention_maps, normalized
 
 
 class Pointwise(nn.Module):
@@ -24,28 +24,6 @@ class Pointwise(nn.Module):
         full: Tensor = self.full(image)
         self.small(full)
         return full
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 3, 4, 5)])
-@pytest.mark.parametrize("power", [1, 2, 4, 0.5])
-def test_map_is_the_mean_over_channels_of_the_power(shape: tuple[int, ...], power: float) -> None:
-    features = torch.randn(shape)
-    found = attention_map(features, power)
-    assert found.shape == (shape[0], 1, *shape[2:])
-    for sample in range(shape[0]):
-        for voxel in torch.cartesian_prod(*(torch.arange(length) for length in shape[2:])).tolist():
-            slow = sum(abs(float(features[(sample, channel, *voxel)])) ** power for channel in range(shape[1]))
-            assert float(found[(sample, 0, *voxel)]) == pytest.approx(slow / shape[1], rel=1e-5)
-
-
-def test_half_precision_does_not_overflow() -> None:
-    assert torch.isfinite(attention_map(torch.full((1, 2, 3, 3), 300.0, dtype=torch.float16))).all()
-
-
-@pytest.mark.parametrize("power", [0, -1.0])
-def test_power_that_is_no_power_is_refused(power: float) -> None:
-    with pytest.raises(ValueError, match="`power` must be above 0, got"):
-        attention_map(torch.ones(1, 1, 2, 2), power)
 
 
 def test_normalized_map_has_the_quadratic_mean_1_on_any_grid() -> None:
