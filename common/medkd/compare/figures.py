@@ -183,6 +183,7 @@ class CaseFigures:
             for name in self.found.names:
                 if name in known:
                     caption = name if AFFINITY in row.paths.values() else f"{name}: {row.paths[name]}"
+                    caption += " (the logits)" if name in row.logits else ""
                     figures.append(page.figure(self._map(known[name], one.position, top, row.paths[name]), caption))
                 else:
                     figures.append(f"<figure><figcaption>{escape(name)}: no such level</figcaption></figure>")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ class Level:
     path: str
     side: Side
     stride: tuple[int, ...]   # voxels of the image per voxel of the map, along each axis
+    is_output: bool = False   # what it gives is the network's own output: the logits
 
     def title(self) -> str:
         """What it is.
@@ -45,6 +46,7 @@ class Row:
 
     title: str
     paths: Mapping[str, str]
+    logits: Collection[str] = ()   # networks of which the level is the output
 
 
 def find_levels(network: nn.Module, size: Sequence[int]) -> list[Level]:
@@ -59,8 +61,12 @@ def find_levels(network: nn.Module, size: Sequence[int]) -> list[Level]:
     """
     network.eval()
     paths = _unet(network) or _encoder_decoder(network) or _last_of_size(network, size)
-    shapes = _shapes(network, [path for path, _ in paths], size)
-    return [Level(path, side, _stride(size, shapes[path])) for path, side in paths if len(shapes[path]) == len(size)]
+    outputs, last = _run(network, FeatureTaps(network, [path for path, _ in paths], "network"), size)
+    shapes = {path: tuple(output.shape[2:]) for path, output in outputs.items()}
+    return [
+        Level(path, side, _stride(size, shapes[path]), _is_same(outputs[path], last))
+        for path, side in paths if len(shapes[path]) == len(size)
+    ]
 
 
 def named_levels(network: nn.Module, paths: Sequence[str], size: Sequence[int], name: str) -> list[Level]:
@@ -73,7 +79,7 @@ def named_levels(network: nn.Module, paths: Sequence[str], size: Sequence[int], 
     network.eval()
     taps = FeatureTaps(network, paths, name)
     try:
-        outputs = _run(network, taps, size)
+        outputs, last = _run(network, taps, size)
     except RuntimeError as error:   # a layer that runs twice, never, or is changed in place
         raise ValueError(str(error)) from error
     for path, output in outputs.items():
@@ -82,7 +88,9 @@ def named_levels(network: nn.Module, paths: Sequence[str], size: Sequence[int], 
                 f"A tap of `{name}` must give maps (B, C, *S) of {len(size)} axes, got {tuple(output.shape)} of "
                 f"{path!r}; name a convolution, or what follows it."
             )
-    return [Level(path, "tap", _stride(size, output.shape[2:])) for path, output in outputs.items()]
+    return [
+        Level(path, "tap", _stride(size, output.shape[2:]), _is_same(output, last)) for path, output in outputs.items()
+    ]
 
 
 def align_levels(levels: Mapping[str, Sequence[Level]]) -> list[Row]:
@@ -103,7 +111,8 @@ def align_levels(levels: Mapping[str, Sequence[Level]]) -> list[Row]:
         row = {name: found[key] for name, found in keyed.items() if key in found}
         titles = dict.fromkeys(level.title() for level in row.values())
         place = f", no. {key[-1]}" if key[0] != "tap" and key[-1] > 1 else ""
-        rows.append(Row("; ".join(titles) + place, {name: level.path for name, level in row.items()}))
+        logits = [name for name, level in row.items() if level.is_output]
+        rows.append(Row("; ".join(titles) + place, {name: level.path for name, level in row.items()}, logits))
     return rows
 
 
@@ -162,24 +171,27 @@ def _last_of_size(network: nn.Module, size: Sequence[int]) -> list[tuple[str, Si
     return [(path, "encoder" if number <= smallest else "decoder") for number, (path, _) in enumerate(ends)]
 
 
-def _shapes(network: nn.Module, paths: Sequence[str], size: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    outputs = _run(network, FeatureTaps(network, paths, "network"), size)
-    return {path: tuple(output.shape[2:]) for path, output in outputs.items()}
-
-
-def _run(network: nn.Module, taps: FeatureTaps, size: Sequence[int]) -> dict[str, Tensor]:
+def _run(network: nn.Module, taps: FeatureTaps, size: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+    """What the taps give, and the network."""
     try:
         taps.open()
-        _forward(network, size)
-        return taps.close()
+        last = _forward(network, size)
+        return taps.close(), last
     finally:
         taps.remove()
 
 
-def _forward(network: nn.Module, size: Sequence[int]) -> None:
-    weight = next(one for one in network.parameters() if one.dim() == len(size) + 2)
+def _forward(network: nn.Module, size: Sequence[int]) -> Any:
+    weight = next((one for one in network.parameters() if one.dim() == len(size) + 2), None)
+    if weight is None:
+        raise ValueError(f"{type(network).__name__} must have a convolution of {len(size)} axes, got none")
     with torch.no_grad():
-        network(torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device))
+        return network(torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device))
+
+
+def _is_same(output: Tensor, last: Any) -> bool:
+    """Whether a layer's output is the network's; a container hands on the memory of its last layer."""
+    return isinstance(last, Tensor) and output.data_ptr() == last.data_ptr() and output.shape == last.shape
 
 
 def _stride(size: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ def test_levels_of_a_unet_are_its_blocks_in_the_order_of_the_pass(axes: int) -> 
         ("model.1.submodule.1.submodule", "encoder", 4),
         ("model.1.submodule.2", "decoder", 2), ("model.2", "decoder", 1),
     ]
+    assert [level.path for level in levels if level.is_output] == ["model.2"]   # its last block gives the logits
 
 
 def test_levels_of_an_unknown_network_are_the_last_layers_of_a_size() -> None:
@@ -84,6 +85,17 @@ def test_named_taps_go_together_by_their_order() -> None:
 def test_tap_that_gives_no_map_is_refused(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         named_levels(unet(2, (2, 3), (2,)), [path], (8, 8), "teacher")
+
+
+def test_a_row_knows_of_which_networks_it_shows_the_logits() -> None:
+    taps = {"one": ["a", "d"], "two": ["d", "c"]}
+    levels = {name: named_levels(Plain(), paths, (8, 8), name) for name, paths in taps.items()}
+    assert [list(row.logits) for row in align_levels(levels)] == [["two"], ["one"]]
+
+
+def test_a_network_without_a_convolution_is_refused() -> None:
+    with pytest.raises(ValueError, match="Sequential must have a convolution of 2 axes, got none"):
+        find_levels(nn.Sequential(nn.Linear(2, 2)), (8, 8))
 
 
 def test_tap_that_never_runs_is_refused() -> None:
