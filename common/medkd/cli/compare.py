@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 import tempfile
 from argparse import Namespace
@@ -46,7 +47,8 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--tap", metavar="PATHS", action="append", default=[],
         help="layer whose attention is shown, a path of the network's modules, or one for each network with commas "
         "between; may be given several times (default: encoder and decoder levels)")
-    add("--power", type=literal, default=4.0, help="p of the attention maps, the mean over channels of |x|^p")
+    add("--power", type=literal, default=4.0,
+        help="p of the attention maps, the mean over channels of |x|^p; at least 1")
     add("--window", type=literal, metavar="LEVEL,WIDTH",
         help="of the gray values, in the unit of the images (default: what the first network sees)")
     add("--slices", type=literal, metavar="N", default=3, help="slices that are shown of a case, at most")
@@ -67,8 +69,8 @@ def _check(options: Namespace) -> None:
         value = getattr(options, name)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"--{name} must be a whole number of {least} or more, got {value!r}.")
-    if not isinstance(options.power, (int, float)) or not 0 < options.power < math.inf:
-        raise ValueError(f"--power must be a number above 0, got {options.power!r}.")
+    if not isinstance(options.power, (int, float)) or not 1 <= options.power < math.inf:
+        raise ValueError(f"--power must be a number of at least 1, got {options.power!r}.")
     window = options.window
     if window is not None and not (isinstance(window, (tuple, list)) and len(window) == 2
                                    and all(isinstance(one, (int, float)) for one in window) and window[1] > 0):
@@ -76,6 +78,9 @@ def _check(options: Namespace) -> None:
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"--output must be a file, got the folder {output}; such as {output / 'compare.html'}.")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"--output must be in a folder that can be written, got {above}; name another one.")
 
 
 def _compare(options: Namespace, folder: Path, command: str) -> None:
@@ -100,7 +105,7 @@ def _compare(options: Namespace, folder: Path, command: str) -> None:
     networks = [read_network(word, folder / f"zip_{n}", bundle, settings) for n, word in enumerate(options.networks)]
     found = compare(
         networks, choose_cases(items, options.case), folder, options.power,
-        [one.split(",") for one in options.tap], names, logger.info,
+        [one.split(",") for one in options.tap], names, options.pictures, logger.info,
     )
     output = Path(options.output)
     write_report(output, found, command, options.power, options.window, options.slices, options.pictures,

@@ -18,7 +18,7 @@ __all__ = ["compare"]
 
 def compare(
     networks: Sequence[Network], cases: Mapping[str, Files], folder: Path, power: float = 4.0,
-    taps: Sequence[Sequence[str]] = (), class_names: Mapping[int, str] | None = None,
+    taps: Sequence[Sequence[str]] = (), class_names: Mapping[int, str] | None = None, shown: int = 3,
     told: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Run networks on cases.
@@ -26,10 +26,12 @@ def compare(
     Args:
         networks: two or more of one task.
         cases: name -> files, as `choose_cases` gives them.
-        folder: for predictions and maps, until the report is written; some 10 bytes per voxel, network and case.
-        power: of the attention maps.
+        folder: for predictions and maps, until the report is written: 4 bytes per voxel, network and case, 8 of
+            instances; of a case with pictures another 2 per voxel that the network sees and level.
+        power: of the attention maps, at least 1.
         taps: layers that are shown; each one path for all networks, or a path for each. None shows the levels.
         class_names: label value -> name; empty takes those of the first network's bundle.
+        shown: cases with pictures, the first ones.
         told: called with a line about what is done.
 
     Raises:
@@ -44,8 +46,6 @@ def compare(
             raise ValueError(
                 f"--tap must have one path, or one for each of {len(networks)} networks, got {','.join(one)!r}."
             )
-    if not power > 0:
-        raise ValueError(f"--power must be above 0, got {power}.")
     runners = [
         Runner(network, folder / str(place), power, [one[place % len(one)] for one in taps] or None)
         for place, network in enumerate(networks)
@@ -55,7 +55,7 @@ def compare(
         read_case(networks[0], name, files)
     outcomes = {}
     for network, runner in zip(networks, runners, strict=True):
-        outcomes[network.name] = runner.run(cases, partial(_tell, told, network.name))
+        outcomes[network.name] = runner.run(cases, list(cases)[:shown], partial(_tell, told, network.name))
     rows = align_levels({runner.network.name: runner.levels for runner in runners})
     if networks[0].kind == "instances":
         rows.append(Row("mean affinity to the nearest voxels: dark is a border", dict.fromkeys(outcomes, AFFINITY)))

@@ -31,7 +31,7 @@ def write_report(
         power: of the attention maps.
         window: level and width of gray values in the unit of the images; None for the networks' own.
         slices: shown of each case.
-        shown: cases with pictures, the first ones.
+        shown: cases with pictures, the first ones, as `compare` had it.
         told: called with each case whose pictures are drawn.
     """
     overlays, attention, left_out = list[str](), list[str](), list(_left_out(found))
@@ -48,9 +48,9 @@ def write_report(
     title = "Comparison of networks: " + ", ".join(found.names)
     page.write_page(path, title, [
         f"<h1>{escape(title)}</h1>", *_summary(found), *_networks(found), *_scores(found),
-        "<h2>What the networks find</h2>", *_legend(found), *overlays,
+        *(["<h2>What the networks find</h2>", *_legend(found, slices), *overlays] if overlays else []),
         *(["<h2>Where the networks look</h2>", _attention_words(found, power), *_focus(found, focus), *attention]
-          if found.rows else []),
+          if found.rows and attention else []),
         *(["<h2>What is left out</h2>", "<ul>", *(f"<li>{escape(one)}</li>" for one in left_out), "</ul>"]
           if left_out else []),
         "<h2>Repeat it</h2>", f"<pre>{escape(command)}</pre>",
@@ -106,7 +106,7 @@ def _scores(found: Comparison) -> list[str]:
             "the same. Agreement is not correctness: two networks may make the same error.</p>"]
 
 
-def _legend(found: Comparison) -> list[str]:
+def _legend(found: Comparison, slices: int) -> list[str]:
     classes = range(1, found.first.classes) if found.first.kind == "classes" else ()
     colors = {found.class_name(number): class_color(number) for number in classes} or {"instances": INSTANCES}
     labeled = len(found.labeled)
@@ -115,8 +115,8 @@ def _legend(found: Comparison) -> list[str]:
     is_patient = found.first.config.get("unit") == "mm"
     letters = " R, L, A, P: the patient's right, left, front and back." if is_patient else ""
     rule = {
-        "classes": "Of each class the slice with most of it is shown, or with most disagreement where there is no "
-                   "label.",
+        "classes": "Each class has the slice with most of it, or with most disagreement where there is no label; of "
+                   f"these the {slices} with most marked voxels are shown.",
         "instances": "The slices with most errors are shown, or with most disagreement where there is no label. Of two "
                      "instances that are joined the smaller one is marked, and of one that is cut the smaller part.",
     }[found.first.kind]
@@ -127,11 +127,13 @@ def _legend(found: Comparison) -> list[str]:
 def _attention_words(found: Comparison, power: float) -> str:
     outline = " The white line is what the label, or without one all networks, call foreground." if (
         found.first.kind == "classes") else ""
+    logits = " Where a layer is the network's output, its channels are the logits: bright is where one of them, " \
+        "that of the background too, is far from 0." if any(row.logits for row in found.rows) else ""
     return (
         f"<p>Mean over the channels of a layer of |x|<sup>{power:g}</sup>, divided by its L2 norm over the whole case: "
         "where the layer reacts most, in bright colors. In a row, colors mean the same for all networks. Rows are "
-        f"layers of the same share of the image's size.{outline} A bright place is where a layer reacts; that the "
-        "network decides by it does not follow.</p>"
+        f"layers of the same share of the image's size.{outline}{logits} A bright place is where a layer reacts; that "
+        "the network decides by it does not follow.</p>"
     )
 
 

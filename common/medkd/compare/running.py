@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -62,7 +62,7 @@ class Outcome:
     predictions: dict[str, Path] = field(default_factory=dict)    # case -> file of numbers (*S) on the file's grid
     seconds: dict[str, float] = field(default_factory=dict)       # case -> of the network with its windows
     scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)   # metric -> case -> value of each column
-    seen: dict[str, Seen] = field(default_factory=dict)           # case -> maps
+    seen: dict[str, Seen] = field(default_factory=dict)           # case -> maps, of cases with pictures
     left_out: list[str] = field(default_factory=list)             # what there is not, and why
 
     def prediction(self, case: str) -> Array | None:
@@ -97,8 +97,17 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         check_settings(network)
         self.outcome = Outcome()
+        self._looked_at: Collection[str] = ()
         with scripts_of(network.root):
-            self._build()
+            try:
+                self._build()
+            except (ValueError, OSError):
+                raise
+            except Exception as error:   # whatever its configs make of a setting
+                raise ValueError(
+                    f"`{network.name}` must be built by {', '.join(('train', *network.configs))} of {network.root} "
+                    f"with the settings given, got: {told_cause(error)}; correct them."
+                ) from error
             module = self.module
             self.outcome.parameters = sum(one.numel() for one in module.parameters())
             self.outcome.layer = type(module).__name__
@@ -150,16 +159,20 @@ class Runner:
             )
             return []
 
-    def run(self, cases: Mapping[str, Files], told: Callable[[str], None] = lambda case: None) -> Outcome:
+    def run(
+        self, cases: Mapping[str, Files], looked_at: Collection[str], told: Callable[[str], None] = lambda case: None
+    ) -> Outcome:
         """Predict, score and look, one case after the other.
 
         Args:
             cases: name -> files.
+            looked_at: cases whose maps are kept, for pictures: they take as long again, and more room.
             told: called with each case that is done.
 
         Raises:
             ValueError: a case fails; the message names it and the network.
         """
+        self._looked_at = frozenset(looked_at)
         with scripts_of(self.network.root):
             for labeled in (True, False):
                 chosen = {name: files for name, files in cases.items() if ("label" in files) == labeled}
@@ -202,12 +215,15 @@ class Runner:
             case = next(waiting)
             with torch.no_grad(), _one_thread():
                 clock = time.perf_counter if image.is_cuda else time.process_time   # other programs do not count
+                if image.is_cuda:
+                    torch.cuda.synchronize(image.device)           # what was begun before does not count
                 start = clock()
                 result = inferer(image, network, *args, **kwargs)
                 if image.is_cuda:
                     torch.cuda.synchronize(image.device)
                 self.outcome.seconds[case] = clock() - start
-            self._look(case, image, result)
+            if case in self._looked_at:
+                self._look(case, image, result)
             return result
 
         return infer

@@ -20,11 +20,16 @@ from PIL import Image
 
 import bundle_runs
 from medkd.cli import main
+from medkd.cli.networks import read_network, read_settings
+from medkd.compare.cases import read_case
+from medkd.compare.comparing import compare
+from medkd.compare.errors import class_dice
 from medkd.data.bundle_check import scripts_of
 from medkd.report.pictures import DIFFERENT
 
 Refused = Callable[[list[str], str], None]
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 BUNDLES = Path(__file__).parents[3] / "bundles"
 SEVEN = ["--set", "out_channels=7", "--set", "spacing=[8.0,8.0,8.0]", "--set", "patch_size=[32,32,32]"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -124,7 +129,7 @@ def test_pictures_of_all_networks_show_the_same_slices_and_mark_errors(report: s
 
 def test_attention_has_a_row_per_level_and_a_column_per_network(report: str) -> None:
     shown = pictures(report)
-    for path in ("model.0", "model.1.submodule.1.submodule.1.submodule", "model.2"):
+    for path in ("model.0", "model.1.submodule.1.submodule.1.submodule", "model.2 (the logits)"):
         assert {f"teacher: {path}", f"student: {path}"} <= shown.keys()
         assert not np.array_equal(shown[f"teacher: {path}"], shown[f"student: {path}"])
     titles = re.findall(r"<h4>(.*?)</h4>", report)
@@ -142,6 +147,39 @@ def test_printed_table_and_verdict(words: list[str], tmp_path: Path, capsys: Cap
     html = (tmp_path / "r.html").read_text()
     assert len(re.findall("<h4>", html)) == 1
     assert "student: model.1.submodule.0" in html
+
+
+def test_only_cases_with_pictures_are_looked_at(words: list[str], tmp_path: Path, monkeypatch: Patch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("medkd.compare.running.attention_maps", never)
+    assert main([*words, "--pictures", "0", "--output", str(tmp_path / "r.html")]) == 0
+    html = (tmp_path / "r.html").read_text()
+    assert "Pictures of 1 more case(s)" in html
+    assert "Where the networks look" not in html
+    assert "Case by case" in html
+
+
+def test_what_is_marked_is_what_is_scored_whatever_the_axes_of_the_file(
+    words: list[str], phantoms: Path, tmp_path: Path
+) -> None:
+    item = json.loads((phantoms / "datalist.json").read_text())["test"][0]
+    files = {}
+    for key in ("image", "label"):
+        loaded = nib.load(phantoms / item[key])
+        turned = loaded.as_reoriented(np.array([[2, 1], [0, -1], [1, -1]]))
+        nib.save(turned, tmp_path / f"{key}.nii.gz")
+        files[key] = str(tmp_path / f"{key}.nii.gz")
+    settings = read_settings(SEVEN[1::2], "--set")
+    networks = [read_network(word, tmp_path, None, settings) for word in words[1:3]]
+    found = compare(networks, {"one": files}, tmp_path / "maps")
+    label = read_case(networks[0], "one", files).label
+    assert label is not None
+    for outcome in found.outcomes.values():
+        expected = [value for value in class_dice(outcome.prediction("one"), label, 7) if not np.isnan(value)]
+        assert outcome.score("val_mean_dice", "one") == pytest.approx(np.mean(expected), abs=1e-5)
+        assert np.mean(expected) > 0
 
 
 def test_an_image_without_a_label_has_agreement_in_place_of_scores(
@@ -189,9 +227,10 @@ def test_wrong_options_are_refused(words: list[str], refused: Refused) -> None:
     refused(words[:3], "`medkd compare` needs cases, got neither; give --data DATALIST or --image FILE.")
     refused([*words, "--image", "a.nii"], "`medkd compare` needs cases, got both")
     refused([*words, "--label", "a.nii"], "--label must come with --image")
-    refused([*words, "--power", "0"], "--power must be a number above 0, got 0.")
+    refused([*words, "--power", "0"], "--power must be a number of at least 1, got 0.")
     refused([*words, "--slices", "0"], "--slices must be a whole number of 1 or more, got 0.")
     refused([*words, "--window", "40"], "--window must be LEVEL,WIDTH with a width above 0, got 40")
+    refused([*words, "--output", f"{__file__}/r.html"], "--output must be in a folder that can be written, got /")
     refused([*words, "--case", "nobody"], "--case must name a case of the list, got 'nobody'; there are 'case_003'.")
     refused([*words, "--list", "tests"], "`key` must name a list of")
     refused([words[0], words[1], *words[3:]], "`medkd compare` needs two or more networks, got 1")
