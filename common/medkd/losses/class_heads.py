@@ -16,6 +16,8 @@ from medkd.losses.fitted import load_fitted
 
 __all__ = ["ClassHeads", "FixedHeads", "LayerHeads", "TeacherHeads", "drawn_projection"]
 
+_WAY_OUT = "fit them to it by a training of `medkd.handlers.teacher_heads.TeacherWithHeads`"
+
 
 class LayerHeads(nn.Module):
     """What both kinds have in common: logits of each layer on its own grid.
@@ -143,7 +145,7 @@ class TeacherHeads:
     Args:
         channels: channels of each tapped layer of the teacher.
         classes: channels of its prediction.
-        path: their weights, as the run with `teacher_head.json` writes them.
+        path: their weights, as a training of `TeacherWithHeads` writes them.
         spatial_dims: 2 or 3.
         teacher_path: weights of the teacher, which must be those that the heads were fitted to; None does not look.
     """
@@ -162,12 +164,12 @@ class TeacherHeads:
         """Build the heads, load them strictly, and freeze them on `device`.
 
         Raises:
-            FileNotFoundError: there is no such file; the message gives the command that makes it.
+            FileNotFoundError: there is no such file; the message tells what makes it.
             ValueError: weights of other heads, or of heads that were fitted to another teacher.
         """
         heads = ClassHeads(self.channels, self.classes, self.spatial_dims)
         contents = f"heads for layers of {list(self.channels)} channels and {self.classes} classes"
-        return load_fitted(heads, self.path, self.teacher_path, device, "class heads", contents)
+        return load_fitted(heads, self.path, self.teacher_path, device, "class heads", contents, _WAY_OUT)
 
 
 def drawn_projection(maps: Tensor, channels: int, generator: torch.Generator) -> Tensor:

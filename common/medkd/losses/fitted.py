@@ -18,7 +18,8 @@ Head = TypeVar("Head", bound=nn.Module)
 
 
 def load_fitted(
-    head: Head, path: Path, teacher_path: Path | None, device: torch.device | str, name: str, contents: str
+    head: Head, path: Path, teacher_path: Path | None, device: torch.device | str, name: str, contents: str,
+    way_out: str,
 ) -> Head:
     """Load the weights of a head strictly, and freeze it on `device`.
 
@@ -29,18 +30,19 @@ def load_fitted(
         device: where it will run.
         name: what it is, in words, such as "boundary head".
         contents: what the file must hold, in words, such as "a head for levels of [3, 4] channels".
+        way_out: how it is fitted, in words, for messages.
 
     Raises:
-        FileNotFoundError: there is no such file; the message gives the command that makes it.
+        FileNotFoundError: there is no such file; the message tells what makes it.
         ValueError: weights of another head, or of a head that was fitted to another teacher.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"`teacher_head` must be the weights of the teacher's {name}, got {str(path)!r}, which does not exist; fit "
-            "it with the config file teacher_head.json behind those of this run."
+            f"`teacher_head` must be the weights of the teacher's {name}, got {str(path)!r}, which does not exist; "
+            f"{way_out}."
         )
     tensors = load_tensors(path)
-    _check_teacher(tensors.pop("teacher_sha256", None), path, teacher_path)
+    _check_teacher(tensors.pop("teacher_sha256", None), path, teacher_path, way_out)
     try:
         head.load_state_dict(tensors)
     except RuntimeError as error:
@@ -48,12 +50,12 @@ def load_fitted(
     return head.to(device).eval().requires_grad_(False)
 
 
-def _check_teacher(fitted_to: Tensor | None, path: Path, teacher_path: Path | None) -> None:
+def _check_teacher(fitted_to: Tensor | None, path: Path, teacher_path: Path | None, way_out: str) -> None:
     if teacher_path is None or fitted_to is None:
         return
     hashes = [bytes(fitted_to.tolist()).hex(), hashlib.sha256(teacher_path.read_bytes()).hexdigest()]
     if hashes[0] != hashes[1]:
         raise ValueError(
             f"`teacher_head` must be fitted to the teacher {teacher_path} (SHA-256 {hashes[1][:12]}...), but "
-            f"{path} was fitted to {hashes[0][:12]}...; fit it again with teacher_head.json."
+            f"{path} was fitted to {hashes[0][:12]}...; {way_out}."
         )

@@ -126,5 +126,5 @@ def test_a_head_of_another_teacher_is_refused(tmp_path: Path) -> None:
     head = TeacherHead((3,), tmp_path / "head.pt", 2, tmp_path / "teacher.pt")
     head.load()
     (tmp_path / "teacher.pt").write_bytes(b"second")
-    with pytest.raises(ValueError, match=r"must be fitted to the teacher .*teacher\.pt .* fit it again with"):
+    with pytest.raises(ValueError, match=r"must be fitted to the teacher .*teacher\.pt .* fit it with the config file"):
         head.load()
