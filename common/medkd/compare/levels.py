@@ -53,11 +53,15 @@ def find_levels(network: nn.Module, size: Sequence[int]) -> list[Level]:
     """The levels of a network, in the order of the forward pass.
 
     Those of MONAI's `UNet`, and the children of modules that are called `encoder` and `decoder`; of any other network
-    the last layer before its maps change their size. Layers that run twice in a pass are left out.
+    the last layer before its maps change their size, of those that run once in a pass.
 
     Args:
-        network: in eval mode; it is run once, on zeros.
+        network: in eval mode; it is run on zeros, twice if its layers are not known by name.
         size: of the image, voxels per axis; a multiple of all strides, else strides are rounded.
+
+    Raises:
+        ValueError: no convolution tells how many channels the image has.
+        RuntimeError: a level runs twice or never, or the network does not take such an image.
     """
     network.eval()
     paths = _unet(network) or _encoder_decoder(network) or _last_of_size(network, size)
