@@ -47,7 +47,7 @@ def choose_cases(items: Sequence[Files], names: Sequence[str] = ()) -> dict[str,
         ValueError: there is no case, or none of a name.
 
     Example:
-        >>> choose_cases([])
+        >>> choose_cases([])   # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: There must be a case that all networks can be run on, got none; name a list of the datalist ...
