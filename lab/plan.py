@@ -33,7 +33,7 @@ class RowFailedError(RuntimeError):
 def wanted_runs(study: Study, arms: Arms, finished: Finished) -> list[Run]:
     """All trainings of a row that can be named so far: the other seeds of what is chosen only after the choice."""
     leaders = {name: _leader(study, name, arm, finished) for name, arm in arms.items()}
-    rivals = [leaders.get(name) for name in study.recipe.distilled_from]
+    rivals = [leaders[name] for name in study.recipe.distilled_from if name in leaders]   # a row may lack one
     distilled = ranked([one for one in rivals if one], study.recipe)[0].run.arm if rivals and all(rivals) else None
     runs = []
     for name, arm in arms.items():

@@ -46,6 +46,16 @@ def test_the_better_candidate_gets_the_other_seeds_and_finished_runs_are_not_rep
     assert json.loads((teacher / "model.pt").read_text())["epochs"] == 7
 
 
+def test_a_row_without_the_method_alone_gives_all_seeds_to_the_combination(make_study: Make) -> None:
+    arms = {name: arm for name, arm in ARMS.items() if name != "method"}
+    study = make_study()
+
+    finished = train_all(study, arms)
+
+    assert sum(name[0] == "combined" for name in finished) == 3
+    assert len(finished) == count_runs(study, arms)
+
+
 def test_two_bundles_share_the_trainings_that_are_the_same(make_study: Make, tmp_path: Path) -> None:
     other = {
         **TRAIN, "distill_loss": {"_target_": "medkd.losses.new.New"}, "distill_weights": {"z": 3.0},
