@@ -20,12 +20,12 @@ TITLES = {                                                         # in the full
 
 
 def readme_cell(content: Mapping[str, Any]) -> str:
-    """The values of `shown_columns` of every row, for a cell of a Markdown table."""
-    return "<br>".join(f"{name}: {' / '.join(values)}" for name, *values in _main_values(content))
+    """The values of `SHOWN` of every row, for a cell of a Markdown table, whose head names them for all bundles."""
+    return "<br>".join(f"{name}: {' / '.join(values)}" for name, *values in _main_values(content, SHOWN))
 
 
 def shown_columns(content: Mapping[str, Any]) -> list[str]:
-    """Arms of the short tables, and retention: only those that a row has, or `-` alone would stand there."""
+    """Arms of a bundle's short table, and retention: only those that a row has, or `-` alone would stand there."""
     rows = finished_rows(content)
     optional = {name: any(name in row for row in rows) for name in ("classical", RETENTION)}
     return [name for name in (*SHOWN, RETENTION) if optional.get(name, True)]
@@ -40,7 +40,7 @@ def summary_table(content: Mapping[str, Any]) -> str:
     reasons = dict.fromkeys(row["not_rerun"] for row in rows if "not_rerun" in row)
     notes = [f"\n\nNot rerun: {reason}." for reason in reasons]
     head = [first, *(TITLES.get(name, name) for name in shown_columns(content))]
-    return _markdown(head, _main_values(content)) + "".join(notes)
+    return _markdown(head, _main_values(content, shown_columns(content))) + "".join(notes)
 
 
 def full_tables(content: Mapping[str, Any]) -> str:
@@ -53,8 +53,7 @@ def finished_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in all_rows(content) if "teacher" in row]
 
 
-def _main_values(content: Mapping[str, Any]) -> list[list[str]]:
-    columns = shown_columns(content)
+def _main_values(content: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
     return [[_row_name(row), *(_shown(row, name) for name in columns)] for row in finished_rows(content)]
 
 
