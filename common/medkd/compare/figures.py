@@ -127,6 +127,26 @@ class CaseFigures:
         counts = self.case.frame.per_slice(self.foreground)
         return max(self.slices, key=lambda one: int(counts[one.position]))
 
+    @cached_property
+    def view(self) -> tuple[slice, slice] | None:
+        """Rows and columns in which a slice that is shown is brighter than black, with a rim; None for all of them.
+
+        A scan is mostly air, and a head in it small.
+        """
+        frame, image = self.case.frame, self.case.image
+        if image.ndim > len(frame.shape):                          # colors
+            return None
+        black = self.gray[0] - self.gray[1] / 2
+        plane: Array = np.any([frame.cut(image, one.position) > black for one in self.slices], axis=0)
+        if not plane.any():
+            return None
+        found = []
+        for axis, length in enumerate(plane.shape):
+            places = np.flatnonzero(plane.any(1 - axis))
+            rim = max(length // 32, 1)
+            found.append(slice(max(int(places[0]) - rim, 0), min(int(places[-1]) + 1 + rim, length)))
+        return found[0], found[1]
+
     # ---- pictures --------------------------------------------------------------------------------------------------
 
     def overlays(self) -> list[str]:
@@ -170,7 +190,7 @@ class CaseFigures:
             pixels = np.stack([frame.cut(image[..., channel], position) for channel in range(3)], -1)
         else:
             pixels = frame.cut(image, position)
-        return canvas.canvas(pixels, frame.pixel, self.gray, frame.letters, width)
+        return canvas.canvas(pixels, frame.pixel, self.gray, frame.letters, width, self.view)
 
     def attention(self) -> list[str]:
         """A row per level, a picture per network, on one slice; colors mean the same in a row."""
@@ -199,7 +219,7 @@ class CaseFigures:
     def _map(self, plane: Array, position: int, top: float, path: str) -> bytes:
         frame = self.case.frame
         if path == AFFINITY:
-            return canvas.png(canvas.canvas(plane, frame.pixel, (0.5, 1.0), frame.letters, _SMALL))
+            return canvas.png(canvas.canvas(plane, frame.pixel, (0.5, 1.0), frame.letters, _SMALL, self.view))
         axes = self._canvas(position, _SMALL)
         canvas.heat(axes, plane, top)
         if self.found.first.kind == "classes" and self.foreground is not None:

@@ -23,9 +23,10 @@ _PLACES = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
 
 
 def canvas(
-    pixels: Array, pixel: Pixel, window: tuple[float, float], letters: Sequence[str] = (), width: int = _WIDTH
+    pixels: Array, pixel: Pixel, window: tuple[float, float], letters: Sequence[str] = (), width: int = _WIDTH,
+    view: tuple[slice, slice] | None = None,
 ) -> Any:
-    """Axes with a slice, on a figure of its shape.
+    """Axes with a slice, on a figure of the shape of what is seen of it.
 
     Args:
         pixels: shape (H, W) in the unit of `window`, or (H, W, 3) of colors in [0, 1].
@@ -33,15 +34,20 @@ def canvas(
         window: level and width of the gray values.
         letters: of the left, right, top and bottom side; none for none.
         width: of the picture, in pixels.
+        view: rows and columns that are seen; None for all.
     """
     from matplotlib.figure import Figure  # a second to import
     from matplotlib.patheffects import withStroke
 
     height, length = pixels.shape[0] * pixel[0], pixels.shape[1] * pixel[1]
+    seen = view or (slice(0, pixels.shape[0]), slice(0, pixels.shape[1]))
+    (top, bottom), (left, right) = ((one.start * step, one.stop * step) for one, step in zip(seen, pixel, strict=True))
     inches = width / 100
-    axes: Any = Figure(figsize=(inches, max(inches * height / length, 0.2)), dpi=100).add_axes((0, 0, 1, 1))
+    size = inches, max(inches * (bottom - top) / (right - left), 0.2)
+    axes: Any = Figure(figsize=size, dpi=100).add_axes((0, 0, 1, 1))
     gray = {"cmap": "gray", "vmin": window[0] - window[1] / 2, "vmax": window[0] + window[1] / 2}
     axes.imshow(pixels, extent=(0.0, length, height, 0.0), interpolation="bicubic", aspect="auto", **gray)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.autoscale(False)
     axes.set_axis_off()
     for letter, place in zip(letters, _PLACES[: len(letters)], strict=True):
