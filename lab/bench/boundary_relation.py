@@ -11,59 +11,24 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceCELoss
-from monai.networks.nets import DynUNet
-from torch import Tensor, nn
+from torch import Tensor
 
-from lab.bench.peers import against, error_rows, relative_errors, step_works, value_and_gradient
-from lab.measure import Row, compare, compare_values, peak_memory, threads
+from lab.bench.dynunets import STUDENT, TEACHER, DynUNets, loss_alone
+from lab.bench.peers import against, error_rows, relative_errors, value_and_gradient
+from lab.measure import Row, compare, compare_values, peak_memory
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.ops.affinity import affinity_distance, feature_contrast
 from medkd.ops.graph import gram_relation_distance, unit_vectors
 from medkd.ops.resample import majority_label
-from medkd.taps import FeatureTaps
 from tests.oracles import boundary_relation as plain
 
 CLASSES = 14
 BOUNDARY = ["downsamples.0", "downsamples.1", "downsamples.2", "bottleneck"]
 RELATION = ["downsamples.2", "bottleneck"]
-STUDENT, TEACHER = (16, 32, 64, 128, 160), (32, 64, 128, 256, 320)
 
 
-class Setting:
-    """DynUNets of random weights, their taps, and one patch with random blobs as labels."""
-
-    def __init__(self, quick: bool) -> None:
-        torch.manual_seed(0)
-        size = 32 if quick else 96
-        self.student, self.teacher = (
-            _network([count // 4 for count in filters] if quick else filters) for filters in (STUDENT, TEACHER)
-        )
-        self.teacher.eval().requires_grad_(False)
-        self.loss = BoundaryRelationLoss(BOUNDARY, RELATION)
-        self.taps = FeatureTaps(self.student, BOUNDARY), FeatureTaps(self.teacher, BOUNDARY, "teacher")
-        self.image, self.label = torch.randn(1, 1, size, size, size), _blobs(size)
-
-    def run_teacher(self) -> dict[str, Tensor]:
-        """Forward without gradients; gives the tapped tensors."""
-        with torch.no_grad():
-            return self._run(self.teacher, self.taps[1])
-
-    def run_student(self) -> dict[str, Tensor]:
-        """Forward; gives the tapped tensors."""
-        self.student.zero_grad()
-        return self._run(self.student, self.taps[0])
-
-    def _run(self, network: nn.Module, taps: FeatureTaps) -> dict[str, Tensor]:
-        taps.open()
-        pred = network(self.image)
-        return taps.close() | {"pred": pred}
-
-
-def _network(filters: Sequence[int]) -> DynUNet:
-    levels = len(filters)
-    strides = [1] + [2] * (levels - 1)
-    return DynUNet(3, 1, CLASSES, [3] * levels, strides, strides[1:], filters=filters)
+def _setting(quick: bool) -> DynUNets:
+    return DynUNets(quick, CLASSES, lambda filters: BoundaryRelationLoss(BOUNDARY, RELATION), _blobs)
 
 
 def _blobs(size: int) -> Tensor:
@@ -74,37 +39,14 @@ def _blobs(size: int) -> Tensor:
 
 
 def training_step(quick: bool) -> list[Row]:
-    """Compare a distillation step, without the optimizer, with the plain step and the teacher's forward pass."""
-    setting = Setting(quick)
-    supervised = DiceCELoss(to_onehot_y=True, softmax=True)
-    works = step_works(setting.run_student, setting.run_teacher, supervised, setting.loss, setting.label)
-    words = "step with both terms", "plain step + teacher's forward"
-    with threads(1 if quick else 2):
-        return compare("training_step", words, works, 2 if quick else 5, "lower", 1.15)
+    """Compare a step with both terms with what it cannot do without."""
+    return _setting(quick).training_step("both terms")
 
 
 def loss_share(quick: bool) -> list[Row]:
-    """Time the loss alone, down to the tapped features, against the student's forward and backward pass."""
-    setting = Setting(quick)
-    teacher = setting.run_teacher()
-    student = {name: value.detach().requires_grad_() for name, value in setting.run_student().items()}
-    pull = torch.randn_like(student["pred"])
-
-    def network() -> None:
-        torch.autograd.backward(setting.run_student()["pred"], pull)
-
-    terms = partial(_loss_alone, setting.loss, student, teacher, setting.label)
-    words = "both terms, forward and backward", "student, forward and backward"
-    with threads(1 if quick else 2):
-        return compare("loss_share", words, (terms, network), 2 if quick else 7, "lower", 0.10, memory=False)
-
-
-def _loss_alone(
-    loss: BoundaryRelationLoss, student: dict[str, Tensor], teacher: dict[str, Tensor], label: Tensor
-) -> None:
-    for value in student.values():
-        value.grad = None
-    torch.autograd.backward(list(loss(student, teacher, label).values()))
+    """Time the loss alone against the student's forward and backward pass."""
+    setting = _setting(quick)
+    return setting.loss_share("both terms", setting.label, 0.10)
 
 
 def loss_memory(quick: bool) -> list[Row]:
@@ -114,7 +56,7 @@ def loss_memory(quick: bool) -> list[Row]:
     per_voxel = []
     for size in sizes:
         maps = _features(size, STUDENT, True), _features(size, TEACHER, False)
-        per_voxel.append(peak_memory(partial(_loss_alone, loss, *maps, _blobs(size))) * 2**20 / size**3)
+        per_voxel.append(peak_memory(partial(loss_alone, loss, *maps, _blobs(size))) * 2**20 / size**3)
     rows = []
     for n in (1, 2):
         words = f"both terms, patch {sizes[n]}^3", f"both terms, patch {sizes[0]}^3"

@@ -7,18 +7,17 @@ Steps use two threads, single terms one. The released formulas are a literal por
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from monai.losses import DiceCELoss
-from monai.networks.nets import DynUNet
-from torch import Tensor, nn
+from torch import Tensor
 
-from lab.bench.peers import against, step_works
-from lab.measure import Row, compare, kept_memory, peak_memory, threads
+from lab.bench.dynunets import STUDENT, TEACHER, DynUNets, Filters
+from lab.bench.peers import against
+from lab.measure import Row, compare, kept_memory, peak_memory
 from medkd.losses.class_heads import ClassHeads, TeacherHeads
 from medkd.losses.layer_feedback import LayerFeedbackLoss
 from medkd.ops.attention import (
@@ -29,19 +28,17 @@ from medkd.ops.attention import (
     unified_attention_map,
 )
 from medkd.ops.resample import pool_average
-from medkd.taps import FeatureTaps
 from tests.oracles import layer_feedback as plain
 
-CLASSES, LEVELS = 2, 5
+CLASSES = 2
 ENCODER = ["input_block", "downsamples.0", "downsamples.1", "downsamples.2", "bottleneck"]
 DECODER = [f"upsamples.{n}" for n in range(4)]
 TERMS = ("ufd", "ifd", "upd", "ipd")
-STUDENT, TEACHER = (16, 32, 64, 128, 160), (32, 64, 128, 256, 320)
 MEBI = 2.0**20
 KEPT = 10.0                # MiB for backward beyond the taps, and of the peak beyond 1.2 student taps
 
 
-def _loss(filters: Sequence[Sequence[int]]) -> LayerFeedbackLoss:
+def _loss(filters: Filters) -> LayerFeedbackLoss:
     """The default preset with heads of first values; the teacher's come from a file, as in a training."""
     student, teacher = (list(counts[3::-1]) for counts in filters)
     with TemporaryDirectory() as folder:
@@ -53,39 +50,8 @@ def _loss(filters: Sequence[Sequence[int]]) -> LayerFeedbackLoss:
     return loss
 
 
-class Setting:
-    """DynUNets of random weights, their taps, and one patch with a ball as label."""
-
-    def __init__(self, quick: bool) -> None:
-        torch.manual_seed(0)
-        self.size = 32 if quick else 96
-        filters = [[count // 4 for count in counts] if quick else list(counts) for counts in (STUDENT, TEACHER)]
-        self.student, self.teacher = (_network(counts) for counts in filters)
-        self.teacher.eval().requires_grad_(False)
-        self.loss = _loss(filters)
-        paths = ([pair[role] for pair in self.loss.tap_pairs] for role in (0, 1))
-        self.taps = [FeatureTaps(one, names) for one, names in zip((self.student, self.teacher), paths, strict=True)]
-        self.image, self.label = torch.randn(1, 1, *[self.size] * 3), _ball(self.size)
-
-    def run_teacher(self) -> dict[str, Tensor]:
-        """Forward without gradients; gives the tapped tensors."""
-        with torch.no_grad():
-            return self._run(self.teacher, self.taps[1])
-
-    def run_student(self) -> dict[str, Tensor]:
-        """Forward; gives the tapped tensors."""
-        self.student.zero_grad()
-        return self._run(self.student, self.taps[0])
-
-    def _run(self, network: nn.Module, taps: FeatureTaps) -> dict[str, Tensor]:
-        taps.open()
-        pred = network(self.image)
-        return taps.close() | {"pred": pred}
-
-
-def _network(filters: Sequence[int]) -> DynUNet:
-    strides = [1] + [2] * (LEVELS - 1)
-    return DynUNet(3, 1, CLASSES, [3] * LEVELS, strides, strides[1:], filters=filters)
+def _setting(quick: bool) -> DynUNets:
+    return DynUNets(quick, CLASSES, _loss, _ball)
 
 
 def _ball(size: int) -> Tensor:
@@ -96,35 +62,13 @@ def _ball(size: int) -> Tensor:
 
 
 def training_step(quick: bool) -> list[Row]:
-    """Compare a distillation step, without the optimizer, with the plain step and the teacher's forward pass."""
-    setting = Setting(quick)
-    supervised = DiceCELoss(to_onehot_y=True, softmax=True)
-    works = step_works(setting.run_student, setting.run_teacher, supervised, setting.loss, setting.label)
-    words = "step with all four terms", "plain step + teacher's forward"
-    with threads(1 if quick else 2):
-        return compare("training_step", words, works, 2 if quick else 5, "lower", 1.15)
+    """Compare a step with all terms with what it cannot do without."""
+    return _setting(quick).training_step("all four terms")
 
 
 def loss_share(quick: bool) -> list[Row]:
-    """Time the loss alone, down to the tapped features, against the student's forward and backward pass."""
-    setting = Setting(quick)
-    teacher = setting.run_teacher()
-    student = {name: value.detach().requires_grad_() for name, value in setting.run_student().items()}
-    pull = torch.randn_like(student["pred"])
-
-    def network() -> None:
-        torch.autograd.backward(setting.run_student()["pred"], pull)
-
-    terms = partial(_loss_alone, setting.loss, student, teacher)
-    words = "all four terms, forward and backward", "student, forward and backward"
-    with threads(1 if quick else 2):
-        return compare("loss_share", words, (terms, network), 2 if quick else 7, "lower", memory=False)
-
-
-def _loss_alone(loss: LayerFeedbackLoss, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
-    for value in student.values():
-        value.grad = None
-    torch.autograd.backward(list(loss(student, teacher).values()))
+    """Time the loss alone against the student's forward and backward pass."""
+    return _setting(quick).loss_share("all four terms")
 
 
 # ---- the unified feature term: 448 channels of the teacher, and the largest layer of the student ------------------
