@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medkd.handlers.teacher import Teacher
+from medkd.handlers.teacher_heads import TeacherLayers
 from medkd.losses.boundary_head import BoundaryHead
 from medkd.losses.boundary_relation import boundary_grid
 from medkd.ops.resample import pool_or_interpolate
-from medkd.taps import FeatureTaps
 
 __all__ = ["TeacherBoundary"]
 
@@ -38,20 +37,12 @@ class TeacherBoundary(BoundaryHead):
         spatial_dims: int = 3,
     ) -> None:
         super().__init__(channels, spatial_dims)
-        network = teacher.load()
-        self.register_buffer("teacher_sha256", torch.tensor(list(bytes.fromhex(teacher.file_sha256 or ""))).byte())
-        self._hidden: list[tuple[nn.Module, FeatureTaps]] = [(network, FeatureTaps(network, taps, "teacher"))]
-        self.paths = tuple(taps)
+        self.frozen = TeacherLayers(teacher, taps)
+        self.register_buffer("teacher_sha256", self.frozen.sha256)
         self.boundary_cells = boundary_cells
 
     def forward(self, image: Tensor) -> Tensor:   # type: ignore[override]
         """Boundary map of an image (B, C, *S): on the boundary grid in training, else of shape (B, 1, *S)."""
-        network, taps = self._hidden[0]
-        network.to(image.device).eval()
-        taps.open()
-        with torch.no_grad():
-            network(image)
-        outputs = taps.close()
-        levels = [outputs[path].float() for path in self.paths]
+        levels = [level.float() for level in self.frozen(image)]
         boundary = super().forward(levels, boundary_grid(levels, self.boundary_cells))
         return boundary if self.training else pool_or_interpolate(boundary, image.shape[2:])

@@ -13,7 +13,31 @@ from medkd.losses.class_heads import ClassHeads
 from medkd.ops.resample import pool_or_interpolate
 from medkd.taps import FeatureTaps
 
-__all__ = ["EachHeadLoss", "TeacherWithHeads"]
+__all__ = ["EachHeadLoss", "TeacherLayers", "TeacherWithHeads"]
+
+
+class TeacherLayers:
+    """The frozen teacher, asked for some of its layers; no module, so that what holds it does not have its weights.
+
+    Args:
+        teacher: loaded here.
+        taps: paths of its layers.
+    """
+
+    def __init__(self, teacher: Teacher, taps: Sequence[str]) -> None:
+        self.network = teacher.load()
+        self.sha256 = torch.tensor(list(bytes.fromhex(teacher.file_sha256 or ""))).byte()   # of the teacher's file
+        self.paths = tuple(taps)
+        self.taps = FeatureTaps(self.network, taps, "teacher")
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        """Give the layers (B, C_l, *S_l) for an image (B, C, *S), in the order of the taps."""
+        self.network.to(image.device).eval()
+        self.taps.open()
+        with torch.no_grad():
+            self.network(image)
+        outputs = self.taps.close()
+        return [outputs[path] for path in self.paths]
 
 
 class TeacherWithHeads(ClassHeads):
@@ -40,10 +64,8 @@ class TeacherWithHeads(ClassHeads):
         if len(taps) != len(channels):
             raise ValueError(f"`channels` must give one number for each of {len(taps)} taps, got {list(channels)}.")
         super().__init__(channels, classes, spatial_dims, size=1.0, seed=seed)
-        network = teacher.load()
-        self.register_buffer("teacher_sha256", torch.tensor(list(bytes.fromhex(teacher.file_sha256 or ""))).byte())
-        self.paths = tuple(taps)
-        self._hidden = [(network, FeatureTaps(network, taps, "teacher"))]   # a list keeps it out of the weights
+        self.frozen = TeacherLayers(teacher, taps)
+        self.register_buffer("teacher_sha256", self.frozen.sha256)
 
     def forward(self, image: Tensor) -> Tensor:   # type: ignore[override]
         """Logits on the grid of an image (B, C, *S): of all heads one after another in training, else their mean.
@@ -51,13 +73,7 @@ class TeacherWithHeads(ClassHeads):
         Returns:
             Shape (B, heads * K, *S) in training, for `EachHeadLoss`; else (B, K, *S).
         """
-        network, taps = self._hidden[0]
-        network.to(image.device).eval()
-        taps.open()
-        with torch.no_grad():
-            network(image)
-        outputs = taps.close()
-        logits = super().forward([outputs[path] for path in self.paths])
+        logits = super().forward(self.frozen(image))
         resized = [pool_or_interpolate(one, image.shape[2:], "average") for one in logits]
         return torch.cat(resized, dim=1) if self.training else torch.stack(resized).mean(0)
 

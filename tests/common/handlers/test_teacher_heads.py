@@ -39,7 +39,7 @@ def network(tmp_path: Path) -> TeacherWithHeads:
 
 def test_heads_side_by_side_in_training_and_their_mean_otherwise(network: TeacherWithHeads) -> None:
     image = torch.randn(2, 1, 8, 12)
-    teacher = network._hidden[0][0]
+    teacher = network.frozen.network
     deep = F.interpolate(network.layers[0](teacher.deep(image)), size=(8, 12), mode="bilinear")
     fine = network.layers[1](teacher.fine(teacher.deep(image).relu()))
     torch.testing.assert_close(network.train()(image), torch.cat([deep, fine], 1))
@@ -50,7 +50,7 @@ def test_only_the_heads_are_trained_and_the_loss_reads_them(network: TeacherWith
     image = torch.randn(4, 1, 16, 16)
     label = (F.avg_pool2d(image, 3, 1, 1) > 0).long()
     loss = EachHeadLoss(IgnoringLoss(DiceCELoss(to_onehot_y=True, softmax=True)), classes=2)
-    before = copy.deepcopy(network._hidden[0][0].state_dict())
+    before = copy.deepcopy(network.frozen.network.state_dict())
     optimizer, values = torch.optim.Adam(network.parameters(), lr=0.05), []
     for _ in range(40):
         optimizer.zero_grad()
@@ -59,7 +59,7 @@ def test_only_the_heads_are_trained_and_the_loss_reads_them(network: TeacherWith
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.9 * values[0]
-    torch.testing.assert_close(network._hidden[0][0].state_dict(), before, rtol=0, atol=0)   # running means too
+    torch.testing.assert_close(network.frozen.network.state_dict(), before, rtol=0, atol=0)   # running means too
     names = ["layers.0.bias", "layers.0.weight", "layers.1.bias", "layers.1.weight", "teacher_sha256"]
     assert sorted(network.state_dict()) == names
     assert bytes(network.teacher_sha256.tolist()) == sha256((tmp_path / "teacher.pt").read_bytes()).digest()
