@@ -35,6 +35,9 @@ def run(parser: Parser, words: Sequence[str]) -> None:
         '"^(p[0-9]+)_"; without it each file is a patient of its own')
     add("--images", metavar="FOLDER", default="images", help="images in SOURCE")
     add("--labels", metavar="FOLDER", default="labels", help="labels in SOURCE")
+    add("--more", metavar="FOLDERS", default="",
+        help="further folders in SOURCE, by commas, with images and labels in folders of the same two names: all that "
+        "have a label are trained with, whatever the splits say")
     add("--unlabeled", metavar="FOLDER",
         help="images in SOURCE; those in no split and without label become `unlabeled`")
     add("--no_labels", action="store_true",
@@ -55,6 +58,7 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     path = make_datalist(
         options.source, options.output, _plan(options), options.images, None if options.no_labels else options.labels,
         options.unlabeled, options.label_names, options.patient, options.exclude, options.few,
+        [folder for folder in options.more.split(",") if folder],
     )
     if options.label_components:
         from medkd.data.components import label_components

@@ -27,12 +27,14 @@ class Plan:
         patient: regular expression of the patient in a name.
         left_out: cases that get into no list.
         labeled_cases: number of training cases that keep their labels; None is all.
+        more: labeled cases that no split knows and that are trained with, behind the others.
     """
 
     splits: SplitsFile | RandomSplits | None = None
     patient: str | None = None
     left_out: set[str] = field(default_factory=set)
     labeled_cases: int | None = None
+    more: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def assign_labeled(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assign
     if isinstance(plan.splits, SplitsFile):
         lists = _without(read_splits(plan.splits, pairs, owner), plan.left_out)
     else:
-        lists = draw_splits(plan.splits or RandomSplits(), labeled, owner)
+        drawn = [case for case in labeled if case not in plan.more]
+        lists = draw_splits(plan.splits or RandomSplits(), drawn, {case: owner[case] for case in drawn})
+    lists["training"] = lists["training"] + _more_training(lists, owner, plan)
     if not lists["training"]:
         counts = ", ".join(f"{len(cases)} {name}" for name, cases in lists.items())
         raise ValueError(f"`splits` must leave at least one training case, got {counts}.")
@@ -120,6 +124,19 @@ def assign_images(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assigne
             f"{len(lists['test'])} test of {len(cases)}; take some out of these."
         )
     return assigned
+
+
+def _more_training(lists: Mapping[str, Sequence[str]], owner: Mapping[str, str], plan: Plan) -> list[str]:
+    """The cases of `more`, but for those of patients that scores are of."""
+    listed = {case for cases in lists.values() for case in cases} | plan.left_out
+    scored = {owner[case] for name in LISTS[1:] for case in lists[name]}
+    cases = [case for case in plan.more if case not in listed]
+    leaking = [case for case in cases if owner[case] in scored]
+    if leaking:
+        logger.warning(
+            "%d further cases are of patients of validation or test, and left out: %s.", len(leaking), shorten(leaking),
+        )
+    return [case for case in cases if case not in leaking]
 
 
 def _without(lists: Mapping[str, Sequence[str]], left_out: set[str]) -> dict[str, list[str]]:

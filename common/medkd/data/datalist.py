@@ -14,7 +14,7 @@ from medkd.data.assigning import Plan, assign_images, assign_labeled
 from medkd.data.label_rules import labeled_problem
 from medkd.data.left_out import excluded_cases, log_left_out
 from medkd.data.naming import quote, shorten, split_channel
-from medkd.data.pairs import Pairs, find_files, find_images, find_pairs
+from medkd.data.pairs import Pairs, add_folders, find_files, find_images, find_pairs
 from medkd.data.splits import LISTS, RandomSplits, SplitsFile, read_json
 
 __all__ = ["LISTS", "RandomSplits", "SplitsFile", "load_datalist", "make_datalist", "shorten", "write_datalist"]
@@ -120,7 +120,7 @@ def make_datalist(   # noqa: PLR0913 - options of a command, each with a default
     source: str | Path, output: str | Path, splits: SplitsFile | RandomSplits | None = None,
     images: str = "images", labels: str | None = "labels", unlabeled: str | None = None,
     label_names: str | Path | Sequence[str] | Mapping[str, str] | None = None, patient: str | None = None,
-    exclude: str | Path | Sequence[str] | None = None, labeled_cases: int | None = None,
+    exclude: str | Path | Sequence[str] | None = None, labeled_cases: int | None = None, more: Sequence[str] = (),
 ) -> Path:
     """Write a `datalist.json` for images and labels with the same file names, and return its path.
 
@@ -145,11 +145,14 @@ def make_datalist(   # noqa: PLR0913 - options of a command, each with a default
             names themselves.
         labeled_cases: number of training cases that keep their labels, the first ones; the others become `unlabeled`.
             With 0 `training` is empty. None keeps all.
+        more: further folders, relative to `source`, each with folders `images` and `labels` of its own; what has a
+            label there is trained with, behind the other training cases.
 
     Raises:
         FileNotFoundError: a folder or file does not exist.
         ValueError: `output` lies in `source`, a case of validation or test has no label, a split names an unknown case,
-            a case or patient is in two lists, there is no case to train on, or `labeled_cases` is out of range.
+            a case or patient is in two lists, there is no case to train on, `labeled_cases` is out of range, or `more`
+            comes without labels or with names that are there already.
     """
     source, target = Path(source), Path(output)
     target = target if target.suffix == ".json" else target / "datalist.json"
@@ -159,8 +162,11 @@ def make_datalist(   # noqa: PLR0913 - options of a command, each with a default
         raise ValueError(f"`output` must lie outside `source`, which stays as it is, got {str(target)!r}.")
     has_labels = labels is not None
     pairs = find_images(source, images, unlabeled) if labels is None else find_pairs(source, images, labels, unlabeled)
+    if more and labels is None:
+        raise ValueError(f"`more` must come with labels, got {list(more)} without; name its images by `unlabeled`.")
+    added = add_folders(pairs, source, more, images, labels) if labels is not None else []
     extra = _unlabeled(source, pairs, images, unlabeled)
-    plan = Plan(splits, patient, excluded_cases(exclude, source, pairs, extra), labeled_cases)
+    plan = Plan(splits, patient, excluded_cases(exclude, source, pairs, extra), labeled_cases, added)
     cases = (assign_labeled if has_labels else assign_images)(pairs, extra, plan)
     content: dict[str, Any] = {"data_root": str(source.resolve())}
     for name, listed in cases.lists.items():

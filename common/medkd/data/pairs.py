@@ -12,7 +12,7 @@ from pathlib import Path
 
 from medkd.data.naming import has_ending, is_label_name, plain, quote, shorten, split_channel, without_ending
 
-__all__ = ["Pairs", "find_files", "find_images", "find_pairs"]
+__all__ = ["Pairs", "add_folders", "find_files", "find_images", "find_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,37 @@ def find_pairs(source: Path, images: str, labels: str, unlabeled: str | None = N
         )
     _add_bare_names(pairs)
     return pairs
+
+
+def add_folders(pairs: Pairs, source: Path, folders: Sequence[str], images: str, labels: str) -> list[str]:
+    """Add the cases of further folders, each with images and labels of its own, and give those that have a label.
+
+    Args:
+        pairs: of the data; what is found is added.
+        source: folder of the data.
+        folders: below it.
+        images: folder of the images in each of them.
+        labels: folder of the labels in each of them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: as `find_pairs`, or a case has the name of another one.
+    """
+    added = []
+    for folder in folders:
+        found = find_pairs(source, f"{folder}/{images}", f"{folder}/{labels}")
+        known = sorted(found.labels.keys() & pairs.images.keys())
+        if known:
+            raise ValueError(
+                f"`more` must hold cases of other names, got {quote(known)} in {folder!r}, too; rename them, or take "
+                "the files away that are there twice."
+            )
+        for case, path in found.labels.items():
+            pairs.images[case], pairs.labels[case] = found.images[case], path
+            added.append(case)
+        pairs.lone_labels += found.lone_labels
+    _add_bare_names(pairs)
+    return added
 
 
 def find_images(source: Path, images: str, unlabeled: str | None = None) -> Pairs:

@@ -14,7 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
 
-__all__ = ["EpochSeed", "preserved_random_state"]
+__all__ = ["EpochSeed", "preserved_random_state", "seed_everything"]
 
 _RANK_STEP = 1_000_003   # ranks must not draw the same crops
 
@@ -29,6 +29,14 @@ def preserved_random_state() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def seed_everything(seed: int, dataset: Any = None) -> None:
+    """Seed torch, NumPy, Python and the random transforms of a data set."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    set_rnd(dataset, seed)
 
 
 class EpochSeed:
@@ -59,8 +67,5 @@ class EpochSeed:
 
     def __call__(self, engine: Any) -> None:
         seed = (self.seed + engine.state.epoch + _RANK_STEP * idist.get_rank()) % 2**32
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        set_rnd(getattr(engine.data_loader, "dataset", None), seed)
+        seed_everything(seed, getattr(engine.data_loader, "dataset", None))
         engine.set_data(engine.data_loader)                        # the iterator draws its seeds now

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.losses.base import pointwise_convolution
-from medkd.losses.fitted import load_fitted
+from medkd.losses.fitted import fitted_to, load_fitted
+from medkd.weights import load_tensors
 
 __all__ = ["ClassHeads", "FixedHeads", "LayerHeads", "TeacherHeads", "drawn_projection"]
 
-_WAY_OUT = "fit them to it by a training of `medkd.handlers.teacher_heads.TeacherWithHeads`"
+_WAY_OUT = "give the trainer a `medkd.handlers.teacher_heads.HeadFitting`, which fits them"
 
 
 class LayerHeads(nn.Module):
@@ -145,9 +146,12 @@ class TeacherHeads:
     Args:
         channels: channels of each tapped layer of the teacher.
         classes: channels of its prediction.
-        path: their weights, as a training of `TeacherWithHeads` writes them.
+        path: their weights, as `medkd.handlers.teacher_heads.HeadFitting` writes them.
         spatial_dims: 2 or 3.
         teacher_path: weights of the teacher, which must be those that the heads were fitted to; None does not look.
+
+    Attributes:
+        before_loading: called before the file is read; it may write it.
     """
 
     def __init__(
@@ -159,6 +163,11 @@ class TeacherHeads:
         self.path = Path(path)
         self.spatial_dims = spatial_dims
         self.teacher_path = None if teacher_path is None else Path(teacher_path)
+        self.before_loading: Callable[[], None] = lambda: None
+
+    def belong_to(self, sha256: str) -> bool:
+        """Whether the file is there and was fitted to the teacher of this hash."""
+        return self.path.is_file() and fitted_to(load_tensors(self.path)) == sha256
 
     def load(self, device: torch.device | str = "cpu") -> ClassHeads:
         """Build the heads, load them strictly, and freeze them on `device`.
@@ -167,6 +176,7 @@ class TeacherHeads:
             FileNotFoundError: there is no such file; the message tells what makes it.
             ValueError: weights of other heads, or of heads that were fitted to another teacher.
         """
+        self.before_loading()
         heads = ClassHeads(self.channels, self.classes, self.spatial_dims)
         contents = f"heads for layers of {list(self.channels)} channels and {self.classes} classes"
         return load_fitted(heads, self.path, self.teacher_path, device, "class heads", contents, _WAY_OUT)

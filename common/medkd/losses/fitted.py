@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 
 from medkd.weights import load_tensors
 
-__all__ = ["load_fitted"]
+__all__ = ["fitted_to", "load_fitted"]
 
 Head = TypeVar("Head", bound=nn.Module)
+
+
+def fitted_to(tensors: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 of the teacher that a head was fitted to, hexadecimal; None where its weights do not tell."""
+    told = tensors.get("teacher_sha256")
+    return None if told is None else bytes(told.tolist()).hex()
 
 
 def load_fitted(
@@ -42,7 +49,8 @@ def load_fitted(
             f"{way_out}."
         )
     tensors = load_tensors(path)
-    _check_teacher(tensors.pop("teacher_sha256", None), path, teacher_path, way_out)
+    _check_teacher(fitted_to(tensors), path, teacher_path, way_out)
+    tensors.pop("teacher_sha256", None)
     try:
         head.load_state_dict(tensors)
     except RuntimeError as error:
@@ -50,10 +58,10 @@ def load_fitted(
     return head.to(device).eval().requires_grad_(False)
 
 
-def _check_teacher(fitted_to: Tensor | None, path: Path, teacher_path: Path | None, way_out: str) -> None:
-    if teacher_path is None or fitted_to is None:
+def _check_teacher(wanted: str | None, path: Path, teacher_path: Path | None, way_out: str) -> None:
+    if teacher_path is None or wanted is None:
         return
-    hashes = [bytes(fitted_to.tolist()).hex(), hashlib.sha256(teacher_path.read_bytes()).hexdigest()]
+    hashes = [wanted, hashlib.sha256(teacher_path.read_bytes()).hexdigest()]
     if hashes[0] != hashes[1]:
         raise ValueError(
             f"`teacher_head` must be fitted to the teacher {teacher_path} (SHA-256 {hashes[1][:12]}...), but "

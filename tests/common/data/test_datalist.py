@@ -334,6 +334,32 @@ def test_unlabeled_images_exclude_what_is_labeled_or_split(source: Path, tmp_pat
     assert stems(make_datalist(source, tmp_path / "b", splits, unlabeled="images"), "unlabeled") == ["extra"]
 
 
+def test_further_folders_are_trained_with_behind_the_others(source: Path, tmp_path: Path) -> None:
+    fill(source / "more/images", ["q0.nii.gz", "q1.nii.gz", "p3_c.nii.gz", "q2.nii.gz", "lone.nii.gz"])
+    fill(source / "more/labels", ["q0.nii.gz", "q1.nii.gz", "p3_c.nii.gz", "q2.nii.gz"])
+    splits = SplitsFile(splits_file(tmp_path, {"train": ["p0_a", "p1_a"], "val": ["p2_a"], "test": ["p3_a"]}))
+    options = {"splits": splits, "more": ["more"], "exclude": ["q1"], "patient": "^([a-z]+[0-9]+)"}
+    path = make_datalist(source, tmp_path / "list", **options)
+    assert stems(path, "training") == ["p0_a", "p1_a", "q0", "q2"]  # p3 is tested with, q1 excluded
+    assert load_datalist(path, "training")[2]["label"] == str(source / "more/labels/q0.nii.gz")
+    few = make_datalist(source, tmp_path / "few", labeled_cases=3, **options)
+    assert (stems(few, "training"), stems(few, "unlabeled")) == (["p0_a", "p1_a", "q0"], ["q2"])
+    drawn = make_datalist(source, tmp_path / "drawn", more=["more"], exclude=["p3_c"])
+    assert stems(drawn, "training")[-3:] == ["q0", "q1", "q2"]
+    assert not {"q0", "q1", "q2"} & {*stems(drawn, "validation"), *stems(drawn, "test")}
+
+
+def test_further_folders_need_labels_and_names_of_their_own(source: Path, tmp_path: Path) -> None:
+    fill(source / "more/images", ["p0_a.nii.gz"])
+    fill(source / "more/labels", ["p0_a.nii.gz"])
+    with pytest.raises(ValueError, match=r"`more` must hold cases of other names, got .*p0_a.* in 'more', too"):
+        make_datalist(source, tmp_path / "list", more=["more"])
+    with pytest.raises(ValueError, match=r"`more` must come with labels, got \['more'\] without"):
+        make_datalist(source, tmp_path / "list", labels=None, more=["more"])
+    with pytest.raises(FileNotFoundError, match="'nothing/images'"):
+        make_datalist(source, tmp_path / "list", more=["nothing"])
+
+
 def test_other_folder_names_and_other_label_formats_are_found(tmp_path: Path) -> None:
     fill(tmp_path / "set" / "imagesTr", ["a.nii.gz", "b.nii.gz"])
     fill(tmp_path / "set" / "labelsTr", ["a.nii", "b.nrrd"])

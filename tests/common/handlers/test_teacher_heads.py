@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads on a frozen teacher: what they give, what is trained and saved, and that a loss reads what was saved."""
+"""Heads on a frozen teacher: when they are fitted, to what, what is left behind, and that a loss reads it."""
 
 from __future__ import annotations
 
 import copy
+import random
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ignite.engine import Engine
+from monai.data import MetaTensor
 from monai.losses.dice import DiceCELoss
 from torch import Tensor, nn
 
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_heads import EachHeadLoss, TeacherWithHeads
+from medkd.handlers.teacher_heads import HeadFitting, TeacherLayers
 from medkd.losses.class_heads import TeacherHeads
 from medkd.losses.ignoring import IgnoringLoss
+from medkd.ops.ignored import UNLABELED
 
 
 class Net(nn.Module):
@@ -32,53 +38,99 @@ class Net(nn.Module):
 
 
 @pytest.fixture
-def network(tmp_path: Path) -> TeacherWithHeads:
+def teacher(tmp_path: Path) -> Teacher:
+    torch.manual_seed(0)
     torch.save(Net().state_dict(), tmp_path / "teacher.pt")
-    return TeacherWithHeads(Teacher(Net, tmp_path / "teacher.pt"), [6, 4], ["deep", "fine"], 2, spatial_dims=2)
+    return Teacher(Net, tmp_path / "teacher.pt")
 
 
-def test_heads_side_by_side_in_training_and_their_mean_otherwise(network: TeacherWithHeads) -> None:
-    image = torch.randn(2, 1, 8, 12)
-    teacher = network.frozen.network
-    deep = F.interpolate(network.layers[0](teacher.deep(image)), size=(8, 12), mode="bilinear")
-    fine = network.layers[1](teacher.fine(teacher.deep(image).relu()))
-    torch.testing.assert_close(network.train()(image), torch.cat([deep, fine], 1))
-    torch.testing.assert_close(network.eval()(image), (deep + fine) / 2)
+def batches(labeled: bool = True, count: int = 3) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        image = F.interpolate(torch.randn(2, 1, 4, 4, generator=generator), scale_factor=4.0, mode="bilinear")
+        label = (image > 0).float()
+        found.append({"image": MetaTensor(image), "label": label if labeled else torch.full_like(label, UNLABELED)})
+    return found
 
 
-def test_only_the_heads_are_trained_and_the_loss_reads_them(network: TeacherWithHeads, tmp_path: Path) -> None:
-    image = torch.randn(4, 1, 16, 16)
-    label = (F.avg_pool2d(image, 3, 1, 1) > 0).long()
-    loss = EachHeadLoss(IgnoringLoss(DiceCELoss(to_onehot_y=True, softmax=True)), classes=2)
-    before = copy.deepcopy(network.frozen.network.state_dict())
-    optimizer, values = torch.optim.Adam(network.parameters(), lr=0.05), []
-    for _ in range(40):
-        optimizer.zero_grad()
-        value = loss(network.train()(image), label)
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    assert values[-1] < 0.9 * values[0]
-    torch.testing.assert_close(network.frozen.network.state_dict(), before, rtol=0, atol=0)   # running means too
+def fitting(teacher: Teacher, folder: Path, **options: Any) -> HeadFitting:
+    heads = TeacherHeads([6, 4], 2, folder / "heads.pt", 2, teacher.path)
+    loss = IgnoringLoss(DiceCELoss(to_onehot_y=True, softmax=True))
+    return HeadFitting(heads, teacher, ["deep", "fine"], loss, **{"steps": 40, "learning_rate": 0.05, **options})
+
+
+def attached(one: HeadFitting, data: list[dict[str, Tensor]]) -> TeacherHeads:
+    engine = Engine(lambda _engine, _batch: None)
+    engine.data_loader, engine.state.device = data, torch.device("cpu")
+    one.attach(engine)
+    return one.heads
+
+
+def own_loss(one: HeadFitting, heads: nn.Module, batch: dict[str, Tensor], label: Tensor | None = None) -> float:
+    levels = TeacherLayers(one.teacher, one.taps)(batch["image"].as_subclass(Tensor))
+    resized = [F.interpolate(logits, size=(16, 16), mode="bilinear") for logits in heads(levels)]
+    return float(torch.stack([one.loss(each, batch["label"] if label is None else label) for each in resized]).mean())
+
+
+def test_layers_come_in_the_order_of_the_taps_with_the_prediction(teacher: Teacher) -> None:
+    layers, network, image = TeacherLayers(teacher, ["fine", "deep"]), teacher.load(), torch.randn(1, 1, 8, 8)
+    (fine, deep), pred = layers.with_prediction(image)
+    assert (fine.shape, deep.shape) == ((1, 4, 8, 8), (1, 6, 4, 4))
+    torch.testing.assert_close(pred, network(image))
+    assert not any(value.requires_grad for value in (fine, deep, pred))
+
+
+def test_missing_heads_are_fitted_when_the_loss_asks_for_them(teacher: Teacher, tmp_path: Path) -> None:
+    first, longer = (fitting(teacher, tmp_path / name, steps=n) for name, n in (("a", 1), ("b", 40)))
+    heads = attached(longer, batches())
+    assert not heads.path.exists()
+    values = [own_loss(one, attached(one, batches()).load(), batches()[0]) for one in (first, longer)]
+    assert values[1] < 0.85 * values[0]
+    content = torch.load(heads.path, weights_only=True)
     names = ["layers.0.bias", "layers.0.weight", "layers.1.bias", "layers.1.weight", "teacher_sha256"]
-    assert sorted(network.state_dict()) == names
-    assert bytes(network.teacher_sha256.tolist()) == sha256((tmp_path / "teacher.pt").read_bytes()).digest()
-    torch.save(network.state_dict(), tmp_path / "heads.pt")
-    fitted = TeacherHeads([6, 4], 2, tmp_path / "heads.pt", 2, tmp_path / "teacher.pt").load()
-    levels = [torch.randn(1, 6, 4, 4), torch.randn(1, 4, 8, 8)]
-    for n, logits in enumerate(fitted(levels)):
-        torch.testing.assert_close(logits, network.layers[n](levels[n]))
+    assert sorted(content) == names
+    assert bytes(content["teacher_sha256"].tolist()) == sha256(teacher.path.read_bytes()).digest()
+    assert not any(parameter.requires_grad for parameter in heads.load().parameters())
 
 
-def test_the_loss_is_the_mean_over_heads() -> None:
-    pred, label = torch.randn(2, 6, 4, 4), torch.randint(0, 2, (2, 1, 4, 4))
-    single = DiceCELoss(to_onehot_y=True, softmax=True)
-    expected = torch.stack([single(pred[:, k : k + 2], label) for k in (0, 2, 4)]).mean()
-    torch.testing.assert_close(EachHeadLoss(single, 2)(pred, label), expected)
-    with pytest.raises(ValueError, match="`pred` must have a multiple of 4 channels, .* got 6"):
-        EachHeadLoss(single, 4)(pred, label)
+def test_without_labels_they_learn_the_classes_of_the_teacher(teacher: Teacher, tmp_path: Path) -> None:
+    one = fitting(teacher, tmp_path)
+    heads, (batch, *_) = attached(one, batches(labeled=False)).load(), batches()
+    classes = teacher.load()(batch["image"].as_subclass(Tensor)).argmax(1, keepdim=True)
+    assert own_loss(one, heads, batch, classes) < 0.8 * own_loss(one, heads, batch, 1 - classes)
 
 
-def test_as_many_channels_as_taps_are_needed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`channels` must give one number for each of 1 taps, got \[6, 4\]"):
-        TeacherWithHeads(Teacher(Net), [6, 4], ["deep"], 2, spatial_dims=2)
+def test_neither_the_teacher_nor_the_random_state_changes(teacher: Teacher, tmp_path: Path) -> None:
+    before = copy.deepcopy(torch.load(teacher.path, weights_only=True))
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    one = fitting(teacher, tmp_path)
+    attached(one, batches()).load()
+    torch.testing.assert_close(torch.load(teacher.path, weights_only=True), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+
+
+def test_heads_that_are_there_are_kept_and_those_of_another_teacher_replaced(teacher: Teacher, tmp_path: Path) -> None:
+    path = attached(fitting(teacher, tmp_path), batches()).path
+    attached(fitting(teacher, tmp_path), batches()).load()
+    before = path.read_bytes()
+    attached(fitting(teacher, tmp_path, learning_rate=1.0), batches()).load()
+    assert path.read_bytes() == before
+    torch.save(Net().state_dict(), teacher.path)
+    other = fitting(Teacher(Net, teacher.path), tmp_path)
+    with pytest.raises(ValueError, match="`teacher_head` must be fitted to the teacher"):
+        other.heads.load()                                         # of no trainer
+    attached(other, batches()).load()
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"steps": 0}, "`steps` must be at least 1, got 0"),
+    ({"taps": ["deep"]}, r"`taps` must be 2 layers, one for each of `heads`, got \['deep'\]"),
+])
+def test_wrong_options_are_refused(teacher: Teacher, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    heads = TeacherHeads([6, 4], 2, tmp_path / "heads.pt", 2)
+    with pytest.raises(ValueError, match=message):
+        HeadFitting(**{"heads": heads, "teacher": teacher, "taps": ["deep", "fine"], "loss": DiceCELoss(), **options})
