@@ -112,7 +112,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
     splits, gap, numbers = row["splits"], row.get("gap_recovered", {}), row.get("parameters", {})
     cases = f"{splits['training']} training, {splits['validation']} validation, {splits['test']} test cases"
     text = f"{cases}; seeds {', '.join(map(str, row['seeds']))} (mean ± sd)."
-    text += _regime(row) + _converged(row)
+    text += _regime(row) + _steps(row) + _converged(row)
     if gap.get("value") is not None:
         bounds = "" if gap["low"] is None else f" (95 %: {100 * gap['low']:.0f} to {100 * gap['high']:.0f} %)"
         text += f" Gap recovered: {100 * gap['value']:.0f} %{bounds}."
@@ -141,6 +141,13 @@ def _regime(row: Mapping[str, Any]) -> str:
         number = worth.get("value") or f"{'more' if 'more_than' in worth else 'fewer'} than {_bound(worth)}"
         text += f" Without a label it is worth {number} labeled cases of the student alone."
     return text
+
+
+def _steps(row: Mapping[str, Any]) -> str:
+    """Optimizer steps of the arms that a table shows, where they are known."""
+    told = row.get("steps", {})
+    known = [f"{TITLES[name]} {told[name]:,}" for name in TITLES if name in told]
+    return f" Steps: {', '.join(known)}." if known else ""
 
 
 def _bound(worth: Mapping[str, Any]) -> Any:

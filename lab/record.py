@@ -34,7 +34,7 @@ def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any])
         "overrides": list(row.overrides), "options": dict(row.options), "metric": recipe.metric,
         "higher_is_better": recipe.higher_is_better, "seeds": list(row.seeds),
     }
-    content |= {name: facts[name] for name in ("regime", "converged", "classical", "leaks") if name in facts}
+    content |= {name: facts[name] for name in ("regime", "steps", "converged", "classical", "leaks") if name in facts}
     content |= {name: arm for name, arm in arms.items() if name not in recipe.ablations}
     chosen = choose_distilled(recipe, scores)
     if chosen:

@@ -168,6 +168,9 @@ def compare(options: argparse.Namespace, study: Study) -> None:
     facts = {
         "splits": record.split_names(study.datalist, row.test),
         "regime": describe_regime(json.loads(study.datalist.read_text()), row.regime),
+        "steps": {
+            name: convergence.steps_of(record.chosen_runs(arm, recipe)[0].run, study) for name, arm in scores.items()
+        },
         "converged": convergence.converged(study, finished), **known,
         **trace_curve(study, scored, distilled), **speed, "hardware": machine(), "versions": versions(*PACKAGES),
         "command": show_command(options),

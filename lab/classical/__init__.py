@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lab.classical import headneck, liver, priors, sarcoma
+from lab.classical import headneck, liver, priors, sarcoma, target
 from lab.classical.case import Rule
 
 __all__ = ["RULES", "Rule"]
 
 RULES: Mapping[str, Rule] = {
     "headneck_thresholds": headneck.RULE,
+    "headneck_target": target.RULE,
     "liver_gray_values": liver.RULE,
     "sarcoma_muscle": sarcoma.RULE,
     "inset_ellipsoid": sarcoma.ELLIPSOID,

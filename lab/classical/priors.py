@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from lab.classical.case import Case, Rule, Segment, body_box
+from lab.classical.case import Box, Case, Rule, Segment, body_box
 
-__all__ = ["RULE", "mean_label"]
+__all__ = ["RULE", "body_frame", "mean_label", "share_maps", "stretch"]
 
 SIZE = 96                                  # of the body's box, along each axis
 
@@ -22,17 +22,12 @@ def mean_label(training: Sequence[Case], classes: int) -> Segment:
 
     The box of the body is that above -500 HU, in pictures that of all that is not black; it is stretched to one size.
     """
-    boxes = [_box(case.image) for case in training]
-    maps = np.stack([
-        np.mean([_stretch(_label(case)[box] == value, (SIZE,) * case.image.ndim)
-                 for case, box in zip(training, boxes, strict=True)], axis=0)
-        for value in range(1, classes)
-    ])                                                             # (K - 1, 96, ...), share of the cases
+    maps = share_maps(training, classes)
 
     def segment(case: Case, threshold: float) -> NDArray[np.uint8]:
-        box = _box(case.image)
+        box = body_frame(case.image)
         shape = tuple(one.stop - one.start for one in box)
-        shares = np.stack([_stretch(one, shape) for one in maps])
+        shares = np.stack([stretch(one, shape) for one in maps])
         found = np.zeros(case.image.shape, np.uint8)
         found[box] = np.where(shares.max(axis=0) >= threshold, shares.argmax(axis=0) + 1, 0)
         return found
@@ -40,7 +35,18 @@ def mean_label(training: Sequence[Case], classes: int) -> Segment:
     return segment
 
 
-def _box(image: NDArray[Any]) -> tuple[slice, ...]:
+def share_maps(training: Sequence[Case], classes: int) -> NDArray[np.float32]:
+    """Share of the cases that have a class at a place of their body's box, shape (K - 1, 96, ...)."""
+    boxes = [body_frame(case.image) for case in training]
+    return np.stack([
+        np.mean([stretch(_label(case)[box] == value, (SIZE,) * case.image.ndim)
+                 for case, box in zip(training, boxes, strict=True)], axis=0)
+        for value in range(1, classes)
+    ])
+
+
+def body_frame(image: NDArray[Any]) -> Box:
+    """Box of the body above -500 HU, in pictures that of all that is not black."""
     return body_box(image, -500.0 if image.min() < -500 else 0.0)
 
 
@@ -50,7 +56,8 @@ def _label(case: Case) -> NDArray[Any]:
     return case.label
 
 
-def _stretch(values: NDArray[Any], shape: Sequence[int]) -> NDArray[np.float32]:
+def stretch(values: NDArray[Any], shape: Sequence[int]) -> NDArray[np.float32]:
+    """Values on a grid of another size, linearly."""
     zoom = [new / old for new, old in zip(shape, values.shape, strict=True)]
     made: NDArray[np.float32] = ndimage.zoom(values.astype(np.float32), zoom, order=1, grid_mode=True, mode="nearest")
     return made

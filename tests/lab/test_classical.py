@@ -20,6 +20,7 @@ from lab.classical.headneck import canal, gullet
 from lab.classical.priors import mean_label
 from lab.classical.sarcoma import ELLIPSOID, ellipsoid
 from lab.classical.scoring import choose, measure_rules, to_case, to_file_axes
+from lab.classical.target import larger_side
 from lab.recipe import Row, read_recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -105,6 +106,28 @@ def test_the_mean_label_follows_the_body_and_not_what_it_looks_like(dims: int) -
     assert overlap > 0.9
     with pytest.raises(ValueError, match="training cases of `mean_label` must have labels, got one without"):
         mean_label([case(20, 4, label=False)], 3)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_side_with_more_tissue_is_taken(left: bool) -> None:
+    def case(side: int, label: bool) -> Case:
+        """A body of fat with two columns of muscle, one of them wider, which is the target."""
+        image, marks = np.full((40, 40, 40), -1000.0, np.float32), np.zeros((40, 40, 40), np.int16)
+        image[2:38, 2:38, 2:38] = -90.0
+        for at, width in ((12, 4 + 3 * (side < 0)), (27, 4 + 3 * (side > 0))):
+            image[at - width : at + width, 12:28, 12:28] = 40.0
+            if width > 4:
+                marks[at - width : at + width, 12:28, 12:28] = 1
+        return Case(image, (2.0,) * 3, marks if label else None)
+
+    segment = larger_side([case(-1, True), case(1, True)], 2)
+    found = segment(case(-1 if left else 1, False), threshold=0.4, low=-1000.0, side=0.6)
+    halves = int(found[:20].sum()), int(found[20:].sum())
+    assert min(halves) == 0 < max(halves)
+    assert (halves[0] > halves[1]) == left
+    both = segment(case(1, False), threshold=0.2, low=-1000.0, side=0.0)
+    assert both[:20].any()
+    assert both[20:].any()
 
 
 def test_the_box_of_a_body_is_tight_and_all_where_there_is_none() -> None:

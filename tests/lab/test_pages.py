@@ -137,6 +137,7 @@ def new_row(**more: Any) -> dict[str, Any]:
         "leaks": {"ellipsoid": {"mean": 0.3, "metrics": {}, "validation": 0.2}, "verdict": "none: it has 0.300"},
         "retention": 0.971, "regime": {"name": "none", "labels": 0, "unlabeled": 66, "labels_of_student_alone": 18},
         "converged": {**half, "reached": False, "teacher": {**half, "reached": True}},
+        "steps": {"student_alone": 1800, "teacher": 900, "other": 7},
         "labels_worth": {"value": 6.5}, "parameters": {"teacher": 2000, "student": 10}, "seconds_per_case": stages,
     }
     return content(**{**told, **more})
@@ -175,6 +176,7 @@ def test_the_full_table_tells_regime_convergence_rules_and_stages() -> None:
     assert "Without a label it is worth 6.5 labeled cases of the student alone." in told
     assert "Student alone NOT converged (0.650 on validation after 900 steps, 0.700 after 1,800); teacher conv" in told
     assert "s per case with one thread: load 0.10 and 0.20, network with OpenVINO 3.00 and 1.00." in told
+    assert "Steps: teacher 900, student alone 1,800. " in told
     assert "Retention: 97.1 %." in told
     assert "worth more than 18 labeled cases" in full_tables(new_row(labels_worth={"value": None, "more_than": 18}))
 

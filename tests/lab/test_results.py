@@ -87,6 +87,8 @@ def test_a_small_row_from_end_to_end_interrupted_and_continued(repository: Path,
     assert content["leaks"]["mean_label"]["mean"] > 0 < len(content["leaks"]["verdict"])
     told = content["converged"]
     assert (told["steps"], told["steps_at_half"], type(told["reached"])) == (2, 1, bool)
+    assert content["steps"] == dict.fromkeys(content["steps"], 1)
+    assert content["steps"].keys() >= {"teacher", "student_alone", "combined"}
     assert told["teacher"]["validation_at_half"] == content["teacher"]["validation"]["mean"]
     assert content["regime"] == {"name": "all", "labels": 2, "unlabeled": 0, "labels_of_student_alone": 2}
     assert content["retention"] == round(content["distilled"]["mean"] / content["teacher"]["mean"], 4)
