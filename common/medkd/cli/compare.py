@@ -47,7 +47,7 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--tap", metavar="PATHS", action="append", default=[],
         help="layer whose attention is shown, a path of the network's modules, or one for each network with commas "
         "between; may be given several times (default: encoder and decoder levels)")
-    add("--power", type=literal, default=4.0,
+    add("--exponent", type=literal, default=4.0,
         help="p of the attention maps, the mean over channels of |x|^p; at least 1")
     add("--window", type=literal, metavar="LEVEL,WIDTH",
         help="of the gray values, in the unit of the images (default: what the first network sees)")
@@ -69,8 +69,8 @@ def _check(options: Namespace) -> None:
         value = getattr(options, name)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"--{name} must be a whole number of {least} or more, got {value!r}.")
-    if not isinstance(options.power, (int, float)) or not 1 <= options.power < math.inf:
-        raise ValueError(f"--power must be a number of at least 1, got {options.power!r}.")
+    if not isinstance(options.exponent, (int, float)) or not 1 <= options.exponent < math.inf:
+        raise ValueError(f"--exponent must be a number of at least 1, got {options.exponent!r}.")
     window = options.window
     if window is not None and not (isinstance(window, (tuple, list)) and len(window) == 2
                                    and all(isinstance(one, (int, float)) for one in window) and window[1] > 0):
@@ -104,11 +104,11 @@ def _compare(options: Namespace, folder: Path, command: str) -> None:
     settings = read_settings(options.set, "--set")
     networks = [read_network(word, folder / f"zip_{n}", bundle, settings) for n, word in enumerate(options.networks)]
     found = compare(
-        networks, choose_cases(items, options.case), folder, options.power,
+        networks, choose_cases(items, options.case), folder, options.exponent,
         [one.split(",") for one in options.tap], names, options.pictures, logger.info,
     )
     output = Path(options.output)
-    write_report(output, found, command, options.power, options.window, options.slices, options.pictures,
+    write_report(output, found, command, options.exponent, options.window, options.slices, options.pictures,
                  lambda case: logger.info("drawing %s", case))
     print(found.verdict())
     head, rows = found.summary()

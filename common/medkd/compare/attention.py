@@ -36,7 +36,8 @@ def normalized(attention: Tensor) -> Tensor:
 
 
 def attention_maps(
-    network: nn.Module, image: Tensor, paths: Sequence[str], window: Sequence[int], power: float = 4.0, batch: int = 1
+    network: nn.Module, image: Tensor, paths: Sequence[str], window: Sequence[int], exponent: float = 4.0,
+    batch: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
     """Attention maps on the grid of an image, one layer after the other.
 
@@ -49,7 +50,7 @@ def attention_maps(
         image: shape (1, C, *S).
         paths: of layers, as `FeatureTaps` takes them.
         window: voxels per axis.
-        power: `exponent` of `attention_map`, at least 1.
+        exponent: of the attention maps, at least 1.
         batch: windows per forward pass.
 
     Yields:
@@ -65,7 +66,7 @@ def attention_maps(
         def look(windows: Tensor, taps: FeatureTaps = taps) -> Tensor:
             taps.open()
             network(windows)
-            maps = (attention_map(features, power) for features in taps.close().values())
+            maps = (attention_map(features, exponent) for features in taps.close().values())
             return torch.cat([resize_linearly(one, windows.shape[2:]) for one in maps], 1)   # (b, layers, *window)
 
         try:

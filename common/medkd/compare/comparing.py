@@ -17,7 +17,7 @@ __all__ = ["compare"]
 
 
 def compare(
-    networks: Sequence[Network], cases: Mapping[str, Files], folder: Path, power: float = 4.0,
+    networks: Sequence[Network], cases: Mapping[str, Files], folder: Path, exponent: float = 4.0,
     taps: Sequence[Sequence[str]] = (), class_names: Mapping[int, str] | None = None, shown: int = 3,
     told: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -28,7 +28,7 @@ def compare(
         cases: name -> files, as `choose_cases` gives them.
         folder: for predictions and maps, until the report is written: 4 bytes per voxel, network and case, 8 of
             instances; of a case with pictures another 2 per voxel that the network sees and level.
-        power: of the attention maps, at least 1.
+        exponent: of the attention maps, at least 1.
         taps: layers that are shown; each one path for all networks, or a path for each. None shows the levels.
         class_names: label value -> name; empty takes those of the first network's bundle.
         shown: cases with pictures, the first ones.
@@ -47,7 +47,7 @@ def compare(
                 f"--tap must have one path, or one for each of {len(networks)} networks, got {','.join(one)!r}."
             )
     runners = [
-        Runner(network, folder / str(place), power, [one[place % len(one)] for one in taps] or None)
+        Runner(network, folder / str(place), exponent, [one[place % len(one)] for one in taps] or None)
         for place, network in enumerate(networks)
     ]
     told(f"{len(networks)} networks are loaded; looking at the files of {len(cases)} case(s).")

@@ -19,7 +19,7 @@ __all__ = ["write_report"]
 
 
 def write_report(
-    path: Path, found: Comparison, command: str, power: float = 4.0, window: tuple[float, float] | None = None,
+    path: Path, found: Comparison, command: str, exponent: float = 4.0, window: tuple[float, float] | None = None,
     slices: int = 3, shown: int = 3, told: Callable[[str], None] = lambda case: None,
 ) -> None:
     """Write the report; files of one case at a time are read for it.
@@ -28,7 +28,7 @@ def write_report(
         path: of the HTML file.
         found: what it tells.
         command: that repeats it.
-        power: of the attention maps.
+        exponent: of the attention maps.
         window: level and width of gray values in the unit of the images; None for the networks' own.
         slices: shown of each case.
         shown: cases with pictures, the first ones, as `compare` had it.
@@ -49,7 +49,7 @@ def write_report(
     page.write_page(path, title, [
         f"<h1>{escape(title)}</h1>", *_summary(found), *_networks(found), *_scores(found),
         *(["<h2>What the networks find</h2>", *_legend(found, slices), *overlays] if overlays else []),
-        *(["<h2>Where the networks look</h2>", _attention_words(found, power), *_focus(found, focus), *attention]
+        *(["<h2>Where the networks look</h2>", _attention_words(found, exponent), *_focus(found, focus), *attention]
           if found.rows and attention else []),
         *(["<h2>What is left out</h2>", "<ul>", *(f"<li>{escape(one)}</li>" for one in left_out), "</ul>"]
           if left_out else []),
@@ -124,16 +124,16 @@ def _legend(found: Comparison, slices: int) -> list[str]:
             f"<p>{rule} Slices and gray values are the same for all networks.{letters}</p>"]
 
 
-def _attention_words(found: Comparison, power: float) -> str:
+def _attention_words(found: Comparison, exponent: float) -> str:
     outline = " The white line is what the label, or without one all networks, call foreground." if (
         found.first.kind == "classes") else ""
     logits = " Where a layer is the network's output, its channels are the logits: bright is where one of them, " \
         "that of the background too, is far from 0." if any(row.logits for row in found.rows) else ""
     return (
-        f"<p>Mean over the channels of a layer of |x|<sup>{power:g}</sup>, divided by its L2 norm over the whole case: "
-        "where the layer reacts most, in bright colors. In a row, colors mean the same for all networks. Rows are "
-        f"layers of the same share of the image's size.{outline}{logits} A bright place is where a layer reacts; that "
-        "the network decides by it does not follow.</p>"
+        f"<p>Mean over the channels of a layer of |x|<sup>{exponent:g}</sup>, divided by its L2 norm over the whole "
+        "case: where the layer reacts most, in bright colors. In a row, colors mean the same for all networks. Rows "
+        f"are layers of the same share of the image's size.{outline}{logits} A bright place is where a layer reacts; "
+        "that the network decides by it does not follow.</p>"
     )
 
 

@@ -82,7 +82,7 @@ class Runner:
     Args:
         network: what to build.
         folder: for maps and predictions, which are large.
-        power: of attention maps.
+        exponent: of attention maps.
         taps: paths of layers; None takes the levels of the network.
 
     Raises:
@@ -90,10 +90,10 @@ class Runner:
         ValueError: the weights are of another network, or it was trained otherwise; there is no such tap.
     """
 
-    def __init__(self, network: Network, folder: Path, power: float, taps: Sequence[str] | None = None) -> None:
+    def __init__(self, network: Network, folder: Path, exponent: float, taps: Sequence[str] | None = None) -> None:
         self.network = network
         self.folder = folder
-        self.power = power
+        self.exponent = exponent
         folder.mkdir(parents=True, exist_ok=True)
         check_settings(network)
         self.outcome = Outcome()
@@ -232,7 +232,7 @@ class Runner:
         """Keep maps in files, in half precision: they are looked at."""
         paths = [level.path for level in self.levels]
         files: dict[str, Path] = {}
-        for path, values in attention_maps(self.module, image, paths, self.window, self.power):
+        for path, values in attention_maps(self.module, image, paths, self.window, self.exponent):
             files[path] = self._save(f"{case} {path}", values.clamp(max=6e4).numpy().astype(np.float16))
         near = [n for n, offset in enumerate(self._offsets) if sum(map(abs, offset)) == 1]
         if near:

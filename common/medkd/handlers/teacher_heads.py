@@ -14,6 +14,7 @@ from ignite.engine import Engine
 from torch import Tensor, nn
 
 from medkd.handlers.atomic import save_atomically
+from medkd.handlers.cpu_autocast import cpu_autocast
 from medkd.handlers.randomness import preserved_random_state, seed_everything
 from medkd.handlers.teacher import Teacher, teacher_image
 from medkd.losses.class_heads import ClassHeads, TeacherHeads
@@ -107,10 +108,11 @@ class HeadFitting:
     def _fit_where_missing(self, engine: Any) -> None:
         if idist.get_rank() == 0 and not self.heads.belong_to(self.teacher.hash()):
             with preserved_random_state(), torch.enable_grad():
-                self._fit(engine.data_loader, engine.state.device)
+                self._fit(engine)
         idist.barrier()
 
-    def _fit(self, loader: Any, device: torch.device) -> None:
+    def _fit(self, engine: Any) -> None:
+        loader, device = engine.data_loader, engine.state.device
         logger.info("Class heads of the teacher's layers are fitted, in %d steps, and kept in %s.",
                     self.steps, self.heads.path)
         layers = TeacherLayers(self.teacher, self.taps)
@@ -120,7 +122,8 @@ class HeadFitting:
         seed_everything(self.seed, getattr(loader, "dataset", None))
         for batch in islice(_again(loader), self.steps):
             image = plain_tensor(teacher_image(batch, self.teacher_input)).to(device, self.teacher.dtype)
-            levels, pred = layers.with_prediction(image)
+            with cpu_autocast(engine):
+                levels, pred = layers.with_prediction(image)
             target = _with_classes(plain_tensor(batch["label"]).to(device), pred)
             resized = (pool_or_interpolate(one.float(), image.shape[2:], "average") for one in heads(levels))
             value = torch.stack([self.loss(one, target) for one in resized]).mean()

@@ -227,7 +227,7 @@ def test_wrong_options_are_refused(words: list[str], refused: Refused) -> None:
     refused(words[:3], "`medkd compare` needs cases, got neither; give --data DATALIST or --image FILE.")
     refused([*words, "--image", "a.nii"], "`medkd compare` needs cases, got both")
     refused([*words, "--label", "a.nii"], "--label must come with --image")
-    refused([*words, "--power", "0"], "--power must be a number of at least 1, got 0.")
+    refused([*words, "--exponent", "0"], "--exponent must be a number of at least 1, got 0.")
     refused([*words, "--slices", "0"], "--slices must be a whole number of 1 or more, got 0.")
     refused([*words, "--window", "40"], "--window must be LEVEL,WIDTH with a width above 0, got 40")
     refused([*words, "--output", f"{__file__}/r.html"], "--output must be in a folder that can be written, got /")
