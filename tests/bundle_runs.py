@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,4 +113,53 @@ def write_small_phantoms(bundle: Path, folder: Path, **counts: int) -> Path:
     """Write small phantoms of the bundle's kind; `counts` are those of the lists."""
     kind = kind_of(bundle)
     kind.write(folder, **SMALL.get(kind.name, {}), **counts)
+    return folder
+
+
+def picture(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """A dark body with a bright organ without any symmetry, and its label: (rows, columns), uint8."""
+    rng = np.random.default_rng(number)
+    label = np.zeros((40, 52), np.uint8)
+    top, left = rng.integers(6, 14, 2)
+    label[top : top + 18, left : left + 6] = 1
+    label[top + 12 : top + 18, left : left + 20] = 1
+    image = np.where(label, rng.integers(190, 220, label.shape), rng.integers(40, 60, label.shape))
+    return image.astype(np.uint8), label
+
+
+def write_slices(folder: Path, counts: Mapping[str, int]) -> Path:
+    """Pictures, every other one in color, and their labels, so many of each list."""
+    def make(number: int) -> dict[str, str]:
+        image, label = picture(number)
+        color = np.stack([image] * 3, axis=-1) if number % 2 else image
+        Image.fromarray(color).save(folder / f"{number}.png")
+        Image.fromarray(label).save(folder / f"{number}_label.png")
+        return {"image": f"{number}.png", "label": f"{number}_label.png"}
+
+    return _list_data(folder, counts, make)
+
+
+def write_neurons(folder: Path, counts: Mapping[str, int]) -> Path:
+    """Cells of a Voronoi diagram with ids above 16 bits, dark where they touch, so many of each list."""
+    shape = (20, 36, 40)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+
+    def make(number: int) -> dict[str, str]:
+        rng = np.random.default_rng(number)
+        seeds = rng.random((12, 3)) * shape
+        distance = np.linalg.norm(grid[..., None, :] - seeds, axis=-1)
+        nearest = np.sort(distance, axis=-1)
+        image = 60 + 80 * ((nearest[..., 1] - nearest[..., 0]) > 2) + rng.normal(0, 5, shape)
+        label = distance.argmin(-1) + 70_000
+        for name, volume in (("image", image.astype(np.uint8)), ("label", label.astype(np.uint32))):
+            write(folder / f"{number}_{name}.nii.gz", volume, np.diag([10.0, 10.0, 10.0, 1.0]))
+        return {"image": f"{number}_image.nii.gz", "label": f"{number}_label.nii.gz"}
+
+    return _list_data(folder, counts, make)
+
+
+def _list_data(folder: Path, counts: Mapping[str, int], make: Callable[[int], dict[str, str]]) -> Path:
+    numbers = iter(range(sum(counts.values())))
+    content = {name: [make(next(numbers)) for _ in range(count)] for name, count in counts.items()}
+    (folder / "datalist.json").write_text(json.dumps(content))
     return folder

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bundle_runs import refused
+from bundle_runs import picture, refused, write_neurons, write_slices
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
@@ -39,57 +39,14 @@ def run(run_bundle: Callable[..., None]) -> Run:
     return call
 
 
-def list_data(folder: Path, make: Callable[[int], dict[str, str]]) -> Path:
-    """Write a datalist of toy cases; `make` writes one, by its number, and gives its item."""
-    numbers = iter(range(sum(LISTS.values())))
-    content = {name: [make(next(numbers)) for _ in range(count)] for name, count in LISTS.items()}
-    (folder / "datalist.json").write_text(json.dumps(content))
-    return folder
-
-
-def picture(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """A dark body with a bright organ without any symmetry, and its label: (rows, columns), uint8."""
-    rng = np.random.default_rng(number)
-    label = np.zeros((40, 52), np.uint8)
-    top, left = rng.integers(6, 14, 2)
-    label[top : top + 18, left : left + 6] = 1
-    label[top + 12 : top + 18, left : left + 20] = 1
-    image = np.where(label, rng.integers(190, 220, label.shape), rng.integers(40, 60, label.shape))
-    return image.astype(np.uint8), label
-
-
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("slices")
-
-    def make(number: int) -> dict[str, str]:
-        image, label = picture(number)
-        color = np.stack([image] * 3, axis=-1) if number % 2 else image
-        Image.fromarray(color).save(folder / f"{number}.png")
-        Image.fromarray(label).save(folder / f"{number}_label.png")
-        return {"image": f"{number}.png", "label": f"{number}_label.png"}
-
-    return list_data(folder, make)
+    return write_slices(tmp_path_factory.mktemp("slices"), LISTS)
 
 
 @pytest.fixture(scope="module")
 def neurons(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cells of a Voronoi diagram with ids above 16 bits, dark where they touch."""
-    folder = tmp_path_factory.mktemp("neurons")
-    shape = (20, 36, 40)
-    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-
-    def make(number: int) -> dict[str, str]:
-        rng = np.random.default_rng(number)
-        seeds = rng.random((12, 3)) * shape
-        distance = np.sort(np.linalg.norm(grid[..., None, :] - seeds, axis=-1), axis=-1)
-        nearest = np.linalg.norm(grid[..., None, :] - seeds, axis=-1).argmin(-1)
-        image = 60 + 80 * ((distance[..., 1] - distance[..., 0]) > 2) + rng.normal(0, 5, shape)
-        for name, volume in (("image", image.astype(np.uint8)), ("label", (nearest + 70_000).astype(np.uint32))):
-            nib.save(nib.Nifti1Image(volume, np.diag([10.0, 10.0, 10.0, 1.0])), folder / f"{number}_{name}.nii.gz")
-        return {"image": f"{number}_image.nii.gz", "label": f"{number}_label.nii.gz"}
-
-    return list_data(folder, make)
+    return write_neurons(tmp_path_factory.mktemp("neurons"), LISTS)
 
 
 def smoke(preset: str) -> dict[str, Any]:
