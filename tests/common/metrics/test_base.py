@@ -21,6 +21,7 @@ from torch import Tensor
 import toys
 from medkd.metrics.base import CaseMetric, Mask, bounding_box
 from medkd.metrics.connectivity import WrongComponents, WrongVolume
+from medkd.metrics.lesions import FalsePositiveLesions, LesionSensitivity, RelativeVolumeDifference
 from medkd.metrics.surface import AverageSurfaceDistance, HausdorffDistance95, SurfaceDice
 from medkd.ops.ignored import UNLABELED
 
@@ -275,7 +276,11 @@ def test_metrics_with_and_without_background_do_not_share() -> None:
     assert engine.state.metric_details["regions"].tolist() == [[-2.0, 2.0]]
 
 
-KINDS = [HausdorffDistance95, AverageSurfaceDistance, SurfaceDice, WrongComponents, WrongVolume]
+KINDS = [
+    HausdorffDistance95, AverageSurfaceDistance, SurfaceDice, WrongComponents, WrongVolume,
+    FalsePositiveLesions, LesionSensitivity, RelativeVolumeDifference,
+]
+SHARES = {SurfaceDice, LesionSensitivity}                          # of which 1 is perfect, and 0 of the others
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,7 +303,7 @@ def test_a_perfect_prediction_of_the_part_that_is_known_is_perfect(kind: type[Ca
     pred = label.clone()
     label[..., 5:] = -1
     pred[..., 5:] = pred[..., 5:].flip(0)                           # wrong where nobody knows
-    assert compute(kind(), (pred, label)) == float(kind is SurfaceDice)
+    assert compute(kind(), (pred, label)) == float(kind in SHARES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
