@@ -128,20 +128,30 @@ class Canvas:
         """Draw a smooth random field over the whole grid; `wavelength` in mm."""
         return smooth_field(rng, self.shape, self.steps.tolist(), wavelength)
 
-    def blend(self, distance: Array, hu: float | Array, where: Any = ...) -> None:
-        """Mix `hu` in where `distance`, in mm, is negative, with a soft edge."""
-        share = np.clip(0.5 - distance / self.edge, 0.0, 1.0)
+    def blend(self, distance: Array, hu: float | Array, where: Any = ..., soft: float = 0.0) -> None:
+        """Mix `hu` in where `distance`, in mm, is negative; the edge is `soft` mm softer than partial volume."""
+        share = np.clip(0.5 - distance / (self.edge + soft), 0.0, 1.0)
         self.hu[where] += share * (hu - self.hu[where])
 
     def paint(
-        self, solid: Solid, hu: float, label: int | None = 0, wobble: float = 0.0, inside: Array | None = None
+        self, solid: Solid, hu: float | Array, label: int | None = 0, wobble: float = 0.0,
+        inside: Array | None = None, soft: float = 0.0,
     ) -> None:
-        """Paint a solid over what is there. `wobble` in mm bends its surface; label None keeps the label."""
+        """Paint a solid over what is there.
+
+        Args:
+            solid: the shape.
+            hu: one value, or one per voxel of the canvas.
+            label: of the voxels inside; None keeps what they have.
+            wobble: mm by which `self.wobble` bends the surface.
+            inside: signed distance, in mm, that holds the solid inside another; None for none.
+            soft: mm by which the edge is softer than partial volume.
+        """
         where = self._crop(solid)
         distance = solid.distance(self.points[(slice(None), *where)]) + wobble * self.wobble[where]
         if inside is not None:
             distance = np.maximum(distance, inside[where])
-        self.blend(distance, hu, where)
+        self.blend(distance, hu[where] if isinstance(hu, np.ndarray) else hu, where, soft)
         if label is not None:
             self.label[where][distance < 0] = label
 

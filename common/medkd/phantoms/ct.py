@@ -25,7 +25,9 @@ from scipy import ndimage
 from medkd.phantoms.canvas import Array, Canvas, Distance, Solid, carve, ellipsoid, join, tube
 from medkd.phantoms.sets import are_counts, are_lengths, check_seed, write_set
 
-__all__ = ["CT_LABELS", "CTPhantom", "ct_phantom", "write_ct_phantoms"]
+__all__ = [
+    "CT_LABELS", "Abdomen", "CTPhantom", "check_grid", "ct_phantom", "draw_abdomen", "scan", "write_ct_phantoms",
+]
 
 CT_LABELS = {
     "0": "background", "1": "liver", "2": "spleen", "3": "left_kidney",
@@ -47,12 +49,26 @@ class CTPhantom(NamedTuple):
 
     Attributes:
         image: HU, int16, -1024 to 3071. Shape (X, Y, Z), the same for `label`.
-        label: 0 background, 1 to 6 as in `CT_LABELS`, uint8.
+        label: 0 background, others by the phantom, such as 1 to 6 as in `CT_LABELS`, uint8.
         affine: voxel index to world mm, (4, 4), RAS+: x grows to the patient's right, where the liver is.
     """
 
     image: NDArray[np.int16]
     label: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+
+
+class Abdomen(NamedTuple):
+    """A patient before the scan, for phantoms that draw more into it.
+
+    Attributes:
+        canvas: HU without blur and noise, and the labels of `CT_LABELS`.
+        hu: HU of the case's tissues: fat, muscle, mesentery, liver, spleen, kidney, vessel, adrenal, pancreas.
+        affine: voxel index to world mm, (4, 4).
+    """
+
+    canvas: Canvas
+    hu: dict[str, float]
     affine: NDArray[np.float64]
 
 
@@ -80,24 +96,38 @@ def ct_phantom(
         >>> case.image.shape, case.label.max()
         ((48, 40, 32), np.uint8(6))
     """
-    _check_grid(seed, shape, spacing)
+    check_grid(seed, shape, spacing)
     rng = np.random.default_rng(seed)
+    canvas, _, affine = draw_abdomen(rng, shape, spacing)
+    return CTPhantom(scan(canvas.hu, rng), canvas.label, affine)
+
+
+def draw_abdomen(
+    rng: Generator, shape: Sequence[int], spacing: Sequence[float], spots: bool = True, right_kidney: int = 0
+) -> Abdomen:
+    """Draw a patient; `shape` and `spacing` are those of `ct_phantom`.
+
+    Args:
+        spots: draw lesions into the liver, which are labeled as liver.
+        right_kidney: label of the right kidney, for those who need to find it; a look-alike of the left one if 0.
+    """
     affine, to_patient = _random_grid(rng, shape, spacing)
     canvas = Canvas(rng, shape, to_patient)
     hu = _tissue_hu(rng)
     _draw_body(canvas, rng, hu)
     _draw_spine(canvas, rng)
     _draw_bowel(canvas, rng, hu)
-    _draw_liver(canvas, rng, hu)
+    _draw_liver(canvas, rng, hu, spots)
     _draw_spleen(canvas, rng, hu)
     _draw_pancreas(canvas, rng, hu)
     _draw_vessels(canvas, rng, hu)
-    _draw_kidneys(canvas, rng, hu)
+    _draw_kidneys(canvas, rng, hu, right_kidney)
     _remove_liver_islands(canvas, hu)
-    return CTPhantom(_scan(canvas.hu, rng), canvas.label, affine)
+    return Abdomen(canvas, hu, affine)
 
 
-def _check_grid(seed: int | Sequence[int], shape: Sequence[int], spacing: Sequence[float]) -> None:
+def check_grid(seed: int | Sequence[int], shape: Sequence[int], spacing: Sequence[float]) -> None:
+    """Raise `ValueError` unless a case of this seed, shape and spacing can be drawn."""
     if not are_counts(shape, 3, 16):
         raise ValueError(f"`shape` must be three voxel counts of 16 or more, such as 96,80,64, got {shape!r}.")
     if not are_lengths(spacing, 3):
@@ -222,8 +252,8 @@ def _draw_bowel(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     canvas.paint(ellipsoid(center + (2, 17, 8), (16, 7, 20)), -800.0, wobble=2, inside=canvas.wall)
 
 
-def _draw_liver(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
-    """Liver of two lobes with veins and hidden lesions (still liver), and the gall bladder (not)."""
+def _draw_liver(canvas: Canvas, rng: Generator, hu: dict[str, float], spots: bool) -> None:
+    """Liver of two lobes with veins and, if told so, hidden lesions (still liver), and the gall bladder (not)."""
     center = (54, 4, 34) + rng.normal(0, 6, 3)
     size = rng.uniform(0.82, 1.18, 3)
     left = ellipsoid(center + (-46, 30, 18) + rng.normal(0, 4, 3), (50, 26, 26) * rng.uniform(0.7, 1.2, 3))
@@ -235,7 +265,7 @@ def _draw_liver(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
         hilum = center + (-24, -4, -8)
         line = np.vstack([hilum, hilum + np.cumsum(rng.normal((14, 2, 8), 14, (3, 3)), axis=0)])
         canvas.paint(tube(line, [4, 3.5, 3, 2]), hu["liver"] + 28, None, wobble=1, inside=own)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, 5) if spots else 0):
         spot = center + rng.uniform(-1, 1, 3) * (32, 36, 34)
         value = hu["liver"] - float(rng.uniform(25, 60))
         canvas.paint(ellipsoid(spot, rng.uniform(5, 15, 3)), value, None, wobble=2, inside=own)
@@ -292,16 +322,16 @@ def _draw_vessels(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
     canvas.paint(tube(aorta, np.linspace(wide, wide * 0.72, 12).tolist()), hu["vessel"], 4, wobble=0.6)
 
 
-def _draw_kidneys(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
-    """Both kidneys in their fat, with sinus, and both adrenals; only the left ones are labeled."""
-    for side, drop in ((-1, 0), (1, 12)):
+def _draw_kidneys(canvas: Canvas, rng: Generator, hu: dict[str, float], right: int) -> None:
+    """Both kidneys in their fat, with sinus, and both adrenals; of these only the left one is labeled."""
+    for side, drop, value in ((-1, 0, 3), (1, 12, right)):
         mirror = np.array([side, 1.0, 1.0])
         center = mirror * (57, -36, -10 - drop) + rng.normal(0, 6, 3)
         size = np.array([22, 21, 45]) * rng.uniform(0.82, 1.18, 3)
         canvas.paint(ellipsoid(center, size + (5, 5, 7)), hu["fat"], wobble=3, inside=canvas.wall + 1)
         sinus = ellipsoid(center - mirror * (14, -5, 0), size * (0.6, 0.42, 0.45))
         kidney = carve(ellipsoid(center, size), sinus)
-        canvas.paint(kidney, hu["kidney"], 3 if side < 0 else 0, wobble=1.8, inside=canvas.wall + 2)
+        canvas.paint(kidney, hu["kidney"], value, wobble=1.8, inside=canvas.wall + 2)
         apex = center + (0, 0, size[2] + 2) + mirror * (-24, 14, 0) + rng.normal(0, 1.5, 3)
         apex[2] = min(apex[2], 58.0)
         bed = ellipsoid(apex + mirror * (5, -8, 0), (17, 17, 21))
@@ -313,11 +343,20 @@ def _draw_kidneys(canvas: Canvas, rng: Generator, hu: dict[str, float]) -> None:
         canvas.paint(limbs, hu["adrenal"], 6 if side < 0 else 0, wobble=0.4)
 
 
-def _scan(hu: Array, rng: Generator) -> NDArray[np.int16]:
-    """Blur by the scanner and add correlated noise of 18 to 36 HU."""
+def scan(hu: Array, rng: Generator, noise_range: tuple[float, float] = (18.0, 36.0)) -> NDArray[np.int16]:
+    """Blur by the scanner and add correlated noise.
+
+    Args:
+        hu: shape (*S).
+        rng: draws the noise.
+        noise_range: least and largest deviation of the noise, in HU.
+
+    Returns:
+        HU from -1024 to 3071. Shape (*S).
+    """
     sharp = ndimage.gaussian_filter(hu, 0.45)
     noise = ndimage.gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), 0.55)
-    noise *= rng.uniform(18, 36) / noise.std()
+    noise *= rng.uniform(*noise_range) / noise.std()
     return np.asarray(np.clip(np.rint(sharp + noise), -1024, 3071), np.int16)
 
 
@@ -330,6 +369,6 @@ def write_ct_phantoms(
 
     See `ct_phantom` for shape and spacing, and `medkd.phantoms.sets.write_set` for all else and for what is raised.
     """
-    _check_grid(seed, shape, spacing)
+    check_grid(seed, shape, spacing)
     draw = partial(ct_phantom, shape=shape, spacing=spacing)
     return write_set(output_dir, (training, validation, test, unlabeled), seed, draw, "CT", CT_LABELS, "mm")
