@@ -104,6 +104,7 @@ def without_distillation(handlers: list[dict[str, Any]]) -> list[dict[str, Any]]
 # kind of data -> options of phantoms that are as small as they tell anything
 SMALL: dict[str, dict[str, Any]] = {
     "ct": {"shape": (64, 56, 40), "spacing": (4.5, 4.5, 6.0)},
+    "ct_tumor": {"shape": (64, 56, 40), "spacing": (4.5, 4.5, 6.0)},
     "em": {"shape": (16, 64, 56), "spacing": (15.0, 10.0, 10.0)},
     "nuclei": {"shape": (128, 112)},
 }

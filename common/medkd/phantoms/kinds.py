@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of data that phantoms exist of, and which of them a bundle takes."""
+"""The kinds of data that phantoms exist of, and which of them a bundle takes.
+
+A bundle takes the first kind of its modality, unless its metadata name another: `"phantoms": "ct_tumor"`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class Kind:
 
     Attributes:
         name: its word in `medkd phantom`, and its module here, which has a function `write_<name>_phantoms`.
-        modality: what a bundle that takes such data says of its input `image`.
+        modality: what a bundle that takes such data says of its input `image`. The first kind of several with one
+            modality is that of a bundle that does not say more.
         about: what its phantoms are, in one sentence, with their size.
         cases: number of training, validation and test cases, by default.
         options: further options of its phantoms, with their defaults and what they mean.
@@ -44,6 +48,11 @@ KINDS = {kind.name: kind for kind in (
         "shape": ((96, 80, 64), "voxels per axis, 16 or more each"),
         "spacing": ((3.0, 3.0, 4.0), "mm per voxel and axis; a case differs from it by up to 8 %"),
     }),
+    Kind("ct_tumor", "CT", "CT tumors of liver and kidneys: small, weak contrast; 2 MB per case.", (12, 3, 4), {
+        "shape": ((128, 108, 88), "voxels per axis, 16 or more each"),
+        "spacing": ((2.25, 2.25, 3.0), "mm per voxel and axis; a case differs from it by up to 8 %"),
+        "healthy": (0.2, "share of each list without a tumor, 0 to 1"),
+    }),
     Kind("em", "EM", "EM, labels instance numbers: neurites, organelles, weak membranes; 1 MB per case.", (4, 1, 2), {
         "shape": ((48, 128, 128), "voxels per axis, 16 or more each, sections along the first"),
         "spacing": ((30.0, 6.0, 6.0), "nm per voxel and axis, 2 to 60, sections first; 10,10,10 for cubic voxels. "
@@ -59,26 +68,36 @@ KINDS = {kind.name: kind for kind in (
 
 
 def kind_of(bundle: str | os.PathLike[str]) -> Kind:
-    """Tell which kind of data a bundle takes, by the modality in its `configs/metadata.json`.
+    """Tell which kind of data a bundle takes, by its `configs/metadata.json`.
+
+    The key `phantoms` names the kind. Without it, it is the first of `KINDS` with the modality of the input `image`.
 
     Args:
         bundle: folder of the bundle.
 
     Raises:
-        ValueError: the metadata cannot be read, or name no modality of `KINDS`.
+        ValueError: the metadata cannot be read, name no modality of `KINDS`, or a kind that is none or of another
+            modality.
     """
     file = Path(bundle, "configs/metadata.json")
     try:
-        modality: Any = json.loads(file.read_text(encoding="utf-8"))
+        metadata: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`bundle` must be a folder with configs/metadata.json, got {bundle}: {error}") from None
+    modality = metadata
     for key in ("network_data_format", "inputs", "image", "modality"):
         modality = modality.get(key) if isinstance(modality, dict) else None
-    for kind in KINDS.values():
-        if kind.modality == modality:
-            return kind
-    raise ValueError(
-        f"`network_data_format#inputs#image#modality` of {file} must be one of "
-        f"{', '.join(kind.modality for kind in KINDS.values())}, got {json.dumps(modality)}; it tells which phantoms "
-        "suit the bundle."
-    )
+    kinds = {name: kind for name, kind in KINDS.items() if kind.modality == modality}
+    if not kinds:
+        known = ", ".join(dict.fromkeys(kind.modality for kind in KINDS.values()))
+        raise ValueError(
+            f"`network_data_format#inputs#image#modality` of {file} must be one of {known}, got "
+            f"{json.dumps(modality)}; it tells which phantoms suit the bundle."
+        )
+    named = metadata.get("phantoms", next(iter(kinds)))
+    if not isinstance(named, str) or named not in kinds:
+        raise ValueError(
+            f"`phantoms` of {file} must be a kind of the modality {modality}, one of {', '.join(kinds)}, got "
+            f"{json.dumps(named)}; leave it out for the first of them."
+        )
+    return kinds[named]

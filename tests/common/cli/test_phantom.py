@@ -49,6 +49,16 @@ def test_phantoms_of_instances_are_written_and_pass_the_check(
     assert all(fact in said for fact in [*facts, "The data can be used."])
 
 
+def test_phantoms_of_tumors_are_written_and_the_next_command_knows_their_classes(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    numbers = ["--training", "2", "--validation", "1", "--test", "1", "--healthy", "0.5", "--shape", "48,40,32"]
+    assert main(["phantom", "ct_tumor", str(tmp_path), *numbers, "--spacing", "6,6,8"]) == 0
+    assert f"Next: medkd check-data {tmp_path / 'datalist.json'} --num_classes 2" in capsys.readouterr().out
+    assert main(["check-data", str(tmp_path / "datalist.json"), "--num_classes", "2"]) == 0
+    assert "The data can be used." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -75,6 +85,9 @@ def test_wrong_options_are_refused_before_any_work(
         (["em", "--spacing", "10"], "`spacing` must be three lengths of 2 to 60 nm"),
         (["em", "--missing", "all"], "`missing` must be the share of lost sections, 0 to 0.5, got 'all'"),
         (["em", "--stained", "1"], "`--stained` is no option of `medkd phantom em`"),
+        (["ct_tumor", "--healthy", "2"], "`healthy` must be the share of cases without a tumor, 0 to 1, got 2"),
+        (["ct_tumor", "--shape", "64"], "`shape` must be three voxel counts of 16 or more"),
+        (["ct", "--healthy", "1"], "`--healthy` is no option of `medkd phantom ct`"),
         (["nuclei", "--shape", "256"], "`shape` must be two pixel counts of 64 to 4096, such as 256,256, got 256"),
         (["nuclei", "--stained", "25"], "`stained` must be the share of stained pictures, 0 to 1, got 25"),
     ],
@@ -90,6 +103,7 @@ def test_wrong_options_of_the_other_phantoms_are_refused(
     ("kind", "parts"),
     [
         ("ct", ["mm per voxel and axis", "(default: 3.0,3.0,4.0)", "up to 8 %", "training cases (default: 12)"]),
+        ("ct_tumor", ["(default: 2.25,2.25,3.0)", "(default: 0.2)", "without a tumor, 0 to 1", "(default: 12)"]),
         ("em", ["nm per voxel and axis", "(default: 30.0,6.0,6.0)", "(default: 48,128,128)", "0 to 0.5"]),
         ("nuclei", ["pixels per axis", "(default: 256,256)", "(default: 0.25)", "(default: 24)", "0 to 1"]),
     ],
@@ -117,7 +131,7 @@ def test_options_and_defaults_of_a_kind_are_those_of_its_writer(monkeypatch: pyt
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_phantoms_for_a_bundle_are_of_its_kind(tmp_path: Path, kind: Kind, order: list[str]) -> None:
     (tmp_path / "bundle/configs").mkdir(parents=True)
-    metadata = {"network_data_format": {"inputs": {"image": {"modality": kind.modality}}}}
+    metadata = {"network_data_format": {"inputs": {"image": {"modality": kind.modality}}}, "phantoms": kind.name}
     (tmp_path / "bundle/configs/metadata.json").write_text(json.dumps(metadata))
     shape = ",".join("64" for _ in kind.options["shape"][0])
     few = ["--training", "1", "--validation", "0", "--test", "0", "--shape", shape]

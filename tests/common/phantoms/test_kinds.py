@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle says by its modality which phantoms it takes."""
+"""A bundle says by its modality, or by the name of a kind, which phantoms it takes."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ def with_metadata(folder: Path, metadata: Any) -> Path:
     return folder
 
 
-def taking(modality: Any) -> dict[str, Any]:
-    return {"network_data_format": {"inputs": {"image": {"modality": modality}}}}
+def taking(modality: Any, **more: Any) -> dict[str, Any]:
+    return {"network_data_format": {"inputs": {"image": {"modality": modality}}}, **more}
 
 
 def test_every_bundle_of_the_repository_has_a_kind(repository: Path) -> None:
@@ -28,11 +29,23 @@ def test_every_bundle_of_the_repository_has_a_kind(repository: Path) -> None:
     assert {kind_of(bundle).name for bundle in bundles} <= set(KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_the_modality_counts_and_the_name_of_the_folder_does_not(tmp_path: Path, kind: Any) -> None:
-    bundle = tmp_path / "graph_ct_em_nuclei"
+@pytest.mark.parametrize(("modality", "name"), [("CT", "ct"), ("EM", "em"), ("microscopy", "nuclei")])
+def test_the_modality_counts_and_the_name_of_the_folder_does_not(tmp_path: Path, modality: str, name: str) -> None:
+    bundle = tmp_path / "graph_ct_tumor_em_nuclei"
     bundle.mkdir()
-    assert kind_of(with_metadata(bundle, taking(kind.modality))) is kind
+    assert kind_of(with_metadata(bundle, taking(modality))) is KINDS[name]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_bundle_may_name_its_kind(tmp_path: Path, kind: Any) -> None:
+    assert kind_of(with_metadata(tmp_path, taking(kind.modality, phantoms=kind.name))) is kind
+
+
+@pytest.mark.parametrize("name", ["em", "ct_tumour", 3, None, ["ct_tumor"]])
+def test_a_kind_that_is_none_or_of_another_modality_is_refused(tmp_path: Path, name: Any) -> None:
+    message = f"`phantoms` of .*json must be a kind .* CT, one of ct, ct_tumor, got {re.escape(json.dumps(name))};"
+    with pytest.raises(ValueError, match=message):
+        kind_of(with_metadata(tmp_path, taking("CT", phantoms=name)))
 
 
 @pytest.mark.parametrize(
