@@ -228,8 +228,8 @@ def _lobed(rng: Generator, center: Points, radius: float) -> Solid:
 
 def write_ct_tumor_phantoms(   # noqa: PLR0913 - options of a set of data, each with a default
     output_dir: str | Path,
-    training: int = 12, validation: int = 3, test: int = 4, unlabeled: int = 0, seed: int = 0,
-    shape: Sequence[int] = (128, 108, 88), spacing: Sequence[float] = (2.25, 2.25, 3.0), healthy: float = 0.2,
+    training: int = 16, validation: int = 4, test: int = 4, unlabeled: int = 0, seed: int = 0,
+    shape: Sequence[int] = (128, 108, 88), spacing: Sequence[float] = (2.25, 2.25, 3.0), healthy: float = 0.25,
 ) -> Path:
     """Write procedural CT cases with tumors as NIfTI with a `datalist.json`, and return its path.
 
@@ -237,7 +237,7 @@ def write_ct_tumor_phantoms(   # noqa: PLR0913 - options of a set of data, each 
     raised.
 
     Args:
-        healthy: share of each list without a tumor, 0 to 1, evenly over it: 0.2 takes every fifth case.
+        healthy: share of each list without a tumor, 0 to 1, evenly over it: 0.25 takes every fourth case.
     """
     check_grid(seed, shape, spacing)
     if isinstance(healthy, bool) or not isinstance(healthy, (int, float)) or not 0 <= healthy <= 1:

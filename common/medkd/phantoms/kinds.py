@@ -48,10 +48,10 @@ KINDS = {kind.name: kind for kind in (
         "shape": ((96, 80, 64), "voxels per axis, 16 or more each"),
         "spacing": ((3.0, 3.0, 4.0), "mm per voxel and axis; a case differs from it by up to 8 %"),
     }),
-    Kind("ct_tumor", "CT", "CT tumors of liver and kidneys: small, weak contrast; 2 MB per case.", (12, 3, 4), {
+    Kind("ct_tumor", "CT", "CT tumors of liver and kidneys: small, weak contrast; 1.5 MB per case.", (16, 4, 4), {
         "shape": ((128, 108, 88), "voxels per axis, 16 or more each"),
         "spacing": ((2.25, 2.25, 3.0), "mm per voxel and axis; a case differs from it by up to 8 %"),
-        "healthy": (0.2, "share of each list without a tumor, 0 to 1"),
+        "healthy": (0.25, "share of each list without a tumor, 0 to 1"),
     }),
     Kind("em", "EM", "EM, labels instance numbers: neurites, organelles, weak membranes; 1 MB per case.", (4, 1, 2), {
         "shape": ((48, 128, 128), "voxels per axis, 16 or more each, sections along the first"),

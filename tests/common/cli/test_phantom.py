@@ -103,7 +103,7 @@ def test_wrong_options_of_the_other_phantoms_are_refused(
     ("kind", "parts"),
     [
         ("ct", ["mm per voxel and axis", "(default: 3.0,3.0,4.0)", "up to 8 %", "training cases (default: 12)"]),
-        ("ct_tumor", ["(default: 2.25,2.25,3.0)", "(default: 0.2)", "without a tumor, 0 to 1", "(default: 12)"]),
+        ("ct_tumor", ["(default: 2.25,2.25,3.0)", "(default: 0.25)", "without a tumor, 0 to 1", "(default: 16)"]),
         ("em", ["nm per voxel and axis", "(default: 30.0,6.0,6.0)", "(default: 48,128,128)", "0 to 0.5"]),
         ("nuclei", ["pixels per axis", "(default: 256,256)", "(default: 0.25)", "(default: 24)", "0 to 1"]),
     ],

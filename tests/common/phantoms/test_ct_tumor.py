@@ -159,8 +159,8 @@ def test_some_organs_have_cysts_without_a_label(cases: list[Known]) -> None:
         liver = known.organs == LIVER
         smooth, share = (ndimage.gaussian_filter(v.astype(float), 0.8) for v in (known.healthy.image * liver, liver))
         water = liver & (smooth < 30 * share)                      # without what is beside the liver
-        found += bool(ndimage.binary_opening(water).sum() >= 7)    # a ball of 7 voxels, so not the rim
-    assert 3 <= found < len(cases)
+        found += bool(ndimage.binary_opening(water).sum() >= 20)   # without cysts the rim has 14 at most
+    assert 2 <= found < len(cases)
 
 
 def test_no_window_of_hu_with_an_opening_finds_the_tumors(cases: list[Known]) -> None:
