@@ -20,8 +20,10 @@ Columns = Literal["classes", "blocks", "case"]   # what a column is: a label val
 METRICS = {
     "val_mean_dice": "Dice", "val_hd95": "HD95", "val_assd": "ASSD", "val_surface_dice": "surface Dice",
     "val_volume_ratio": "volume ratio", "val_wrong_components": "wrong components", "val_wrong_volume": "wrong volume",
-    "val_voi": "VOI", "val_voi_split": "VOI split", "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ",
-    "val_aji": "AJI", "val_sbd": "SBD", "val_dic": "\\|DiC\\|",
+    "val_lesion_sensitivity": "lesion sensitivity", "val_false_positive_lesions": "false lesions per case",
+    "val_relative_volume_difference": "\\|RVD\\|", "val_voi": "VOI", "val_voi_split": "VOI split",
+    "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ", "val_aji": "AJI", "val_sbd": "SBD",
+    "val_dic": "\\|DiC\\|",
 }
 DRAWS = 10_000
 LEAST_CASES = 4

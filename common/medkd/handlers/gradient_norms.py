@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
@@ -21,6 +21,7 @@ from medkd.taps import unwrap
 __all__ = ["GradientNorms", "in_place"]
 
 _SUPERVISED = "supervised"
+Handler = TypeVar("Handler")
 logger = logging.getLogger(__name__)
 
 
@@ -210,10 +211,10 @@ def _line(norms: Mapping[str, float], weights: Mapping[str, float]) -> str:
     return "; ".join(parts)
 
 
-def in_place(handler: GradientNorms) -> GradientNorms:
+def in_place(handler: Handler) -> Handler:
     """Give the handler itself: in a config, its place in `train#handlers`, whose items are dicts, when others name it.
 
     Args:
-        handler: also among the `objects` of the checkpoint.
+        handler: one that stands elsewhere in the config, such as among the `objects` of the checkpoint.
     """
     return handler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms of the 2-D and the EM preset; inference uses them too, so they need torch and monai only."""
+"""Membranes of electron microscopy, made of the instances on both sides of them; needs torch and monai only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, SaveImage, SaveImaged
+from monai.transforms import MapTransform
 from monai.utils import convert_to_dst_type
 from torch import Tensor
 
-__all__ = ["MembraneFromInstancesd", "SaveLikeImaged", "membranes"]
+__all__ = ["MembraneFromInstancesd", "membranes"]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 _EXACT = 2**24   # float32 holds whole numbers up to here
 
 
@@ -113,27 +112,4 @@ class MembraneFromInstancesd(MapTransform):
             if bool((instances < 0).any()):
                 mask = torch.where(instances < 0, -1, mask.to(torch.int64))
             result[key] = convert_to_dst_type(mask, result[key])[0]
-        return result
-
-
-class SaveLikeImaged(SaveImaged):
-    """Save a label map of a picture (PNG, JPEG, BMP) as PNG, and of anything else as NIfTI with its affine.
-
-    Args:
-        keys: keys of label maps with the metadata of their images, shape (1, *S), values 0 to 255.
-        options: of `SaveImaged`, but for `output_ext`.
-    """
-
-    def __init__(self, keys: KeysCollection, **options: Any) -> None:
-        super().__init__(keys, output_ext=".nii.gz", **options)
-        self.picture_saver = SaveImage(output_ext=".png", **{**options, "writer": None})
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Write the files; gives a copy of `data`."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            label = result[key]
-            name = str(label.meta["filename_or_obj"]).lower()
-            saver = self.picture_saver if name.endswith(PICTURES) else self.saver
-            saver(label.reshape(1, *map(int, label.meta["spatial_shape"])))   # an axis of one voxel was dropped
         return result

@@ -1,26 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundle's own transforms; run by `test_contract.py` in a process of its own, as the name `scripts` is shared."""
+"""Membranes: as thick as they are said to be, the same for any numbering, and by the definition voxel by voxel."""
 
 from __future__ import annotations
 
-import doctest
-import os
-import sys
-from pathlib import Path
-
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from PIL import Image
 
-sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
-
-from scripts import transforms
-from scripts.transforms import MembraneFromInstancesd, SaveLikeImaged, membranes
-
-OPTIONS = {"output_postfix": "seg", "separate_folder": False, "resample": False, "print_log": False}
+from medkd.inference.membranes import MembraneFromInstancesd, membranes
 
 
 def drawn(text: str) -> torch.Tensor:
@@ -40,10 +28,6 @@ def slow_membranes(ids: np.ndarray, axes: list[int]) -> np.ndarray:
                     neighbor = ids[tuple(other)]
                     result[place] |= np.uint8(neighbor != 0 and neighbor != ids[place])
     return result
-
-
-def test_examples_of_the_docstrings_run() -> None:
-    assert doctest.testmod(transforms).failed == 0
 
 
 def test_touching_instances_get_a_membrane_of_two_voxels() -> None:
@@ -152,23 +136,3 @@ def test_transform_may_miss_its_key_only_if_told() -> None:
     assert MembraneFromInstancesd("label", allow_missing_keys=True)({"image": 1}) == {"image": 1}
     with pytest.raises(KeyError, match="label"):
         MembraneFromInstancesd("label")({"image": 1})
-
-
-@pytest.mark.parametrize(("name", "saved"), [("a.JPG", "a_seg.png"), ("b.png", "b_seg.png")])
-def test_label_of_a_picture_is_saved_as_png(tmp_path: Path, name: str, saved: str) -> None:
-    label = torch.arange(6, dtype=torch.uint8).reshape(1, 3, 2)        # (1, columns, rows), as MONAI reads pictures
-    meta = {"filename_or_obj": name, "spatial_shape": (3, 2)}
-    save = SaveLikeImaged("pred", output_dir=tmp_path, **OPTIONS)
-    save({"pred": MetaTensor(label, meta=meta)})
-    assert np.asarray(Image.open(tmp_path / saved)).tolist() == [[0, 2, 4], [1, 3, 5]]
-
-
-def test_label_of_a_slice_is_saved_as_nifti_without_its_axis_of_one_voxel(tmp_path: Path) -> None:
-    label = torch.arange(6, dtype=torch.uint8).reshape(1, 3, 2)
-    meta = {"filename_or_obj": "c.dcm", "spatial_shape": (3, 2, 1), "original_channel_dim": float("nan")}
-    affine = torch.diag(torch.tensor([1.5, 2.0, 1.0, 1.0]))
-    save = SaveLikeImaged("pred", output_dir=tmp_path, **OPTIONS)
-    save({"pred": MetaTensor(label, affine=affine, meta=meta)})
-    file = nib.load(tmp_path / "c_seg.nii.gz")
-    assert np.asarray(file.dataobj).tolist() == [[0, 1], [2, 3], [4, 5]]
-    np.testing.assert_allclose(file.affine, affine)
