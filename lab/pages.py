@@ -58,10 +58,11 @@ def _main_values(content: Mapping[str, Any], columns: Sequence[str]) -> list[lis
 
 
 def _row_name(row: Mapping[str, Any]) -> str:
-    """The id, with what a reader must not miss: that a row is old, did not converge, or has a leak."""
+    """The id, with what a reader must not miss: that a row is old, did not converge or may not have, or has a leak."""
     warnings = [
         *(["not rerun"] if "not_rerun" in row else []),
         *(["not converged"] if row.get("converged", {}).get("reached") is False else []),
+        *(["convergence unchecked"] if "regime" in row and "reached" not in row.get("converged", {}) else []),
         *(["leak"] if row.get("leaks", {}).get("verdict", "none").partition(":")[0] != "none" else []),
     ]
     return str(row["id"]) + (f" ({', '.join(warnings)})" if warnings else "")

@@ -158,6 +158,10 @@ def test_short_tables_have_the_classical_arm_and_retention_where_a_row_has_them(
     assert readme_cell(new_row()).endswith("0.310 / 0.500 ± 0.050 / 0.250 ± 0.050 / 0.650 ± 0.050 / 0.850")
 
 
+def test_a_row_whose_student_alone_was_not_trained_twice_as_long_says_so() -> None:
+    assert "| a (convergence unchecked) |" in summary_table(new_row(converged={"teacher": {"reached": True}}))
+
+
 def test_a_row_whose_crop_gives_the_answer_away_says_so() -> None:
     verdict = "ellipsoid is better than the teacher (0.900 against 0.850): this set cannot show what a network is worth"
     row = new_row(leaks={"ellipsoid": {"mean": 0.9, "metrics": {}, "validation": 0.8}, "verdict": verdict})
