@@ -129,7 +129,7 @@ def assign_images(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assigne
 def _more_training(lists: Mapping[str, Sequence[str]], owner: Mapping[str, str], plan: Plan) -> list[str]:
     """The cases of `more`, but for those of patients that scores are of."""
     listed = {case for cases in lists.values() for case in cases} | plan.left_out
-    scored = {owner[case] for name in LISTS[1:] for case in lists[name]}
+    scored = {owner.get(case) for name in LISTS[1:] for case in lists[name]}      # one without a label is refused later
     cases = [case for case in plan.more if case not in listed]
     leaking = [case for case in cases if owner[case] in scored]
     if leaking:
