@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +37,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_bundle(bundle: Path) -> Callable[..., None]:
     """Run an id with config files by name and further options, in this process."""
     return partial(bundle_runs.run, bundle)
+
+
+@pytest.fixture(scope="module")
+def run(run_bundle: Callable[..., None]) -> Callable[..., Path]:
+    """Run an id with config files by name; gives the folder that is written to."""
+
+    def call(run_id: str, *configs: str, into: Path, **options: Any) -> Path:
+        options |= {"ckpt_dir": str(into)} if configs[0] == "train" else {}
+        run_bundle(run_id, *configs, output_dir=str(into / "eval"), **options)
+        return into
+
+    return call

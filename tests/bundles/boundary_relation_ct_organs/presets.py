@@ -28,18 +28,6 @@ LISTS = {"training": 3, "validation": 1, "test": 2}
 
 
 @pytest.fixture(scope="module")
-def run(run_bundle: Callable[..., None]) -> Run:
-    """Run an id with config files by name; gives the folder that is written to."""
-
-    def call(run_id: str, *configs: str, into: Path, **options: Any) -> Path:
-        options |= {"ckpt_dir": str(into)} if configs[0] == "train" else {}
-        run_bundle(run_id, *configs, output_dir=str(into / "eval"), **options)
-        return into
-
-    return call
-
-
-@pytest.fixture(scope="module")
 def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_slices(tmp_path_factory.mktemp("slices"), LISTS)
 
