@@ -18,7 +18,7 @@ from medkd.handlers.cpu_autocast import cpu_autocast
 from medkd.handlers.randomness import preserved_random_state, seed_everything
 from medkd.handlers.teacher import Teacher, teacher_image
 from medkd.losses.class_heads import ClassHeads, TeacherHeads
-from medkd.ops.ignored import UNLABELED
+from medkd.ops.ignored import samples_without_label
 from medkd.ops.prediction import hard_labels
 from medkd.ops.resample import pool_or_interpolate
 from medkd.outputs import MainOutput, plain_tensor
@@ -143,5 +143,5 @@ def _again(loader: Any) -> Iterator[Any]:
 
 def _with_classes(label: Tensor, pred: Tensor) -> Tensor:
     """Labels (B, 1, *S) in which a sample without one has the classes of a prediction (B, K, *S)."""
-    missing = (label == UNLABELED).flatten(1).all(1).view(-1, *[1] * (label.dim() - 1))
+    missing = samples_without_label(label).view(-1, *[1] * (label.dim() - 1))
     return torch.where(missing, hard_labels(pred).to(label.dtype), label)

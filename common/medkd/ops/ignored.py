@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "IGNORED", "UNLABELED", "ignored_voxels", "is_ignored", "is_without_label", "labeled_samples", "may_be_negative",
-    "on_grid",
+    "on_grid", "samples_without_label",
 ]
 
 IGNORED = -1
@@ -68,6 +68,16 @@ def is_without_label(label: Tensor) -> bool:
     return may_be_negative(label) and bool((label == UNLABELED).any())
 
 
+def samples_without_label(label: Tensor) -> Tensor:
+    """Tell the same of each sample of a batch (B, ...): shape (B,), bool.
+
+    Example:
+        >>> samples_without_label(torch.tensor([[0, 1], [-2, 0], [-1, 0]])).tolist()
+        [False, True, False]
+    """
+    return (label == UNLABELED).flatten(1).any(1)
+
+
 def labeled_samples(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Leave out the samples without a label, for a supervised loss: those with a voxel of `UNLABELED`.
 
@@ -86,7 +96,7 @@ def labeled_samples(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not may_be_negative(label):
         return pred, label
-    kept = ~(label == UNLABELED).flatten(1).any(1)
+    kept = ~samples_without_label(label)
     if bool(kept.all()):
         return pred, label
     return pred.as_subclass(Tensor)[kept], label.as_subclass(Tensor)[kept]   # without MONAI's metadata
