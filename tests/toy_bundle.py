@@ -32,7 +32,7 @@ LOAD = [
 ]
 ENSURE = {"_target_": "EnsureTyped", "keys": ["image", "label"], "allow_missing_keys": True}
 CUT = {"keys": ["image", "label", "centers", "soft_label"], "allow_missing_keys": True}
-MOVED = {"keys": ["image", "label", "teacher_pred"], "allow_missing_keys": True}
+MOVED = {"keys": ["image", "label", "teacher_pred", "teacher_classes"], "allow_missing_keys": True}
 SOFT_LABELS = {"_target_": "medkd.data.soft_labels.SoftLabeld", "soft_labels": "@soft_labels", "keys": "@teacher_input"}
 KNOWN = {"_target_": "medkd.metrics.ignored.IgnoredAsBackgroundd", "keys": "pred"}
 ONE_HOT = {"_target_": "AsDiscreted", "keys": ["pred", "label"], "argmax": [True, False], "to_onehot": "@out_channels"}

@@ -102,14 +102,14 @@ class Trainings:
     def transforms(self, distills: bool) -> Compose:
         """What the CT bundle does to a cached case; the soft label is moved with the image."""
         cut = ["image", "label", *(["centers", "soft_label"] if distills else [])]
-        moved = ["image", "label", *(["teacher_pred"] if distills else [])]
+        moved = ["image", "label", *(["teacher_classes"] if distills else [])]
         crop = RandCropByLabelClassesd(
             cut, "centers" if distills else "label", [self.size] * 3, num_classes=CLASSES, num_samples=2, warn=False,
             allow_missing_keys=True,
         )
         affine = RandAffined(
             moved, prob=0.5, rotate_range=[0.15] * 3, scale_range=[0.1] * 3, padding_mode="border",
-            mode=["bilinear", "nearest", "bilinear"][: len(moved)],
+            mode=["bilinear", "nearest", "nearest"][: len(moved)],
         )
         own = [UnpackSoftLabeld(self.soft_labels)] if distills else []
         chain = Compose([crop, *own, affine, RandScaleIntensityd("image", 0.1, 0.5)])

@@ -46,6 +46,7 @@ class SoftLabels:
         weights: term -> weight, as the `DistillationHandler` has them.
         cache: let the losses learn from soft labels in place of the live teacher, where all that have a weight read
             its prediction only. Without it, soft labels only tell where to cut crops from images without a label.
+            Where the losses read its likeliest classes only, crops carry one class map and not K probabilities.
         device: where the teacher runs.
 
     Raises:
@@ -66,6 +67,7 @@ class SoftLabels:
         self.activation: Activation = _common(active, "activation", "softmax")
         self.output: TeacherOutput = _common(active, "teacher_output", "logits")
         self.replaces_teacher = cache and teacher.teaches and not any(loss.tap_pairs for loss in active)
+        self.gives_classes = self.activation == "softmax" and all(loss.reads_classes for loss in active)
         self._guard = Lock()
         self._network: nn.Module | None = None
         self._sha256: str | None = None
@@ -168,8 +170,9 @@ def _common(losses: Sequence[DistillationLoss], name: str, default: Any) -> Any:
 class SoftLabeld(MapTransform):
     """Add what the teacher says of a case, on the grid of the whole prepared volume.
 
-    Adds `soft_label`, packed, if the losses learn from it, and `centers`: class of each voxel by which crops are cut,
-    from the label, or from the teacher where there is none. Place it first behind what is cached, before padding.
+    Adds `soft_label` if the losses learn from it, packed or, where they read no more, as the class of each voxel, and
+    `centers`: class of each voxel by which crops are cut, from the label, or from the teacher where there is none.
+    Place it first behind what is cached, before padding.
 
     Args:
         soft_labels: where they come from.
@@ -191,10 +194,12 @@ class SoftLabeld(MapTransform):
         centers = label if labeled else torch.zeros_like(image[:1], dtype=torch.uint8)
         if self.soft_labels.are_wanted(labeled):
             packed = self.soft_labels(image)
-            if not labeled:
-                centers = _with_meta(hard_classes(packed, self.soft_labels.activation), image)
+            gives_classes = self.soft_labels.replaces_teacher and self.soft_labels.gives_classes
+            if gives_classes or not labeled:
+                classes = _with_meta(hard_classes(packed, self.soft_labels.activation), image)
+                centers = centers if labeled else classes
             if self.soft_labels.replaces_teacher:
-                result["soft_label"] = _with_meta(packed, image)
+                result["soft_label"] = classes if gives_classes else _with_meta(packed, image)
         result["centers"] = centers
         return result
 
@@ -213,9 +218,10 @@ def _with_meta(values: Tensor, image: Tensor) -> Tensor:
 
 
 class UnpackSoftLabeld(MapTransform):
-    """Turn the packed `soft_label` of a crop into `teacher_pred`, probabilities (K, *S), and drop what cut the crop.
+    """Turn the `soft_label` of a crop into what losses read of the teacher, and drop what cut the crop.
 
-    Place it behind the cropping and before what moves voxels, which then takes `teacher_pred` along, bilinear.
+    That is `teacher_pred`, probabilities (K, *S), or `teacher_classes`, (1, *S), if the losses read no more. Place it
+    behind the cropping and before what moves voxels, which then takes them along: bilinear, and nearest as a label.
 
     Args:
         soft_labels: as for `SoftLabeld`.
@@ -231,8 +237,11 @@ class UnpackSoftLabeld(MapTransform):
         result = {key: value for key, value in data.items() if key != "centers"}
         for key in self.key_iterator(data):
             packed = result.pop(key)
-            probabilities = unpack_probabilities(plain_tensor(packed), self.soft_labels.activation)
-            result["teacher_pred"] = _with_meta(probabilities, packed)
+            if self.soft_labels.gives_classes:
+                result["teacher_classes"] = packed.float()
+            else:
+                probabilities = unpack_probabilities(plain_tensor(packed), self.soft_labels.activation)
+                result["teacher_pred"] = _with_meta(probabilities, packed)
         return result
 
 

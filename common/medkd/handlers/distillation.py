@@ -31,7 +31,7 @@ from medkd.taps import FeatureTaps, unwrap
 
 __all__ = ["DistillationEvents", "DistillationHandler"]
 
-CACHED = "teacher_pred"    # key of a batch
+CACHED = ("teacher_classes", "teacher_pred")    # keys of a batch
 _WAY_OUT = "wrap the network so that `forward` returns the prediction alone, shape (B, K, *S)"
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,9 @@ class DistillationHandler:
     A network may give the heads of deep supervision as a list: the one of full resolution is distilled.
 
     A batch may bring what the teacher says of it, cut out of soft labels of whole volumes, as `teacher_pred`: class
-    probabilities (B, K, *S), see `medkd.data.soft_labels`. Where all losses with a weight read the prediction only, the
-    teacher does not run in the steps then. Samples without a label, `UNLABELED` everywhere, are distilled like others.
+    probabilities (B, K, *S), or as `teacher_classes`: the likeliest of each voxel, (B, 1, *S), for losses that read no
+    more; see `medkd.data.soft_labels`. Where all losses with a weight read the prediction only, the teacher does not
+    run in the steps then. Samples without a label, `UNLABELED` everywhere, are distilled like others.
 
     Args:
         teacher: the teacher by reference, or a ready network.
@@ -102,8 +103,8 @@ class DistillationHandler:
         self.teacher_input = teacher_input
         self.agreement = agreement
         self._view = TeacherView(teacher_input)
-        self._cached_view = TeacherView(CACHED)
-        self._reads_prediction_only = False
+        self._cached_views = {key: TeacherView(key) for key in CACHED}
+        self._readable: tuple[str, ...] = ()
         regions = any(getattr(one, "activation", "softmax") == "sigmoid" for one in self.losses)
         self.check = _make_check(validator, teacher_check, teacher_input, regions)
         self._callables: list[nn.Module] = []
@@ -139,7 +140,8 @@ class DistillationHandler:
         self._finish(engine)                                       # hooks of a run that broke off
         self._running = engine
         self._view.start()
-        self._cached_view.start()
+        for view in self._cached_views.values():
+            view.start()
         state = engine.state
         state.distill_weights = dict(self.weights)
         state.distill_factors = dict.fromkeys(self.weights, 1.0)
@@ -147,6 +149,7 @@ class DistillationHandler:
         state.distillation = {"mode": "supervised", "teacher": None, "teacher_sha256": None}
         state.distill_modules = []
         self._sums = {}
+        self._readable = ()
         if not distils(self.weights):
             logger.info("All distillation weights are 0: plain supervised training.")
             return
@@ -166,7 +169,8 @@ class DistillationHandler:
             FeatureTaps(engine.network, [student for student, _ in pairs], "student"),
             FeatureTaps(self._network, [teacher for _, teacher in pairs], "teacher"),
         )
-        self._reads_prediction_only = not pairs
+        if not pairs:
+            self._readable = CACHED if all(loss.reads_classes for loss in active) else CACHED[1:]
         state.distill_modules = with_state(active)
         path, sha256 = self.teacher.path, self.teacher.file_sha256
         state.distillation = {"mode": "distilled", "teacher": path and str(path), "teacher_sha256": sha256}
@@ -189,11 +193,12 @@ class DistillationHandler:
             )
         if self._taps is not None:
             self._taps[0].open()
-            view = self._cached_view if self._is_cached(engine.state.batch) else self._view
+            view = self._cached_views.get(self._cached_key(engine.state.batch), self._view)
             view.remember(engine.state.batch)
 
-    def _is_cached(self, batch: Any) -> bool:
-        return self._reads_prediction_only and isinstance(batch, Mapping) and CACHED in batch
+    def _cached_key(self, batch: Any) -> str:
+        """Key under which a batch brings all that the losses read of the teacher; empty if it does not."""
+        return next((key for key in self._readable if isinstance(batch, Mapping) and key in batch), "")
 
     def _run_teacher(self, engine: SupervisedTrainer) -> None:
         if self._taps is None or self._network is None:
@@ -203,13 +208,12 @@ class DistillationHandler:
         axes = output["image"].dim() if isinstance(output["image"], Tensor) else None
         student["pred"] = self._main[0](output["pred"], axes)
         refuse_deaf(student)
-        is_cached = self._is_cached(engine.state.batch)
         engine.state.student = student
-        if is_cached:
-            engine.state.teacher = self._remembered(engine)
+        if key := self._cached_key(engine.state.batch):
+            engine.state.teacher = self._remembered(engine, key)
         else:
             engine.state.teacher = self._live(engine, self._network, self._taps[1])
-        engine.state.distillation["predictions"] = "cached" if is_cached else "live"
+        engine.state.distillation["predictions"] = "cached" if key else "live"
         engine.fire_event(DistillationEvents.TEACHER_COMPLETED)
 
     def _live(self, engine: SupervisedTrainer, network: nn.Module, taps: FeatureTaps) -> dict[str, Tensor]:
@@ -225,9 +229,11 @@ class DistillationHandler:
         teacher["pred"] = self._main[1](pred, image.dim())
         return teacher
 
-    def _remembered(self, engine: SupervisedTrainer) -> dict[str, Tensor]:
+    def _remembered(self, engine: SupervisedTrainer, key: str) -> dict[str, Tensor]:
         """What soft labels of whole volumes say of it, in the form in which the losses read the teacher."""
-        given = plain_tensor(self._cached_view.image(engine.state.batch, engine.state.output["image"]))
+        given = plain_tensor(self._cached_views[key].image(engine.state.batch, engine.state.output["image"]))
+        if key == "teacher_classes":
+            return {"classes": given.to(engine.state.device, torch.int64, non_blocking=engine.non_blocking)}
         pred = given.to(device=engine.state.device, dtype=torch.float32, non_blocking=engine.non_blocking)
         reader = next((loss for loss in self.losses if hasattr(loss, "activation")), None)
         activation: Activation = getattr(reader, "activation", "softmax")

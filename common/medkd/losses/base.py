@@ -35,10 +35,13 @@ class DistillationLoss(nn.Module, ABC):
         preset_weights: term -> weight, used when the config gives `distill_weights: null`.
         tap_pairs: paths (student, teacher) of the layers that the loss reads; `pred`, the networks' output, is
             always there and is not listed.
+        reads_classes: whether the teacher's `classes`, the likeliest of each voxel, (B, 1, *S), may stand in the place
+            of its `pred`.
     """
 
     terms: ClassVar[tuple[str, ...]] = ()
     preset_weights: Mapping[str, float]
+    reads_classes = False
 
     def __init__(self, tap_pairs: Sequence[TapPair] = ()) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class DistillationLoss(nn.Module, ABC):
 
         Args:
             student: tap path -> tensor, (B, C, *s) for layers; `pred` holds the logits (B, K, *S).
-            teacher: the same of the teacher; detached here.
+            teacher: the same of the teacher, or its `classes` if the loss reads no more; detached here.
             label: class indices, shape (B, 1, *S); negative is ignored, and `UNLABELED` are cases without a label.
                 None where no case has one.
 
@@ -108,7 +111,8 @@ class DistillationLoss(nn.Module, ABC):
 
     def _check_paths(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         for role, given, position in (("student", student, 0), ("teacher", teacher, 1)):
-            needed = list(dict.fromkeys(["pred", *(pair[position] for pair in self.tap_pairs)]))
+            pred = "classes" if position and self.reads_classes and "classes" in given else "pred"
+            needed = list(dict.fromkeys([pred, *(pair[position] for pair in self.tap_pairs)]))
             if not given.keys() >= set(needed):
                 raise ValueError(f"`{role}` must hold {needed}, got {sorted(given)}; tap the layers of `tap_pairs`.")
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from medkd.checks import check_classes, check_same_grid
 from medkd.losses.base import DistillationLoss
 from medkd.losses.predictions import Predictions, check_comparable
 from medkd.ops.ignored import ignored_voxels, on_grid
@@ -83,6 +84,7 @@ class SoftTargetLoss(DistillationLoss):
         self.teacher_output: TeacherOutput = teacher_output
         self._predictions = Predictions(activation, teacher_output)
         self.preset_weights = {"soft_target": 1.0}
+        self.reads_classes = target == "argmax" and activation == "softmax"
 
     def compute_terms(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], label: Tensor | None
@@ -90,15 +92,20 @@ class SoftTargetLoss(DistillationLoss):
         """Give `soft_target`; the labels tell which voxels are ignored, without them none is."""
         if "soft_target" not in self.active_terms:
             return {}
-        mine, other = student["pred"], teacher["pred"]
-        check_comparable(mine, other)
+        mine = student["pred"]
+        if (classes := teacher.get("classes")) is None:
+            check_comparable(mine, teacher["pred"])
+        else:
+            check_same_grid("student['pred']", mine, "teacher['classes']", classes)
+            check_classes("teacher['classes']", classes, max(mine.shape[1], 2))
         mine = self._predictions.student(mine)
         if label is not None and label.shape[1] == 1:
             self._predictions.classes(label, mine)
         ignored = ignored_voxels(label)
         counted = None if ignored is None else ~on_grid(ignored, mine.shape[2:])
         is_coin = self.activation == "sigmoid" or mine.shape[1] == 1
-        sums = class_sums(mine, self._target(other, is_coin), counted, "sigmoid" if is_coin else "softmax")
+        target = self._target(teacher["pred"], is_coin) if classes is None else classes
+        sums = class_sums(mine, target, counted, "sigmoid" if is_coin else "softmax")
         return {"soft_target": self._value(sums, is_coin)}
 
     def _target(self, pred: Tensor, is_coin: bool) -> Tensor:

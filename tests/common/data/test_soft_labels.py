@@ -18,6 +18,7 @@ from medkd.data.soft_labels import FillLabeld, SoftLabeld, SoftLabels, UnpackSof
 from medkd.handlers.teacher import Teacher
 from medkd.losses.base import DistillationLoss
 from medkd.losses.logits import SoftLabelLoss
+from medkd.losses.soft_target import SoftTargetLoss
 from medkd.ops.ignored import UNLABELED
 from medkd.ops.soft_label import unpack_probabilities
 
@@ -151,6 +152,25 @@ def test_crops_carry_probabilities_on_the_grid_of_their_image(weights: Path) -> 
     assert found.keys() == {"image", "label", "teacher_image", "teacher_pred"}
     assert found["teacher_pred"].shape == (2, toys.SIZE, toys.SIZE)
     assert found["teacher_pred"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_crops_carry_one_class_map_where_the_losses_read_no_more(weights: Path, labeled: bool) -> None:
+    store = soft_labels(weights, SoftTargetLoss(), weights={"soft_target": 1.0})
+    data = SoftLabeld(store)(toys.cases(1)[0] if labeled else case())
+    assert data["soft_label"].shape == (1, toys.SIZE, toys.SIZE)
+    assert data["soft_label"].dtype == torch.uint8
+    found = UnpackSoftLabeld(store)(data)["teacher_classes"]
+    assert isinstance(found, MetaTensor)
+    assert torch.equal(found.as_tensor()[0], unpack_probabilities(store(case()["image"])).argmax(0).float())
+
+
+def test_one_loss_that_reads_more_keeps_the_probabilities(weights: Path) -> None:
+    both = [SoftTargetLoss(), SoftLabelLoss()]
+    assert soft_labels(weights, both, weights={"soft_target": 1.0}).gives_classes
+    for one in ({"soft_target": 1.0, "logits": 1.0}, {"logits": 1.0}):
+        assert not soft_labels(weights, both, weights=one).gives_classes
+    assert not soft_labels(weights, SoftTargetLoss("probabilities"), weights={"soft_target": 1.0}).gives_classes
 
 
 def test_cases_without_a_label_get_one_that_says_so() -> None:

@@ -23,6 +23,7 @@ from medkd.handlers.teacher import Teacher
 from medkd.losses.base import DistillationLoss, TapPair, trainable_parameters
 from medkd.losses.features import HintLoss
 from medkd.losses.logits import SoftLabelLoss
+from medkd.losses.soft_target import SoftTargetLoss
 
 BOTH = {"logits": 0.5, "features": 2.0}
 
@@ -202,6 +203,24 @@ def test_features_of_both_networks_are_there_when_the_teacher_is_done_and_gone_a
     assert mine[toys.TAP].requires_grad
     assert not any(value.requires_grad for value in other.values())
     assert seen[1] == (None, None)
+
+
+@pytest.mark.parametrize(("weights", "told"), [
+    ({"soft_target": 1.0}, "cached"), ({"soft_target": 1.0, "logits": 0.5}, "live"), ({"logits": 0.5}, "live"),
+])
+def test_losses_that_read_classes_only_take_them_from_the_batch(weights: dict[str, float], told: str) -> None:
+    teacher = toys.teacher().eval()
+    with torch.no_grad():
+        classes = [teacher(case["image"][None].as_tensor()).argmax(1).float() for case in toys.cases(2)]
+    data = [{**case, "teacher_classes": one} for case, one in zip(toys.cases(2), classes, strict=True)]
+    losses = [SoftTargetLoss(), SoftLabelLoss()]
+    seen: list[Any] = []
+    watcher = toys.on(DistillationEvents.TEACHER_COMPLETED, lambda engine: seen.append(engine.state.teacher))
+    engine = run(a_handler(weights, loss=losses), watcher, data=data)
+    assert engine.state.distillation["predictions"] == told
+    assert seen[0].keys() == ({"classes"} if told == "cached" else {"pred"})
+    plain = run(a_handler(weights, loss=losses), data=toys.cases(2))
+    assert toys.same(engine.network.state_dict(), plain.network.state_dict())
 
 
 def test_a_term_of_weight_zero_is_not_computed() -> None:

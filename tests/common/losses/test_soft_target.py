@@ -70,6 +70,22 @@ def test_with_the_argmax_it_is_monais_loss_of_that_label(
     torch.testing.assert_close(value_of(shares, student, teacher.softmax(1)), value_of(loss, student, teacher))
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_teachers_classes_may_stand_for_its_prediction(channels: int) -> None:
+    student, teacher = logits(2, channels, 5, 4, 6)
+    classes = (teacher > 0).long() if channels == 1 else teacher.argmax(1, keepdim=True)
+    loss = SoftTargetLoss()
+    given = loss({"pred": student}, {"classes": classes})["soft_target"]
+    assert torch.equal(given, value_of(loss, student, teacher))
+    with pytest.raises(ValueError, match=r"`teacher\['classes'\]` must be class indices below"):
+        loss({"pred": student}, {"classes": classes + channels + 1})
+    with pytest.raises(ValueError, match=r"`teacher\['classes'\]` must share batch and spatial shape"):
+        loss({"pred": student}, {"classes": classes[:, :, 1:]})
+    for reads_more in (SoftTargetLoss("probabilities"), SoftTargetLoss(activation="sigmoid")):
+        with pytest.raises(ValueError, match=r"`teacher` must hold \['pred'\], got \['classes'\]"):
+            reads_more({"pred": student}, {"classes": classes})
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [True, False])
 def test_a_single_channel_is_monais_binary_loss(size: tuple[int, ...], batch: bool) -> None:
