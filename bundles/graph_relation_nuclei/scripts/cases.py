@@ -11,14 +11,16 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from ignite.engine import Engine, Events
+from monai.bundle.config_parser import ConfigParser
 from monai.data.dataset import Dataset
+from monai.data.decathlon_datalist import load_decathlon_datalist
 from monai.data.folder_layout import FolderLayout
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.transforms import Compose, SaveImage
 from torch import Tensor, nn
 
 __all__ = ["CaseCompose", "CaseDataset", "CaseError", "CaseEvaluator", "CaseGuard", "CasesFailedError", "case_names",
-           "reason", "told_cause"]
+           "cases_to_predict", "reason", "told_cause"]
 
 _FAILED = "failed_case"               # key of a batch that stands for a case which could not be read
 _PLACE = re.compile(r"^\s*(\S+\.(c|cc|cpp|cxx|h|hxx|py):\d+|Traceback|File \"|ITK ERROR|During handling|[-=~^*\s]*$)")
@@ -80,6 +82,21 @@ class CaseCompose(Compose):
             if not name:
                 raise
             raise CaseError(f"{name} cannot be prepared: {reason(error)}") from error
+
+
+def cases_to_predict(datalist: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The list `test` of a datalist, its paths relative to `root`; cases need no label.
+
+    Raises:
+        ValueError: there is none, or it is empty.
+    """
+    content = ConfigParser.load_config_file(datalist)
+    if not content.get("test"):
+        raise ValueError(
+            f"`test` of {datalist} must list the cases to predict, got none; add them, or list a folder's images with "
+            "`medkd datalist FOLDER LIST --no_labels --fractions 0,0,1`."
+        )
+    return load_decathlon_datalist(datalist, True, "test", root)
 
 
 class CaseDataset(Dataset):

@@ -41,7 +41,8 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--unlabeled", metavar="FOLDER",
         help="images in SOURCE; those in no split and without label become `unlabeled`")
     add("--no_labels", action="store_true",
-        help="list images only, for a teacher: some become `validation`, all others `unlabeled`")
+        help="list images only, for a teacher: some become `validation`, all others `unlabeled`; with --fractions "
+        "0,0,1 all become `test`, to be predicted")
     add("--few", type=literal, metavar="N", help="only the first N training cases keep their labels, the others become "
         "`unlabeled`: shows what labels are worth")
     add("--exclude", metavar="FILE",

@@ -33,9 +33,11 @@ def count_classes(labels: Mapping[str, Any]) -> int | None:
 
 
 def tell_written(path: Path) -> None:
-    """Print the numbers of cases of a new datalist and the command that checks it."""
+    """Print the numbers of cases of a new datalist and the command that checks it, if it is one to learn from."""
     lists, labels = load_lists(path)
     print(f"Wrote {path}: {', '.join(f'{len(cases)} {name}' for name, cases in lists.items())}.")
+    if not lists["training"] and not lists["unlabeled"]:
+        return
     classes = f" --num_classes {count_classes(labels)}" if labels else ""
     free = "" if any("label" in case for case in lists["training"]) else " --label_free"
     print(f"Next: medkd check-data {shlex.quote(str(path))}{classes}{free}")

@@ -87,15 +87,16 @@ def assign_labeled(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assign
 
 
 def assign_images(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assigned:
-    """Assign images without labels: some to `validation`, by a file also to `test`, all others to `unlabeled`.
+    """Assign images without labels: some to `validation` and, to be predicted, to `test`, all others to `unlabeled`.
 
     Args:
         pairs: images.
         extra: case -> path of the image, of further ones for `unlabeled`.
-        plan: how; without a training split in a file all images that are in none are for training.
+        plan: how; without a training split in a file all images that are in none are for training. A test share of 1
+            gives a list to predict with.
 
     Raises:
-        ValueError: a share of test cases is wanted, a number of labels, or no image is left to learn from.
+        ValueError: a number of labels is wanted, or no image is left to learn from.
     """
     if plan.labeled_cases is not None:
         raise ValueError(
@@ -108,11 +109,8 @@ def assign_images(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assigne
         lists = _without(read_splits(plan.splits, pairs, owner, needs_training=False), plan.left_out)
     else:
         splits = plan.splits or RandomSplits(test=0.0)
-        if splits.test:
-            raise ValueError(
-                f"`test` must be 0 without labels, as scores need them, got {splits.test}; give its share to another "
-                "list (--fractions 0.85,0.15,0)."
-            )
+        if splits.test == 1:
+            return Assigned({"training": [], "validation": [], "test": cases}, dict(extra), plan.left_out)
         lists = draw_splits(splits, cases, owner, "patients")
     scored = {case for name in LISTS[1:] for case in lists[name]}
     learned = lists["training"] or [case for case in cases if case not in scored]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from medkd.cli import main
+from medkd.inference.cases import cases_to_predict
 
 Capture = pytest.CaptureFixture[str]
 Refused = Callable[[list[str], str], None]
@@ -44,7 +45,6 @@ def test_datalist_draws_splits_by_shares(phantoms: Path, tmp_path: Path, capsys:
         (["--no_labels", "--labels", "masks"], "--no_labels must come without --labels and --label_components, got"),
         (["--no_labels", "--label_components"], "--no_labels must come without --labels and --label_components, got"),
         (["--no_labels", "--few", "1"], "`labeled_cases` must come with labels, got 1 without; leave one out (--few, "),
-        (["--no_labels", "--fractions", "0.6,0.2,0.2"], "`test` must be 0 without labels, as scores need them, got"),
         (["--few", "9"], "`labeled_cases` must be how many of the 2 training cases keep their labels, 0 to 2, got 9"),
         (["--exclude", "none.json"], "`exclude` must name a JSON file with a list of names, got 'none.json', which is"),
     ],
@@ -76,6 +76,15 @@ def test_datalist_of_images_only_is_for_a_teacher_and_says_how_it_is_checked(
     assert all(list(item) == ["image"] for item in [*content["validation"], *content["unlabeled"]])
     assert main([*words, "--fractions", "0.5,0.5,0"]) == 0
     assert "0 training, 2 validation, 0 test, 2 unlabeled" in capsys.readouterr().out
+
+
+def test_datalist_of_images_to_predict_has_nothing_to_check(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["datalist", str(phantoms), str(tmp_path), "--no_labels", "--fractions", "0,0,1"]) == 0
+    assert capsys.readouterr().out == (
+        f"Wrote {tmp_path / 'datalist.json'}: 0 training, 0 validation, 4 test, 0 unlabeled.\n"
+    )
+    paths = [case["image"] for case in cases_to_predict(tmp_path / "datalist.json", phantoms)]
+    assert paths == [str(phantoms / "images" / f"case_{number:03}.nii.gz") for number in range(4)]
 
 
 def test_datalist_keeps_few_labels_and_leaves_images_out(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -114,13 +114,16 @@ def test_images_without_labels_are_divided_by_patient(bare: Path, tmp_path: Path
     assert json.loads((tmp_path / "out" / "datalist.json").read_text())["labels"]["1"] == "liver"
 
 
-def test_images_without_labels_are_divided_by_the_usual_shares_and_none_is_for_test(bare: Path, tmp_path: Path) -> None:
+def test_images_without_labels_are_divided_by_the_usual_shares(bare: Path, tmp_path: Path) -> None:
     lists = make(bare, tmp_path, labels=None)
     assert {name: len(cases) for name, cases in lists.items()} == {
         "training": 0, "validation": 2, "test": 0, "unlabeled": 8}
-    message = r"`test` must be 0 without labels, as scores need them, got 0.2; .* \(--fractions 0.85,0.15,0\)"
-    with pytest.raises(ValueError, match=message):
-        make(bare, tmp_path, labels=None, splits=RandomSplits(0.1, 0.2))
+    lists = make(bare, tmp_path, labels=None, splits=RandomSplits(0.1, 0.2))
+    assert {name: len(cases) for name, cases in lists.items()} == {
+        "training": 0, "validation": 1, "test": 2, "unlabeled": 7}
+    lists = make(bare, tmp_path, labels=None, splits=RandomSplits(0.0, 1.0))
+    assert {name: len(cases) for name, cases in lists.items()} == {
+        "training": 0, "validation": 0, "test": 10, "unlabeled": 0}
 
 
 def test_labels_that_are_there_are_not_used_where_none_are_wanted(source: Path, tmp_path: Path) -> None:

@@ -24,8 +24,16 @@ from medkd.inference.cases import (
     CaseEvaluator,
     CaseGuard,
     CasesFailedError,
+    cases_to_predict,
     reason,
 )
+
+
+@pytest.mark.parametrize("content", ['{"training": [{"image": "a.png"}]}', '{"test": []}'])
+def test_a_list_without_cases_to_predict_says_how_to_get_some(tmp_path: Path, content: str) -> None:
+    (tmp_path / "datalist.json").write_text(content)
+    with pytest.raises(ValueError, match=r"`test` of .*datalist.json must list the cases to predict, got none; add"):
+        cases_to_predict(tmp_path / "datalist.json", tmp_path)
 
 
 def picture(path: Path, value: int = 1) -> dict[str, str]:
