@@ -75,11 +75,11 @@ def _same_task(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def labels_worth(score: float, points: Sequence[tuple[int, float]], higher_is_better: bool = True) -> dict[str, Any]:
-    """Number of labeled cases for which the student alone has a score, on the straight lines between its points.
+    """Number of labeled cases for which the student alone has a score: lines between its points, labels as logarithm.
 
     Args:
-        score: of the student that was distilled without labels.
-        points: number of labeled cases, rising, and the score of the student alone with them.
+        score: of a student that was distilled.
+        points: number of labeled cases, rising, 1 or more, and the score of the student alone with them.
         higher_is_better: of the score.
 
     Returns:
@@ -87,7 +87,7 @@ def labels_worth(score: float, points: Sequence[tuple[int, float]], higher_is_be
 
     Example:
         >>> labels_worth(0.65, [(1, 0.5), (4, 0.6), (9, 0.7)]), labels_worth(0.8, [(1, 0.5), (4, 0.6)])
-        ({'value': 6.5}, {'value': None, 'more_than': 4})
+        ({'value': 6}, {'value': None, 'more_than': 4})
     """
     sign = 1 if higher_is_better else -1
     if not points:
@@ -98,6 +98,6 @@ def labels_worth(score: float, points: Sequence[tuple[int, float]], higher_is_be
             if before is None:
                 return {"value": labels} if value == score else {"value": None, "fewer_than": labels}
             share = (score - before[1]) / (value - before[1])
-            return {"value": round(before[0] + share * (labels - before[0]), 1)}
+            return {"value": round(before[0] * (labels / before[0]) ** share)}
         before = labels, value
     return {"value": None, "more_than": points[-1][0]}

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.record import all_rows
+from lab.record import all_rows, retention
 from lab.score import METRICS
 
 SHOWN = ("classical", "student_alone", "logits_kd", "distilled", "teacher")    # in the READMEs, in this order
 RETENTION = "retention"
+AGREEMENT = "_with_teacher"            # how the name of a metric ends that takes the teacher for the label
 TITLES = {                                                         # in the full tables, in this order
     "classical": "classical",
     "teacher": "teacher", "student_alone": "student alone", "logits_kd": "plain KD", "features_kd": "feature hints",
@@ -88,8 +89,14 @@ def _row_table(row: Mapping[str, Any]) -> str:
     for name, arm in arms.items():
         title = _name(name, arm.get("candidate", "")) + (" (= distilled)" if name == chosen else "")
         values = [_number(arm["metrics"].get(metric)) for metric in metrics]
-        lines.append([title, _value(arm["validation"]), _value(arm), *values])
+        lines.append([title, _validation(arm), _value(arm), *values])
     return f"{_markdown([*head, *map(metric_title, metrics)], lines)}\n\n{_sentence(row)}"
+
+
+def _validation(arm: Mapping[str, Any]) -> str:
+    """Score on the validation cases; where these have no label it is agreement with the teacher, which says less."""
+    agreement = arm["validation"].get("metric", "").endswith(AGREEMENT)
+    return _value(arm["validation"]) + (" (agreement)" if agreement else "")
 
 
 def _arms(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -112,20 +119,24 @@ def _name(arm: str, candidate: str = "") -> str:
 def _sentence(row: Mapping[str, Any]) -> str:
     splits, gap, numbers = row["splits"], row.get("gap_recovered", {}), row.get("parameters", {})
     cases = f"{splits['training']} training, {splits['validation']} validation, {splits['test']} test cases"
-    text = f"{cases}; seeds {', '.join(map(str, row['seeds']))} (mean ± sd)."
+    text = f"{cases}; seeds {', '.join(map(str, row['seeds']))} (mean ± sd; one seed where no ± stands)."
     text += _regime(row) + _steps(row) + _converged(row)
     if gap.get("value") is not None:
         bounds = "" if gap["low"] is None else f" (95 %: {100 * gap['low']:.0f} to {100 * gap['high']:.0f} %)"
-        text += f" Gap recovered: {100 * gap['value']:.0f} %{bounds}."
-    if row.get(RETENTION) is not None:
-        text += f" Retention: {100 * row[RETENTION]:.1f} %."
+        size = abs(row["teacher"]["mean"] - row["student_alone"]["mean"])
+        text += f" Gap recovered: {100 * gap['value']:.0f} % of {size:.3f}{bounds}."
     if gap.get("reason"):
-        text += f" {gap['reason'][0].upper()}{gap['reason'][1:]}."
+        text += f" {_sentence_case(gap['reason'])}."
+    if row.get(RETENTION) is not None:
+        alone = retention(row["student_alone"]["mean"], row["teacher"]["mean"], row["higher_is_better"])
+        text += f" Retention: {100 * row[RETENTION]:.1f} %"
+        text += "." if alone is None else f" (student alone: {100 * alone:.1f} %)."
     if numbers:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += _seconds(row["seconds_per_case"])
     text += _calibrated(row)
-    text += f" Leaks: {row['leaks']['verdict']}." if "verdict" in row.get("leaks", {}) else ""
+    if verdict := row.get("leaks", {}).get("verdict", ""):
+        text += f" Leaks: {verdict.replace('_', ' ')}."
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text
 
 
@@ -140,8 +151,12 @@ def _regime(row: Mapping[str, Any]) -> str:
     worth = row.get("labels_worth")
     if worth:
         number = worth.get("value") or f"{'more' if 'more_than' in worth else 'fewer'} than {_bound(worth)}"
-        text += f" Without a label it is worth {number} labeled cases of the student alone."
-    return text
+        text += f" Its teacher is worth about {number} labeled cases: so many does a student alone need to be as good."
+    return text.replace("about more", "more").replace("about fewer", "fewer")
+
+
+def _sentence_case(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _steps(row: Mapping[str, Any]) -> str:
@@ -165,7 +180,7 @@ def _converged(row: Mapping[str, Any]) -> str:
             word = "converged" if one["reached"] else "NOT converged"
             parts.append(f"{name} {word} ({one['validation_at_half']:.3f} on validation after {one['steps_at_half']:,} "
                          f"steps, {one['validation']:.3f} after {one['steps']:,})")
-    return f" {'; '.join(parts)}.".replace(" student alone", " Student alone", 1) if parts else ""
+    return f" {_sentence_case('; '.join(parts))}." if parts else ""
 
 
 def _seconds(seconds: Mapping[str, Any]) -> str:
@@ -174,7 +189,7 @@ def _seconds(seconds: Mapping[str, Any]) -> str:
         return "{teacher:.2f} and {student:.2f} s per case.".format(**seconds)
     titles = {"network": "network", "network_openvino": "network with OpenVINO"}
     told = [
-        f"{titles.get(stage, stage)} {one['teacher']:.2f} and {one['student']:.2f}" for stage, one in seconds.items()
+        f"{titles.get(stage, stage)} {one['teacher']:.3f} and {one['student']:.3f}" for stage, one in seconds.items()
     ]
     return f"s per case with one thread: {', '.join(told)}."
 
@@ -194,13 +209,18 @@ def _tried(row: Mapping[str, Any]) -> str:
     """Everything that was trained with the first seed, by its validation score, best first."""
     scores = {
         _name(name, candidate): one["validation"]["runs"][0]
-        for name, arm in _arms(row).items() if name != "teacher"
+        for name, arm in _arms(row).items() if name != "teacher" and _is_comparable(arm, row)
         for candidate, one in arm.get("candidates", {"": arm}).items()
     }
     scores |= {one["name"].replace("_", " "): one["validation"] for one in row["search"]}
     ordered = sorted(scores.items(), key=lambda item: item[1], reverse=row["higher_is_better"])
     head = ["first seed only", f"validation {metric_title(row['metric'])}"]
     return _markdown(head, [[name, f"{value:.3f}"] for name, value in ordered])
+
+
+def _is_comparable(arm: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether an arm was validated as the distilled one was, by labels or by agreement."""
+    return "metric" in arm["validation"] or "metric" not in row.get("distilled", arm)["validation"]
 
 
 def metric_title(metric: str) -> str:

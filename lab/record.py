@@ -16,12 +16,11 @@ from lab.score import case_names, gap_recovered
 from lab.training import Trained, ranked
 
 __all__ = [
-    "ALONE", "ARMS", "Scores", "all_rows", "choose_distilled", "chosen_runs", "complete", "judge_leaks", "make_row",
+    "ALONE", "Scores", "all_rows", "choose_distilled", "chosen_runs", "complete", "judge_leaks", "make_row",
     "merge_row", "read_results", "retention", "rules_of", "shipped_of", "split_names", "summarize", "write_results",
 ]
 
 DISTILLED = "distilled"
-ARMS = (TEACHER, ALONE, "logits_kd", "features_kd", DISTILLED)     # what every row has, for tables and pictures
 NOT_RERUN = "trained by an earlier protocol, on a short schedule that was not checked to have converged"
 Scores = Mapping[str, Mapping[str, Sequence[Trained]]]   # arm -> candidate ("" if there are none) -> runs
 
@@ -129,10 +128,11 @@ def _summary(runs: Sequence[Trained], metric: str, common: Mapping[str, Any]) ->
     }
     own = {key: value for key, value in first.run.options.items() if key not in common or common[key] != value}
     own.pop("seed", None)
+    other = {} if first.metric == metric else {"metric": first.metric}
     return {
         **_spread([fmean(values.values()) for values in cases]),
         "seeds": [run.run.seed for run in runs],
-        "validation": _spread([run.validation for run in runs]),
+        "validation": {**_spread([run.validation for run in runs]), **other},
         "metrics": {name: round(fmean(values), 4) for name, values in means.items() if values},
         "per_case": [_rounded(values) for values in cases],
         "epochs": [run.epoch for run in runs],

@@ -33,7 +33,7 @@ from lab.recipe import TEACHER, Recipe, Row, read_recipe
 from lab.regimes import describe_regime
 from lab.training import Run, Study, Trained, check_test_list, evaluate, find_datalist, ranked
 
-PACKAGES = ("medkd", "torch", "monai", "pytorch-ignite", "numpy")
+PACKAGES = ("medkd", "torch", "monai", "pytorch-ignite", "numpy", "scipy", "scikit-image", "openvino")
 
 
 def parse_options(words: Sequence[str]) -> argparse.Namespace:

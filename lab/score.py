@@ -130,8 +130,8 @@ def gap_recovered(
     draws = _draw(*networks)
     left_out = float(np.isnan(draws).mean())
     if left_out > TAIL:
-        reason = f"in {100 * left_out:.0f} % of the draws the teacher is not better, so there is no interval"
-        return {"value": value, **nothing, "reason": reason}
+        share = f"in {100 * left_out:.0f} % of the draws of cases and seeds"
+        return {"value": value, **nothing, "reason": f"{share} the teacher is not better, so there is no interval"}
     low, high = (round(float(bound), 3) for bound in np.nanquantile(draws, (TAIL, 1 - TAIL)))
     return {"value": value, "low": low, "high": high, "left_out": round(left_out, 4)}
 

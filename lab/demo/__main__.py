@@ -26,7 +26,7 @@ from pathlib import Path
 
 from lab.bundle import ROOT, copy_bundle, show_words
 from lab.demo import steps
-from lab.demo.scores import DISTILLED, TEACHER, Result, read_result, summary_table, verdict, worth_text
+from lab.demo.scores import DISTILLED, TEACHER, Result, read_result, summary_table, verdict
 from lab.demo.steps import SPEED, Sizes, Training, folder_of, inference, make_jobs, make_trainings
 from lab.execute import ExecutionError, Executor, Job
 from lab.measure import machine, versions
@@ -76,7 +76,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     changed |= {name: getattr(options, name) for name in ("labels", "unlabeled") if getattr(options, name) is not None}
     more = tuple(count for count in sizes.more_labels if count > changed.get("labels", sizes.labels))
     options.sizes = replace(sizes, more_labels=more, **changed)
-    options.typed = "make demo" if not words else f"python -m lab.demo {shlex.join(words)}"
+    options.typed = "make demo" if not words else f".venv/bin/python -m lab.demo {shlex.join(words)}"
     options.report = (folder or ROOT / "demo").resolve() / "report.html"
     options.output = (folder or ROOT / "demo" / "output").resolve()
     return options
@@ -125,11 +125,18 @@ def describe_run(options: argparse.Namespace, jobs: Sequence[Job]) -> list[tuple
         ("phantoms", f"{sizes.teacher_labels} for the teacher; {sizes.labels} with a label, {sizes.unlabeled} without, "
                      f"{sizes.validation} to validate, {sizes.test} to test; "
                      f"{' x '.join(map(str, sizes.shape))} voxels of {' x '.join(map(str, sizes.spacing))} mm"),
-        ("steps", f"teacher {sizes.steps * sizes.teacher_epochs}, students alone {sizes.steps * sizes.alone_epochs}, "
-                  f"distilled student {sizes.steps * sizes.distilled_epochs}, which sees twice the crops in each"),
+        ("steps", steps_text(sizes)),
         ("hardware", f"{here['processor']}, {here['cores']} cores, {platform.system()}"),
         ("times", f"{', '.join(times)}; together {clock(steps.duration(jobs))}"),
     ]
+
+
+def steps_text(sizes: Sizes) -> str:
+    """Optimizer steps of the networks."""
+    teacher, alone, distilled = (
+        sizes.steps * epochs for epochs in (sizes.teacher_epochs, sizes.alone_epochs, sizes.distilled_epochs)
+    )
+    return f"teacher {teacher:,}, students alone {alone:,}, distilled student {distilled:,} of twice the crops"
 
 
 def show_results(
@@ -140,13 +147,13 @@ def show_results(
     head, rows = summary_table(results)
     for name, *cells in (head, *rows):
         print(f"{name:18}" + "".join(f"{cell:>{len(title) + 3}}" for cell, title in zip(cells, head[1:], strict=True)))
-    print(f"\nWhat the teacher is worth: {worth_text(results)}.")
+    print(f"\nOne seed. Steps: {steps_text(options.sizes)}.")
     report = options.report
     shown = report.relative_to(ROOT) if report.is_relative_to(ROOT) else report
     again = inference(options.output, trainings[DISTILLED], "../labels")
     print(f"All steps took {clock(steps.duration(jobs))}. Report with pictures: {shown}")
     print("Next, label maps of the distilled student; --dataset_dir takes any folder with a datalist.json:")
-    print(f"  {show_words(again.words(), again.folder)}")
+    print(f"  . .venv/bin/activate; {show_words(again.words(), again.folder)}")
 
 
 def main(words: Sequence[str]) -> int:

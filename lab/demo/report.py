@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's report: what it says about the three networks, in which order."""
+"""The demo's report: what it says about the networks, in which order."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def write_report(
         "<h1>MedKD demo: what a teacher without its data is worth</h1>", _summary(results), *_scores(results, organs),
         *_slices(cases, organs), *_differences(cases), *_curves(curves),
         "<h2>Repeat it</h2>", page.facts(facts),
-        f"<p>The command above did this, each time from the repository's root:</p><pre>{listed}</pre>",
+        "<p>The command above did this, each time from the repository's root, with its environment (<code>. "
+        f".venv/bin/activate</code>):</p><pre>{listed}</pre>",
     ])
 
 
@@ -94,9 +95,9 @@ def _scores(results: Mapping[str, Result], organs: Sequence[str]) -> list[str]:
     return [
         "<h2>Results on the test cases</h2>",
         page.table(rows, head, strong=[DISTILLED]),
-        f"<p>What the teacher is worth: {escape(scores.worth_text(results))}. That is read off the students alone in "
-        "the table, on straight lines between their Dice over the logarithm of their labels; those with more labels "
-        "than yours got the teacher's. Volume is the predicted one over the true one: 1 is right.</p>",
+        "<p>What the teacher is worth in labeled cases is read off the students alone in the table, on straight lines "
+        "between their Dice over the logarithm of their labels; those with more labels than yours got the teacher's. "
+        "Volume is the predicted one over the true one: 1 is right.</p>",
         page.table(scores.organ_table(results, organs), ["", *RUNS, *RUNS], groups, strong=["mean"]),
         f"<p>Gap recovered: {scores.gap_text(results)}. HD95 is the 95th percentile of the Hausdorff distance; an "
         "organ that was missed altogether counts with the diagonal of the image. Only the left kidney and the left "

@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lab.curve import labels_worth
 from lab.score import gap_recovered, read_table
 
 TEACHER, ALONE, DISTILLED = RUNS = ("teacher", "student alone", "distilled student")   # the others are ALONE too
@@ -81,18 +81,14 @@ def gap_text(results: Mapping[str, Result]) -> str:
 def worth(results: Mapping[str, Result]) -> tuple[int, str]:
     """Number of labeled cases with which a student alone is as good as the distilled one, and a word about it.
 
-    It is read off the students alone of the same run, on straight lines between their mean Dice over the logarithm of
-    their labels. The word is "about", or where the distilled student is outside of what they reached "more than" or
-    "fewer than".
+    It is read off the students alone of the same run. The word is "about", or where the distilled student is outside of
+    what they reached "more than" or "fewer than".
     """
     students = sorted((one.labels, one.overall("dice")) for name, one in results.items() if name.startswith(ALONE))
-    score = results[DISTILLED].overall("dice")
-    if score < students[0][1]:
-        return students[0][0], "fewer than"
-    for (few, low), (many, high) in pairwise(students):
-        if low <= score < high:
-            return round(few * (many / few) ** ((score - low) / (high - low))), "about"
-    return students[-1][0], "more than"
+    told = labels_worth(results[DISTILLED].overall("dice"), students)
+    if told["value"] is not None:
+        return told["value"], "about"
+    return next((number, key.replace("_", " ")) for key, number in told.items() if key != "value")
 
 
 def worth_text(results: Mapping[str, Result]) -> str:

@@ -52,7 +52,7 @@ def test_points_that_are_rows_have_their_seeds_and_a_teacher_has_a_worth_in_labe
     assert points[0] == {"labels": 0, "distilled": told(0.65, 0.6, 0.7), "row": "none"}
     assert points[9]["student_alone"] == told(0.8, 0.7, 0.9)
     assert points[4]["student_alone"] == told(0.5)
-    assert none["labels_worth"] == {"value": 6.5}                  # half way from 0.5 with 4 to 0.8 with 9 labels
+    assert none["labels_worth"] == {"value": 6}                    # half way from 0.5 with 4 to 0.8 with 9 labels
     assert "labels_worth" not in whole
     assert complete_curves([whole, none]) == [whole, none]
 
@@ -67,11 +67,11 @@ def test_rows_of_other_data_or_old_ones_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("score", "points", "higher", "expected"),
     [
-        (0.55, [(1, 0.5), (2, 0.6)], True, {"value": 1.5}),
+        (0.65, [(1, 0.5), (4, 0.6), (16, 0.7)], True, {"value": 8}),
         (0.55, [(1, 0.6), (2, 0.4), (9, 0.9)], True, {"value": None, "fewer_than": 1}),
         (0.6, [(1, 0.6)], True, {"value": 1}),
         (0.7, [(1, 0.5), (2, 0.65), (4, 0.6)], True, {"value": None, "more_than": 4}),
-        (1.2, [(1, 1.5), (3, 1.0)], False, {"value": 2.2}),
+        (1.2, [(2, 1.5), (20, 1.0)], False, {"value": 8}),
         (0.5, [], True, {"value": None, "reason": "the student alone was not trained with fewer labels"}),
     ],
 )

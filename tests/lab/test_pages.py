@@ -92,15 +92,19 @@ def test_the_full_table_has_all_arms_and_metrics_and_says_what_is_distilled() ->
         "one term",
     ]
     assert lines[2] == "| teacher | 0.500 | 0.850 | 12.3 |"
-    assert lines[9].startswith("3 training, 1 validation, 2 test cases; seeds 0, 1 (mean ± sd).")
+    told = "3 training, 1 validation, 2 test cases; seeds 0, 1 (mean ± sd; one seed where no ± stands)."
+    assert lines[9].startswith(told)
 
 
 @pytest.mark.parametrize(
     ("gap", "words"),
     [
-        ({"value": 0.5, "low": 0.25, "high": 0.75}, "Gap recovered: 50 % (95 %: 25 to 75 %)."),
-        ({"value": 0.5, "low": None, "high": None, "reason": "too few cases"}, "Gap recovered: 50 %. Too few cases."),
-        ({"value": None, "low": None, "high": None, "reason": "no gap"}, "sd). No gap."),
+        ({"value": 0.5, "low": 0.25, "high": 0.75}, "Gap recovered: 50 % of 0.350 (95 %: 25 to 75 %)."),
+        (
+            {"value": 0.5, "low": None, "high": None, "reason": "too few cases"},
+            "Gap recovered: 50 % of 0.350. Too few cases.",
+        ),
+        ({"value": None, "low": None, "high": None, "reason": "no gap"}, "stands). No gap."),
     ],
 )
 def test_the_sentence_tells_the_gap_or_why_there_is_none(gap: dict[str, Any], words: str) -> None:
@@ -138,7 +142,7 @@ def new_row(**more: Any) -> dict[str, Any]:
         "retention": 0.971, "regime": {"name": "none", "labels": 0, "unlabeled": 66, "labels_of_student_alone": 18},
         "converged": {**half, "reached": False, "teacher": {**half, "reached": True}},
         "steps": {"student_alone": 1800, "teacher": 900, "other": 7},
-        "labels_worth": {"value": 6.5}, "parameters": {"teacher": 2000, "student": 10}, "seconds_per_case": stages,
+        "labels_worth": {"value": 6}, "parameters": {"teacher": 2000, "student": 10}, "seconds_per_case": stages,
     }
     return content(**{**told, **more})
 
@@ -177,12 +181,24 @@ def test_the_full_table_tells_regime_convergence_rules_and_stages() -> None:
     assert "| ellipsoid (ignores the image) | 0.200 | 0.300 | - |" in told
     labels = "none (0 labeled cases and 66 images without a label; the student alone has 18 labeled cases)"
     assert f"Labels: {labels}." in told
-    assert "Without a label it is worth 6.5 labeled cases of the student alone." in told
+    assert "worth about 6 labeled cases: so many does a student alone need to be as good." in told
     assert "Student alone NOT converged (0.650 on validation after 900 steps, 0.700 after 1,800); teacher conv" in told
-    assert "s per case with one thread: load 0.10 and 0.20, network with OpenVINO 3.00 and 1.00." in told
+    assert "s per case with one thread: load 0.100 and 0.200, network with OpenVINO 3.000 and 1.000." in told
     assert "Steps: teacher 900, student alone 1,800. " in told
-    assert "Retention: 97.1 %." in told
+    assert "Retention: 97.1 % (student alone: 58.8 %)." in told
     assert "worth more than 18 labeled cases" in full_tables(new_row(labels_worth={"value": None, "more_than": 18}))
+
+
+def test_agreement_with_the_teacher_is_not_shown_as_a_score_by_labels() -> None:
+    agreed = {"mean": 0.9, "sd": None, "runs": [0.9], "metric": "val_mean_dice_with_teacher"}
+    combined = {**arm(0.65), "validation": agreed}
+    tried = {"name": "other", "validation": 0.8}
+    told = full_tables(new_row(combined=combined, distilled={"arm": "combined", **combined}, search=[tried]))
+
+    assert "| method and plain KD (= distilled) | 0.900 (agreement) | 0.650 |" in told
+    assert told[told.index("| first seed only |"):].splitlines()[2:] == [
+        "| method and plain KD | 0.900 |", "| other | 0.800 |",
+    ]
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)

@@ -105,7 +105,7 @@ def test_draws_without_a_gap_are_left_out_and_counted() -> None:
 
     assert gap["value"] == pytest.approx(1.0)
     assert gap["low"] is None
-    assert "30 % of the draws the teacher is not better" in gap["reason"]
+    assert "30 % of the draws of cases and seeds the teacher is not better" in gap["reason"]
     rarely = gap_recovered([0.9, 0.38, 0.9, 0.9], [[0.4, 0.5, 0.4, 0.5]], [[0.5, 0.5, 0.5, 0.5]])
     assert 0 < rarely["left_out"] < 0.025
     assert rarely["low"] < rarely["value"] < rarely["high"]

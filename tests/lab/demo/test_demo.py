@@ -120,7 +120,7 @@ def test_the_first_sentence_of_the_results_says_what_was_gained_alike_on_termina
 def test_the_terminal_shows_commands_best_scores_and_what_to_type_next(demo: Demo) -> None:
     assert demo.text.count("python -m monai.bundle run training") == 4
     assert demo.text.count("best validation Dice") == 4
-    assert "What the teacher is worth:" in demo.text
+    assert "One seed. Steps: teacher 20, students alone 40, distilled student 20 of twice the crops." in demo.text
     assert "configs/inference.json" in demo.text.splitlines()[-1]
 
 

@@ -56,7 +56,7 @@ def test_the_verdict_is_honest(scores: tuple[float, float, float], words: str) -
     ("distilled", "answer"),
     [
         (0.45, (4, "fewer than")), (0.5, (4, "about")), (0.55, (8, "about")), (0.65, (28, "about")),
-        (0.7, (48, "more than")),
+        (0.7, (48, "about")), (0.71, (48, "more than")),
     ],
 )
 def test_the_teacher_is_worth_the_labels_that_a_student_alone_needs(distilled: float, answer: tuple[int, str]) -> None:
