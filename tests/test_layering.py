@@ -24,7 +24,8 @@ LAYERS: dict[str, set[str]] = {
     "handlers": {"checks", "ops", "outputs", "taps", "weights", "settings", "losses"},
     COPIED: set(),
 }
-SHARED_BY_LOSSES = {"base", "boundary_head", "class_heads", "fitted", "focus", "predictions", "relation_bank"}
+SHARED_BY_LOSSES = {"base", "boundary_head", "class_heads", "fitted", "focus", "paraphraser", "predictions"}
+SHARED_BY_LOSSES |= {"discriminator", "relation_bank"}
 OURS = {"bundles", "scripts", "tests", "ci", "lab"}  # what the shared package knows nothing of
 STDLIB = set(sys.stdlib_module_names)
 NETWORK_PACKAGES = {"torch", "monai", "scripts"} | STDLIB

@@ -16,6 +16,7 @@ from medkd.losses.boundary_head import PairLabelLoss
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.losses.class_heads import FixedHeads
 from medkd.losses.features import HintLoss
+from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.layer_feedback import LayerFeedbackLoss
 from medkd.losses.logits import SoftLabelLoss
@@ -35,10 +36,11 @@ def corner(maps: Tensor, stride: int = 1) -> Tensor:
 
 
 def inputs(rank: int, classes: int = CHANNELS) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Taps `e` on the grid and `c` on half of it, predictions, and labels that are known in a corner alone."""
+    """Taps `e` and `f` on the grid and `c` on half of it, predictions, and labels that are known in a corner alone."""
     full, half = SIZES[rank], [length // 2 for length in SIZES[rank]]
     student, teacher = (
-        {"e": torch.randn(2, 3, *full), "c": torch.randn(2, 3, *half), "pred": torch.randn(2, CHANNELS, *full)}
+        {"e": torch.randn(2, 3, *full), "f": torch.randn(2, 3, *full), "c": torch.randn(2, 3, *half),
+         "pred": torch.randn(2, CHANNELS, *full)}
         for _ in range(2)
     )
     label = torch.full((2, 1, *SIZES[rank]), -1)
@@ -81,6 +83,10 @@ def feedback(rank: int) -> DistillationLoss:
     return LayerFeedbackLoss(["e", "c", "c"], ["c", "e"], projection="fixed", heads=heads)
 
 
+def flow(rank: int) -> DistillationLoss:
+    return GraphFlowLoss([["e", "f"]], spatial_dims=rank)
+
+
 def graph(rank: int, **options: Any) -> DistillationLoss:
     bank = RelationBank(channels=CHANNELS, capacity=4, sample=2)
     return GraphRelationLoss(OFFSETS[rank], bank=bank, pooling=(2,) * rank, **options)
@@ -90,7 +96,7 @@ def graph_balanced(rank: int) -> DistillationLoss:
     return graph(rank, balance="sample" if rank == 2 else "channel", background_weight=2.0)
 
 
-ALL = [soft, soft_foreground, soft_regions, hints, relation, feedback, graph, graph_balanced]
+ALL = [soft, soft_foreground, soft_regions, hints, relation, feedback, flow, graph, graph_balanced]
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -142,7 +148,7 @@ def test_the_loss_of_a_boundary_head_equals_that_of_the_labeled_part(rank: int) 
     torch.testing.assert_close(PairLabelLoss()(boundary, label), PairLabelLoss()(corner(boundary), corner(label)))
 
 
-@pytest.mark.parametrize("make", [soft, hints, relation, feedback, graph, graph_balanced])
+@pytest.mark.parametrize("make", [soft, hints, relation, feedback, flow, graph, graph_balanced])
 def test_changes_of_images_at_ignored_voxels_do_not_count(make: Callable[[int], DistillationLoss]) -> None:
     student, teacher, label = inputs(2)
     expected = make(2)(student, teacher, label)
@@ -153,7 +159,7 @@ def test_changes_of_images_at_ignored_voxels_do_not_count(make: Callable[[int], 
         torch.testing.assert_close(value, expected[term])
 
 
-@pytest.mark.parametrize("make", [soft, soft_foreground, hints, relation, feedback, graph, graph_balanced])
+@pytest.mark.parametrize("make", [soft, soft_foreground, hints, relation, feedback, flow, graph, graph_balanced])
 def test_where_everything_is_ignored_the_terms_are_zero_and_finite(make: Callable[[int], DistillationLoss]) -> None:
     student, teacher, label = inputs(3)
     loss = make(3)
