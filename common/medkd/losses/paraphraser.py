@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medkd.losses.fitted import load_fitted
+from medkd.losses.fitted import fitted_to, load_fitted
 from medkd.ops.precision import at_least_float32
+from medkd.weights import load_tensors
 
 __all__ = ["Paraphraser", "Paraphrasers", "Reconstruction", "TeacherParaphrasers", "reconstruction_loss"]
 
 Reconstruction = Literal["l1", "mse"]
 _SLOPE = 0.1
-_WAY_OUT = "fit `Paraphrasers` to the layers of this teacher and save their state dict there"
+_WAY_OUT = "give the trainer a `medkd.handlers.teacher_heads.ParaphraserFitting`, which fits them"
 
 
 class Paraphraser(nn.Module):
@@ -155,10 +156,13 @@ class TeacherParaphrasers:
 
     Args:
         channels: `[C_T, C]` for each layer of the teacher, in the order in which `flows` names them first.
-        path: their weights, the state dict of `Paraphrasers`.
+        path: their weights, as `medkd.handlers.teacher_heads.ParaphraserFitting` writes them.
         spatial_dims: 2 or 3.
         squeeze: as in `Paraphraser`.
         teacher_path: weights of the teacher, which must be those that they were fitted to; None does not look.
+
+    Attributes:
+        before_loading: called before the file is read; it may write it.
     """
 
     def __init__(
@@ -170,6 +174,11 @@ class TeacherParaphrasers:
         self.spatial_dims = spatial_dims
         self.squeeze = squeeze
         self.teacher_path = None if teacher_path is None else Path(teacher_path)
+        self.before_loading: Callable[[], None] = lambda: None
+
+    def belong_to(self, sha256: str) -> bool:
+        """Whether the file is there and was fitted to the teacher of this hash."""
+        return self.path.is_file() and fitted_to(load_tensors(self.path)) == sha256
 
     def load(self, device: torch.device | str = "cpu") -> Paraphrasers:
         """Build them, load them strictly, and freeze them on `device`.
@@ -178,6 +187,7 @@ class TeacherParaphrasers:
             FileNotFoundError: there is no such file.
             ValueError: weights of others, or of such that were fitted to another teacher.
         """
+        self.before_loading()
         built = Paraphrasers(self.channels, self.spatial_dims, self.squeeze)
         contents = f"paraphrasers of {[list(pair) for pair in self.channels]} channels, [teacher, student]"
         return load_fitted(built, self.path, self.teacher_path, device, "paraphrasers", contents, _WAY_OUT)

@@ -19,9 +19,11 @@ from monai.losses.dice import DiceCELoss
 from torch import Tensor, nn
 
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_heads import HeadFitting, TeacherLayers
+from medkd.handlers.teacher_heads import HeadFitting, ParaphraserFitting, TeacherFitting, TeacherLayers
 from medkd.losses.class_heads import TeacherHeads
+from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.ignoring import IgnoringLoss
+from medkd.losses.paraphraser import TeacherParaphrasers, reconstruction_loss
 from medkd.ops.ignored import UNLABELED
 
 
@@ -60,10 +62,14 @@ def fitting(teacher: Teacher, folder: Path, **options: Any) -> HeadFitting:
     return HeadFitting(heads, teacher, ["deep", "fine"], loss, **{"steps": 40, "learning_rate": 0.05, **options})
 
 
-def attached(one: HeadFitting, data: list[dict[str, Tensor]]) -> TeacherHeads:
+def attach(one: TeacherFitting, data: list[dict[str, Tensor]]) -> None:
     engine = Engine(lambda _engine, _batch: None)
     engine.data_loader, engine.state.device = data, torch.device("cpu")
     one.attach(engine)
+
+
+def attached(one: HeadFitting, data: list[dict[str, Tensor]]) -> TeacherHeads:
+    attach(one, data)
     return one.heads
 
 
@@ -134,3 +140,81 @@ def test_wrong_options_are_refused(teacher: Teacher, tmp_path: Path, options: di
     heads = TeacherHeads([6, 4], 2, tmp_path / "heads.pt", 2)
     with pytest.raises(ValueError, match=message):
         HeadFitting(**{"heads": heads, "teacher": teacher, "taps": ["deep", "fine"], "loss": DiceCELoss(), **options})
+
+
+# ---- paraphrasers --------------------------------------------------------------------------------------------------
+
+
+def paraphrasing(teacher: Teacher, folder: Path, **options: Any) -> ParaphraserFitting:
+    given = TeacherParaphrasers([(6, 3), (4, 2)], folder / "paraphrasers.pt", 2, teacher_path=teacher.path)
+    one = ParaphraserFitting(given, teacher, ["deep", "fine"], **{"steps": 60, "learning_rate": 0.02, **options})
+    attach(one, batches(labeled=False))
+    return one
+
+
+def own_error(one: ParaphraserFitting, kind: Any = "l1") -> float:
+    levels = TeacherLayers(one.teacher, one.taps)(batches()[0]["image"].as_subclass(Tensor))
+    loaded = one.paraphrasers.load()
+    pairs = zip(loaded.layers, levels, strict=True)
+    return sum(float(reconstruction_loss(layer.reconstruct(level), level, kind)) for layer, level in pairs)
+
+
+@pytest.mark.parametrize("kind", ["l1", "mse"])
+def test_missing_paraphrasers_are_fitted_without_labels_and_then_frozen(
+    teacher: Teacher, tmp_path: Path, kind: str
+) -> None:
+    before = torch.get_rng_state()
+    first, longer = (paraphrasing(teacher, tmp_path / name, steps=n, kind=kind) for name, n in (("a", 1), ("b", 60)))
+    assert not longer.paraphrasers.path.exists()
+    assert own_error(longer, kind) < 0.7 * own_error(first, kind)
+    assert torch.equal(torch.get_rng_state(), before)
+    content = torch.load(longer.paraphrasers.path, weights_only=True)
+    assert bytes(content["teacher_sha256"].tolist()) == sha256(teacher.path.read_bytes()).digest()
+    assert not any(one.requires_grad for one in longer.paraphrasers.load().parameters())
+
+
+def test_paraphrasers_that_are_there_are_kept_and_those_of_another_teacher_replaced(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    one = paraphrasing(teacher, tmp_path, steps=2)
+    one.paraphrasers.load()
+    before = one.paraphrasers.path.read_bytes()
+    paraphrasing(teacher, tmp_path, steps=3).paraphrasers.load()
+    assert one.paraphrasers.path.read_bytes() == before
+    torch.save(Net().state_dict(), teacher.path)
+    paraphrasing(Teacher(Net, teacher.path), tmp_path, steps=2).paraphrasers.load()
+    assert one.paraphrasers.path.read_bytes() != before
+
+
+def test_a_loss_that_is_activated_has_its_paraphrasers_fitted(teacher: Teacher, tmp_path: Path) -> None:
+    class Flat(nn.Module):
+        """Two layers of one grid."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+            self.head = nn.Conv2d(6, 2, 1)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.head(self.second(self.first(image).relu()))
+
+    torch.save(Flat().state_dict(), teacher.path)
+    flat = Teacher(Flat, teacher.path)
+    given = TeacherParaphrasers([(6, 3), (6, 3)], tmp_path / "p.pt", 2, teacher_path=teacher.path)
+    attach(ParaphraserFitting(given, flat, ["first", "second"], steps=2), batches())
+    loss = GraphFlowLoss([["first", "second"]], paraphrasers=given, spatial_dims=2)
+    assert not given.path.exists()
+    loss.activate(["node"])
+    assert given.path.exists()
+    layers = TeacherLayers(flat, ["first", "second"])
+    (first, second), pred = layers.with_prediction(batches()[0]["image"].as_subclass(Tensor))
+    student = {"first": torch.randn(2, 3, 16, 16), "second": torch.randn(2, 3, 16, 16), "pred": pred}
+    assert loss(student, {"first": first, "second": second, "pred": pred})["node"] > 0
+
+
+def test_paraphrasers_for_other_layers_are_refused(teacher: Teacher, tmp_path: Path) -> None:
+    given = TeacherParaphrasers([(6, 3), (4, 2)], tmp_path / "p.pt", 2)
+    with pytest.raises(ValueError, match=r"`taps` must be 2 layers, one for each of `paraphrasers`, got \['deep'\]"):
+        ParaphraserFitting(given, teacher, ["deep"])
+    with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
+        ParaphraserFitting(given, teacher, ["deep", "fine"], steps=0)

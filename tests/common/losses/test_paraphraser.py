@@ -109,7 +109,7 @@ def test_a_file_is_read_strictly_and_frozen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold paraphrasers of \[\[6, 2\], \[5, 4\]\] channels, .* but "):
         TeacherParaphrasers([(6, 2), (5, 4)], path, 2).load()
     teacher.write_bytes(b"another teacher")
-    with pytest.raises(ValueError, match="must be fitted to the teacher .*; fit `Paraphrasers` to the layers of this"):
+    with pytest.raises(ValueError, match="must be fitted to the teacher .*; give the trainer .*ParaphraserFitting"):
         TeacherParaphrasers([(6, 2), (5, 3)], path, 2, teacher_path=teacher).load()
 
 
