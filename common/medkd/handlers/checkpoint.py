@@ -364,7 +364,7 @@ def _teacher(state: Any) -> str | None:
 
 
 def _moved_by(engine: Any) -> Iterator[tuple[str, Any]]:
-    """What a trainer steps: its optimizer, the schedules of its handlers, and factors that follow gradients."""
+    """What a trainer steps: optimizers, the schedules of its handlers, and factors that follow gradients."""
     if getattr(engine, "optimizer", None) is not None:
         yield "optimizer", engine.optimizer
     for event in (Events.EPOCH_COMPLETED, Events.ITERATION_COMPLETED):
@@ -372,5 +372,6 @@ def _moved_by(engine: Any) -> Iterator[tuple[str, Any]]:
             schedule = getattr(handler, "lr_scheduler", None)
             if schedule is not None:
                 yield "lr_scheduler", schedule
-    if getattr(engine.state, "balancing", None) is not None:
-        yield "gradient_norms", engine.state.balancing
+    for name, attribute in (("gradient_norms", "balancing"), ("discriminator_optimizer",) * 2):
+        if getattr(engine.state, attribute, None) is not None:
+            yield name, getattr(engine.state, attribute)

@@ -12,12 +12,14 @@ from monai.data.meta_tensor import MetaTensor
 from monai.losses.dice import DiceCELoss
 from torch import Tensor, nn
 
+from medkd.losses.adversarial import AdversarialLoss
 from medkd.losses.affinity import AffinityLoss
-from medkd.losses.base import DistillationLoss
+from medkd.losses.base import DistillationLoss, pointwise_convolution
 from medkd.losses.boundary_head import PairLabelLoss
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.losses.class_heads import FixedHeads
 from medkd.losses.features import HintLoss
+from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.ignoring import IgnoringLoss
 from medkd.losses.layer_feedback import LayerFeedbackLoss
@@ -35,10 +37,10 @@ Make = Callable[[int], DistillationLoss]
 
 
 def inputs(rank: int, batch: int = 3) -> tuple[Maps, Maps, Tensor]:
-    """Taps `e` on the grid and `c` on half of it, predictions, and labels; the second sample has none."""
+    """Taps `e` and `f` on the grid and `c` on half of it, predictions, and labels; the second sample has none."""
     full, half = SIZES[rank], [length // 2 for length in SIZES[rank]]
     student, teacher = (
-        {"e": torch.randn(batch, 3, *full), "c": torch.randn(batch, 3, *half),
+        {"e": torch.randn(batch, 3, *full), "f": torch.randn(batch, 3, *full), "c": torch.randn(batch, 3, *half),
          "pred": 3.0 * torch.randn(batch, CHANNELS, *full)}
         for _ in range(2)
     )
@@ -83,6 +85,15 @@ def feedback(rank: int) -> DistillationLoss:
     return LayerFeedbackLoss(["e", "c", "c"], ["c", "e"], projection="fixed", heads=heads)
 
 
+def flow(rank: int) -> DistillationLoss:
+    return GraphFlowLoss([["e", "f"]], spatial_dims=rank)
+
+
+def adversarial(rank: int) -> DistillationLoss:
+    """With a discriminator that looks at single voxels."""
+    return AdversarialLoss(pointwise_convolution(CHANNELS, 1, rank, torch.Generator().manual_seed(0)))
+
+
 def graph(rank: int, **options: Any) -> DistillationLoss:
     """With a past image in its memory, so that all terms are there."""
     bank = RelationBank(channels=CHANNELS, capacity=4, sample=2)
@@ -99,9 +110,11 @@ def stand_in(make: Make, teacher: Maps) -> Tensor:
     return hard_labels(teacher["pred"]) if make is relation else torch.zeros_like(hard_labels(teacher["pred"]))
 
 
-ALL = [soft, soft_foreground, target, target_by_sample, hints, relation, feedback, graph, graph_balanced]
+ALL = [soft, soft_foreground, target, target_by_sample, hints, relation, feedback, flow, adversarial, graph,
+       graph_balanced]
 # Losses whose terms are means over samples as long as no voxel is ignored.
-BY_SAMPLE = dict.fromkeys([soft, target_by_sample, hints, feedback, graph, graph_balanced]) | {relation: "relation"}
+BY_SAMPLE = dict.fromkeys([soft, target_by_sample, hints, feedback, flow, adversarial, graph, graph_balanced])
+BY_SAMPLE |= {relation: "relation"}
 
 
 def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
