@@ -32,6 +32,7 @@ from monai.transforms.spatial.dictionary import RandFlipd
 from torch import Tensor, distributed, nn
 from torch.utils.data.distributed import DistributedSampler
 
+from medkd.handlers.adversarial import DiscriminatorTraining
 from medkd.handlers.checkpoint import CheckpointHandler
 from medkd.handlers.distillation import DistillationEvents, DistillationHandler
 from medkd.handlers.gradient_norms import GradientNorms
@@ -39,7 +40,9 @@ from medkd.handlers.nan_guard import NanGuard
 from medkd.handlers.randomness import EpochSeed
 from medkd.handlers.schedule import WeightSchedule
 from medkd.handlers.teacher import Teacher
+from medkd.losses.adversarial import AdversarialLoss
 from medkd.losses.base import DistillationLoss, trainable_parameters
+from medkd.losses.discriminator import Discriminator
 from medkd.losses.features import HintLoss
 from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.logits import SoftLabelLoss
@@ -392,4 +395,29 @@ def balance_one_rank(rank: int, ranks: int, directory: Path) -> None:
     engine.run()
     weights = [one.detach() for one in network.parameters()]
     torch.save((own, told, norms.state_dict()["factors"], weights), directory / f"result_{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def discriminate_one_rank(rank: int, ranks: int, directory: Path) -> None:
+    """Train one rank with a discriminator for a step of plain gradient descent; save what it was shown, and its end."""
+    distributed.init_process_group("gloo", f"file://{directory}/meeting_point", rank=rank, world_size=ranks)
+    network = nn.parallel.DistributedDataParallel(student())
+    discriminator = Discriminator(2, 2, width=4, layers=1)
+    loss = AdversarialLoss(discriminator, "hinge")
+    shown: list[tuple[Tensor, Tensor]] = []
+
+    def look(engine: Any) -> None:
+        shown.append((engine.state.teacher["pred"].clone(), engine.state.student["pred"].detach().clone()))
+
+    handlers = [
+        DistillationHandler(Teacher(teacher), loss, {"adversarial": 0.1}),
+        DiscriminatorTraining(loss, torch.optim.SGD(discriminator.parameters(), 0.1)),
+        on(Events.ITERATION_COMPLETED, lambda engine: engine.terminate()),
+    ]
+    engine = make_trainer(
+        network, handlers, epochs=1, sampler=lambda dataset: DistributedSampler(dataset, ranks, rank)
+    )
+    engine.add_event_handler(DistillationEvents.TEACHER_COMPLETED, look)
+    engine.run()
+    torch.save((shown[0], discriminator.state_dict()), directory / f"result_{rank}.pt")
     distributed.destroy_process_group()

@@ -199,6 +199,18 @@ def test_its_pull_is_measured_and_balanced_like_that_of_any_term() -> None:
     assert norms.state_dict()["factors"]["adversarial"] > 0
 
 
+def test_ranks_take_the_mean_gradient_and_have_the_same_discriminator(tmp_path: Path) -> None:
+    toys.finish(*(toys.start(toys.discriminate_one_rank, rank, 2, tmp_path) for rank in range(2)))
+    (shown, weights), (other_shown, other) = (torch.load(tmp_path / f"result_{rank}.pt") for rank in range(2))
+    assert toys.same(weights, other)
+    assert not toys.same(shown, other_shown)
+    twin = Discriminator(2, 2, width=4, layers=1).train()
+    together = [torch.cat(pair) for pair in zip(shown, other_shown, strict=True)]
+    discriminator_loss(twin, *together, "hinge")["loss"].backward()
+    torch.optim.SGD(twin.parameters(), 0.1).step()
+    torch.testing.assert_close(weights, dict(twin.state_dict()))
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 

@@ -247,6 +247,14 @@ def test_dead_channels_give_finite_terms_and_no_gradient() -> None:
     assert all(value == 0 for value in a_loss((9, 7))(nothing, nothing).values())
 
 
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_a_feature_that_is_no_number_is_not_passed_over(variation: str) -> None:
+    """So that a guard stops the run."""
+    student, teacher = features((9, 7)), features((9, 7))
+    student["e"][0, 1, 3, 3] = float("nan")
+    assert all(value.isnan() for value in a_loss((9, 7), variation=variation)(student, teacher).values())
+
+
 def test_a_term_that_is_not_asked_for_is_not_given() -> None:
     student, teacher = features((9, 7)), features((9, 7))
     loss = a_loss((9, 7))
