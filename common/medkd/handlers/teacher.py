@@ -74,7 +74,7 @@ class Teacher:
         network = self._build()
         digest = hashlib.sha256()
         for name, value in network.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def require(self) -> None:

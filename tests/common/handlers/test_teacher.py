@@ -249,3 +249,13 @@ def test_a_tensor_in_the_place_of_a_state_dict_is_refused(tmp_path: Path) -> Non
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"`path` must be a weights file, got '.*no.pt', which does not exist"):
         load_tensors(tmp_path / "no.pt")
+
+
+def test_a_teacher_without_a_file_is_known_by_its_weights_and_statistics() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))  # its count of batches has no axis
+    teacher = Teacher(network)
+    before = teacher.hash()
+    assert teacher.hash() == before
+    with torch.no_grad():
+        network[1].running_mean.add_(1.0)
+    assert teacher.hash() != before
