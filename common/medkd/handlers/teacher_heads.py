@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -19,8 +18,15 @@ from medkd.handlers.atomic import save_atomically
 from medkd.handlers.cpu_autocast import cpu_autocast
 from medkd.handlers.randomness import preserved_random_state, seed_everything
 from medkd.handlers.teacher import Teacher, teacher_image
-from medkd.losses.class_heads import ClassHeads, TeacherHeads
-from medkd.losses.paraphraser import Paraphrasers, Reconstruction, TeacherParaphrasers, reconstruction_loss
+from medkd.losses.class_heads import TeacherHeads
+from medkd.losses.fitted import FittedFile, digest, written_taps
+from medkd.losses.paraphraser import (
+    Paraphrasers,
+    Reconstruction,
+    TeacherParaphrasers,
+    check_kind,
+    reconstruction_loss,
+)
 from medkd.ops.ignored import samples_without_label
 from medkd.ops.prediction import hard_labels
 from medkd.ops.resample import pool_or_interpolate
@@ -62,22 +68,13 @@ class TeacherLayers:
         return [outputs[path] for path in self.paths], pred
 
 
-class _Fitted(Protocol):
-    """What a file of fitted weights stands for."""
-
-    path: Path
-    before_loading: Callable[[], None]
-
-    def belong_to(self, sha256: str) -> bool: ...
-
-
 class TeacherFitting(ABC):
     """Fits modules to layers of a frozen teacher at the start of a training whose loss asks for them.
 
     The teacher does not change, the run's random state neither. Attach it to the trainer in any order.
 
     Args:
-        fitted: that of the loss. Its file is written where it is missing, or was fitted to another teacher.
+        fitted: that of the loss. Its file is written where it is missing, or of another teacher, or fitted otherwise.
         teacher: whose layers are read.
         taps: the layers.
         steps: batches of the training's loader that are fitted with.
@@ -92,7 +89,7 @@ class TeacherFitting(ABC):
     name = ""
 
     def __init__(
-        self, fitted: _Fitted, teacher: Teacher, taps: Sequence[str], steps: int, learning_rate: float,
+        self, fitted: FittedFile[Any], teacher: Teacher, taps: Sequence[str], steps: int, learning_rate: float,
         teacher_input: str, seed: int,
     ) -> None:
         if steps < 1:
@@ -125,13 +122,20 @@ class TeacherFitting(ABC):
             batch: of the loader.
         """
 
-    def _fit_where_missing(self, engine: Any) -> None:
-        if idist.get_rank() == 0 and not self._fitted.belong_to(self.teacher.hash()):
-            with preserved_random_state(), torch.enable_grad():
-                self._fit(engine)
-        idist.barrier()
+    def notes(self) -> dict[str, Tensor]:
+        """Give what else the file is to tell of itself; with `fitted_as`, one that was fitted otherwise is replaced."""
+        return {}
 
-    def _fit(self, engine: Any) -> None:
+    def _fit_where_missing(self, engine: Any) -> None:
+        try:
+            wanted = self.notes().get("fitted_as")
+            if idist.get_rank() == 0 and not self._fitted.belong_to(sha256 := self.teacher.hash(), wanted):
+                with preserved_random_state(), torch.enable_grad():
+                    self._fit(engine, sha256)
+        finally:
+            idist.barrier()                                        # also where it fails, or the others would wait
+
+    def _fit(self, engine: Any, sha256: str) -> None:
         loader, device = engine.data_loader, engine.state.device
         logger.info("%s of the teacher's layers are fitted, in %d steps, and kept in %s.",
                     self.name, self.steps, self._fitted.path)
@@ -150,7 +154,8 @@ class TeacherFitting(ABC):
             optimizer.step()
             values.append(value.item())
         logger.info("Their loss was %.4f in the first step and is %.4f in the last.", values[0], values[-1])
-        save_atomically({**modules.cpu().state_dict(), "teacher_sha256": layers.sha256}, self._fitted.path)
+        notes = {"teacher_sha256": torch.tensor(list(bytes.fromhex(sha256))).byte(), **self.notes()}
+        save_atomically({**modules.cpu().state_dict(), **notes}, self._fitted.path)
 
 
 class HeadFitting(TeacherFitting):
@@ -192,7 +197,7 @@ class HeadFitting(TeacherFitting):
 
     def build(self) -> nn.Module:
         """Give heads with their first values."""
-        return ClassHeads(self.heads.channels, self.heads.classes, self.heads.spatial_dims, size=1.0)
+        return self.heads.build()
 
     def value(self, modules: Any, levels: Sequence[Tensor], pred: Tensor, image: Tensor, batch: Any) -> Tensor:
         """Give the supervised loss of the heads, on the grid of the image."""
@@ -204,12 +209,13 @@ class HeadFitting(TeacherFitting):
 class ParaphraserFitting(TeacherFitting):
     """Fits the paraphrasers of a frozen teacher when a training's loss needs them, unless they are there.
 
-    They learn to bring layers back from few channels, without labels, from all images that the training has.
+    They learn to bring layers back from few channels, without labels: from `steps` batches of the training's loader,
+    which may have cases without a label. A file that was fitted to other layers, for other channels, or by other
+    arguments than these is replaced.
 
     Args:
-        paraphrasers: those of the loss. Their file is written where it is missing, or was fitted to another teacher.
-        teacher: whose layers they read.
-        taps: the layers, in the order of `paraphrasers`: that in which `flows` names them first.
+        paraphrasers: those of the loss, with the layers that they read.
+        teacher: whose layers they are.
         kind: of the reconstruction loss, `l1` or `mse`.
         steps: batches of the training's loader that they are fitted with.
         learning_rate: of Adam. Published is SGD at 3e-4 for 200 epochs, with a teacher in training mode.
@@ -217,7 +223,7 @@ class ParaphraserFitting(TeacherFitting):
         seed: of the first values and of the batches; not the run's.
 
     Raises:
-        ValueError: not as many taps as paraphrasers, or no step.
+        ValueError: no step, or an unknown `kind`.
 
     Reference:
         Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, arXiv 1802.04977.
@@ -226,14 +232,11 @@ class ParaphraserFitting(TeacherFitting):
     name = "Paraphrasers"
 
     def __init__(
-        self, paraphrasers: TeacherParaphrasers, teacher: Teacher, taps: Sequence[str], kind: Reconstruction = "l1",
-        steps: int = 200, learning_rate: float = 0.001, teacher_input: str = "image", seed: int = 0,
+        self, paraphrasers: TeacherParaphrasers, teacher: Teacher, kind: Reconstruction = "l1", steps: int = 200,
+        learning_rate: float = 0.001, teacher_input: str = "image", seed: int = 0,
     ) -> None:
-        if len(taps) != len(paraphrasers.channels):
-            raise ValueError(
-                f"`taps` must be {len(paraphrasers.channels)} layers, one for each of `paraphrasers`, got {list(taps)}."
-            )
-        super().__init__(paraphrasers, teacher, taps, steps, learning_rate, teacher_input, seed)
+        check_kind(kind)
+        super().__init__(paraphrasers, teacher, paraphrasers.taps, steps, learning_rate, teacher_input, seed)
         self.paraphrasers = paraphrasers
         self.kind: Reconstruction = kind
 
@@ -241,6 +244,15 @@ class ParaphraserFitting(TeacherFitting):
         """Give paraphrasers with their first values."""
         one = self.paraphrasers
         return Paraphrasers(one.channels, one.spatial_dims, one.squeeze, self.seed)
+
+    def notes(self) -> dict[str, Tensor]:
+        """Give the layers, and a digest of all that the weights depend on beside teacher and data."""
+        one = self.paraphrasers
+        fitted_as = digest(
+            taps=one.taps, channels=one.channels, spatial_dims=one.spatial_dims, squeeze=one.squeeze, kind=self.kind,
+            steps=self.steps, learning_rate=self.learning_rate, seed=self.seed,
+        )
+        return {"fitted_as": fitted_as, "taps": written_taps(one.taps)}
 
     def value(self, modules: Any, levels: Sequence[Tensor], pred: Tensor, image: Tensor, batch: Any) -> Tensor:
         """Give the mean over layers of their reconstruction losses."""

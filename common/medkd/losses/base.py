@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,13 @@ from medkd.checks import suggest
 from medkd.ops.ignored import UNLABELED, may_be_negative
 from medkd.ops.precision import at_least_float32
 
-__all__ = ["DistillationLoss", "TapPair", "distils", "pointwise_convolution", "tap_pairs", "trainable_parameters"]
+__all__ = [
+    "DistillationLoss", "TapPair", "distils", "drawn_convolution", "pointwise_convolution", "tap_pairs",
+    "trainable_parameters",
+]
 
 TapPair = tuple[str, str]
+Convolution = TypeVar("Convolution", bound=nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d)
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -173,11 +177,20 @@ def pointwise_convolution(
     Weights are normal with variance 1 / channels_in, the bias is 0; the global random generators stay untouched.
     """
     convolution = nn.Conv3d if rank == 3 else nn.Conv2d
-    with torch.device("meta"):                                     # no draw from the global generator
-        layer = convolution(channels_in, channels_out, kernel_size=1, bias=bias)
-    layer = layer.to_empty(device="cpu")
+
+    def build() -> nn.Conv2d | nn.Conv3d:
+        return convolution(channels_in, channels_out, kernel_size=1, bias=bias)
+
+    return drawn_convolution(build, channels_in**-0.5, generator)
+
+
+def drawn_convolution(build: Callable[[], Convolution], std: float, generator: torch.Generator) -> Convolution:
+    """A convolution with normal weights of this deviation and a bias of 0, without a draw from the global generator."""
+    with torch.device("meta"):
+        layer = build()
+    layer.to_empty(device="cpu")
     with torch.no_grad():
-        layer.weight.normal_(std=channels_in**-0.5, generator=generator)
+        layer.weight.normal_(std=std, generator=generator)
         if layer.bias is not None:
             layer.bias.zero_()
     return layer

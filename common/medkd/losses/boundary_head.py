@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.losses.base import pointwise_convolution
-from medkd.losses.fitted import load_fitted
+from medkd.losses.fitted import FittedFile
 from medkd.ops.border import pair_label_loss
 from medkd.ops.ignored import labeled_samples
 from medkd.ops.resample import majority_label, pool_or_interpolate
 
 __all__ = ["BoundaryHead", "PairLabelLoss", "TeacherHead"]
-
-_WAY_OUT = "fit it with the config file teacher_head.json behind those of this run"
 
 
 class BoundaryHead(nn.Module):
@@ -70,7 +67,7 @@ class BoundaryHead(nn.Module):
         return logits.sigmoid()
 
 
-class TeacherHead:
+class TeacherHead(FittedFile[BoundaryHead]):
     """The teacher's boundary head: fitted once, then frozen; read when it is needed, in no optimizer or checkpoint.
 
     Args:
@@ -80,25 +77,23 @@ class TeacherHead:
         teacher_path: weights of the teacher, which must be those that the head was fitted to; None does not look.
     """
 
+    name = "boundary head"
+    way_out = "fit it with the config file teacher_head.json behind those of this run"
+
     def __init__(
         self, channels: Sequence[int], path: str | os.PathLike[str], spatial_dims: int = 3,
         teacher_path: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(path, spatial_dims, teacher_path)
         self.channels = tuple(channels)
-        self.path = Path(path)
-        self.spatial_dims = spatial_dims
-        self.teacher_path = None if teacher_path is None else Path(teacher_path)
 
-    def load(self, device: torch.device | str = "cpu") -> BoundaryHead:
-        """Build the head, load it strictly, and freeze it on `device`.
+    def build(self) -> BoundaryHead:
+        """Give a head with its first values."""
+        return BoundaryHead(self.channels, self.spatial_dims)
 
-        Raises:
-            FileNotFoundError: there is no such file; the message gives the command that makes it.
-            ValueError: weights of another head, or of a head that was fitted to another teacher.
-        """
-        head = BoundaryHead(self.channels, self.spatial_dims)
-        contents = f"a head for levels of {list(self.channels)} channels"
-        return load_fitted(head, self.path, self.teacher_path, device, "boundary head", contents, _WAY_OUT)
+    def describe(self) -> str:
+        """Say what the file must hold."""
+        return f"a head for levels of {list(self.channels)} channels"
 
 
 class PairLabelLoss(nn.Module):

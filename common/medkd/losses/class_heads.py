@@ -4,20 +4,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medkd.losses.base import pointwise_convolution
-from medkd.losses.fitted import fitted_to, load_fitted
-from medkd.weights import load_tensors
+from medkd.losses.fitted import FittedFile
 
 __all__ = ["ClassHeads", "FixedHeads", "LayerHeads", "TeacherHeads", "drawn_projection"]
-
-_WAY_OUT = "give the trainer a `medkd.handlers.teacher_heads.HeadFitting`, which fits them"
 
 
 class LayerHeads(nn.Module):
@@ -140,7 +136,7 @@ class FixedHeads(LayerHeads):
         return convolution(level, self.get_buffer(f"weight_{number}").to(level.dtype))
 
 
-class TeacherHeads:
+class TeacherHeads(FittedFile[ClassHeads]):
     """The teacher's heads: fitted once, then frozen; read when they are needed, in no optimizer or checkpoint.
 
     Args:
@@ -149,37 +145,26 @@ class TeacherHeads:
         path: their weights, as `medkd.handlers.teacher_heads.HeadFitting` writes them.
         spatial_dims: 2 or 3.
         teacher_path: weights of the teacher, which must be those that the heads were fitted to; None does not look.
-
-    Attributes:
-        before_loading: called before the file is read; it may write it.
     """
+
+    name = "class heads"
+    way_out = "give the trainer a `medkd.handlers.teacher_heads.HeadFitting`, which fits them"
 
     def __init__(
         self, channels: Sequence[int], classes: int, path: str | os.PathLike[str], spatial_dims: int = 3,
         teacher_path: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(path, spatial_dims, teacher_path)
         self.channels = tuple(channels)
         self.classes = classes
-        self.path = Path(path)
-        self.spatial_dims = spatial_dims
-        self.teacher_path = None if teacher_path is None else Path(teacher_path)
-        self.before_loading: Callable[[], None] = lambda: None
 
-    def belong_to(self, sha256: str) -> bool:
-        """Whether the file is there and was fitted to the teacher of this hash."""
-        return self.path.is_file() and fitted_to(load_tensors(self.path)) == sha256
+    def build(self) -> ClassHeads:
+        """Give heads with their first values, of the size in which they are fitted."""
+        return ClassHeads(self.channels, self.classes, self.spatial_dims, size=1.0)
 
-    def load(self, device: torch.device | str = "cpu") -> ClassHeads:
-        """Build the heads, load them strictly, and freeze them on `device`.
-
-        Raises:
-            FileNotFoundError: there is no such file; the message tells what makes it.
-            ValueError: weights of other heads, or of heads that were fitted to another teacher.
-        """
-        self.before_loading()
-        heads = ClassHeads(self.channels, self.classes, self.spatial_dims)
-        contents = f"heads for layers of {list(self.channels)} channels and {self.classes} classes"
-        return load_fitted(heads, self.path, self.teacher_path, device, "class heads", contents, _WAY_OUT)
+    def describe(self) -> str:
+        """Say what the file must hold."""
+        return f"heads for layers of {list(self.channels)} channels and {self.classes} classes"
 
 
 def drawn_projection(maps: Tensor, channels: int, generator: torch.Generator) -> Tensor:

@@ -242,10 +242,10 @@ def _check_options(variation: str, reduction: str, maximum: str) -> None:
 def _check_paraphrasers(paraphrasers: TeacherParaphrasers | None, taps: Sequence[str], spatial_dims: int) -> None:
     if paraphrasers is None:
         return
-    if len(paraphrasers.channels) != len(taps):
+    if paraphrasers.taps != tuple(taps):
         raise ValueError(
-            f"`paraphrasers` must be for the teacher's layers {list(taps)}, in this order, got channels of "
-            f"{len(paraphrasers.channels)}."
+            f"`paraphrasers` must be for the teacher's layers {list(taps)}, in this order, got "
+            f"{list(paraphrasers.taps)}."
         )
     if paraphrasers.spatial_dims != spatial_dims:
         raise ValueError(

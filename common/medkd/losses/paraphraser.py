@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medkd.losses.fitted import fitted_to, load_fitted
+from medkd.losses.base import drawn_convolution
+from medkd.losses.fitted import FittedFile, read_taps
 from medkd.ops.precision import at_least_float32
-from medkd.weights import load_tensors
 
-__all__ = ["Paraphraser", "Paraphrasers", "Reconstruction", "TeacherParaphrasers", "reconstruction_loss"]
+__all__ = ["Paraphraser", "Paraphrasers", "Reconstruction", "TeacherParaphrasers", "check_kind", "reconstruction_loss"]
 
 Reconstruction = Literal["l1", "mse"]
 _SLOPE = 0.1
-_WAY_OUT = "give the trainer a `medkd.handlers.teacher_heads.ParaphraserFitting`, which fits them"
 
 
 class Paraphraser(nn.Module):
@@ -109,10 +107,19 @@ def reconstruction_loss(found: Tensor, maps: Tensor, kind: Reconstruction = "l1"
         >>> reconstruction_loss(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 0.0])).item()
         1.5
     """
-    if kind not in get_args(Reconstruction):
-        raise ValueError(f"`kind` must be one of {get_args(Reconstruction)}, got {kind!r}.")
+    check_kind(kind)
     distance = F.l1_loss if kind == "l1" else F.mse_loss
     return distance(at_least_float32(found), at_least_float32(maps.detach()))
+
+
+def check_kind(kind: str) -> None:
+    """Refuse an unknown reconstruction loss.
+
+    Raises:
+        ValueError: neither `l1` nor `mse`.
+    """
+    if kind not in get_args(Reconstruction):
+        raise ValueError(f"`kind` must be one of {get_args(Reconstruction)}, got {kind!r}.")
 
 
 class Paraphrasers(nn.Module):
@@ -151,46 +158,51 @@ class Paraphrasers(nn.Module):
         return [layer(level) for layer, level in zip(self.layers, levels, strict=True)]
 
 
-class TeacherParaphrasers:
+class TeacherParaphrasers(FittedFile[Paraphrasers]):
     """Fitted paraphrasers of a teacher: read when they are needed and frozen, in no optimizer or checkpoint.
 
     Args:
-        channels: `[C_T, C]` for each layer of the teacher, in the order in which `flows` names them first.
+        taps: paths of the teacher's layers, in the order in which the loss names them first.
+        channels: `[C_T, C]` for each of them: the teacher's channels, and the student's.
         path: their weights, as `medkd.handlers.teacher_heads.ParaphraserFitting` writes them.
         spatial_dims: 2 or 3.
         squeeze: as in `Paraphraser`.
         teacher_path: weights of the teacher, which must be those that they were fitted to; None does not look.
 
-    Attributes:
-        before_loading: called before the file is read; it may write it.
+    Raises:
+        ValueError: not as many taps as channels; in `load`: a file that was fitted to other layers, or in other order.
     """
 
+    argument = "paraphrasers"
+    name = "paraphrasers"
+    way_out = "give the trainer a `medkd.handlers.teacher_heads.ParaphraserFitting`, which fits them"
+
     def __init__(
-        self, channels: Sequence[Sequence[int]], path: str | os.PathLike[str], spatial_dims: int = 3,
-        squeeze: int | None = None, teacher_path: str | os.PathLike[str] | None = None,
+        self, taps: Sequence[str], channels: Sequence[Sequence[int]], path: str | os.PathLike[str],
+        spatial_dims: int = 3, squeeze: int | None = None, teacher_path: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(path, spatial_dims, teacher_path)
+        if isinstance(taps, str) or len(taps) != len(channels):
+            raise ValueError(f"`taps` must be {len(channels)} layers, one for each of `channels`, got {taps!r}.")
+        self.taps = tuple(taps)
         self.channels = tuple(tuple(pair) for pair in channels)
-        self.path = Path(path)
-        self.spatial_dims = spatial_dims
         self.squeeze = squeeze
-        self.teacher_path = None if teacher_path is None else Path(teacher_path)
-        self.before_loading: Callable[[], None] = lambda: None
 
-    def belong_to(self, sha256: str) -> bool:
-        """Whether the file is there and was fitted to the teacher of this hash."""
-        return self.path.is_file() and fitted_to(load_tensors(self.path)) == sha256
+    def build(self) -> Paraphrasers:
+        """Give paraphrasers with their first values."""
+        return Paraphrasers(self.channels, self.spatial_dims, self.squeeze)
 
-    def load(self, device: torch.device | str = "cpu") -> Paraphrasers:
-        """Build them, load them strictly, and freeze them on `device`.
+    def describe(self) -> str:
+        """Say what the file must hold."""
+        return f"paraphrasers of {[list(pair) for pair in self.channels]} channels, [teacher, student]"
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: weights of others, or of such that were fitted to another teacher.
-        """
-        self.before_loading()
-        built = Paraphrasers(self.channels, self.spatial_dims, self.squeeze)
-        contents = f"paraphrasers of {[list(pair) for pair in self.channels]} channels, [teacher, student]"
-        return load_fitted(built, self.path, self.teacher_path, device, "paraphrasers", contents, _WAY_OUT)
+    def check_notes(self, notes: Mapping[str, Tensor]) -> None:
+        """Refuse a file that was fitted to other layers; their channels may be the same."""
+        if (told := read_taps(notes)) is not None and told != list(self.taps):
+            raise ValueError(
+                f"`paraphrasers` must be fitted to the teacher's layers {list(self.taps)}, in this order, but "
+                f"{self.path} was fitted to {told}; {self.way_out}."
+            )
 
 
 def _chain(
@@ -207,13 +219,8 @@ def _chain(
 def _convolution(
     channels_in: int, channels_out: int, kernel: int, spatial_dims: int, transposed: bool, generator: torch.Generator
 ) -> nn.Module:
-    kinds = (nn.ConvTranspose2d, nn.ConvTranspose3d) if transposed else (nn.Conv2d, nn.Conv3d)
-    with torch.device("meta"):                                     # no draw from the global generator
-        layer = kinds[spatial_dims - 2](channels_in, channels_out, kernel, padding=kernel // 2)
-    layer = layer.to_empty(device="cpu")
     gain = math.sqrt(2.0 / (1.0 + _SLOPE**2))                      # keeps the size of what passes
-    with torch.no_grad():
-        layer.weight.normal_(std=gain / math.sqrt(channels_in * kernel**spatial_dims), generator=generator)
-        if layer.bias is not None:
-            layer.bias.zero_()
-    return layer
+    std, padding = gain / math.sqrt(channels_in * kernel**spatial_dims), kernel // 2
+    kinds = (nn.ConvTranspose2d, nn.ConvTranspose3d) if transposed else (nn.Conv2d, nn.Conv3d)
+    kind: type[nn.Conv2d] = kinds[spatial_dims - 2]   # type: ignore[assignment]
+    return drawn_convolution(lambda: kind(channels_in, channels_out, kernel, padding=padding), std, generator)

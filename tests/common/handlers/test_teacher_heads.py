@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,12 @@ def test_wrong_options_are_refused(teacher: Teacher, tmp_path: Path, options: di
 # ---- paraphrasers --------------------------------------------------------------------------------------------------
 
 
-def paraphrasing(teacher: Teacher, folder: Path, **options: Any) -> ParaphraserFitting:
-    given = TeacherParaphrasers([(6, 3), (4, 2)], folder / "paraphrasers.pt", 2, teacher_path=teacher.path)
-    one = ParaphraserFitting(given, teacher, ["deep", "fine"], **{"steps": 60, "learning_rate": 0.02, **options})
+def paraphrasing(
+    teacher: Teacher, folder: Path, taps: Sequence[str] = ("deep", "fine"),
+    channels: Sequence[Sequence[int]] = ((6, 3), (4, 2)), squeeze: int | None = None, **options: Any,
+) -> ParaphraserFitting:
+    given = TeacherParaphrasers(taps, channels, folder / "paraphrasers.pt", 2, squeeze, teacher.path)
+    one = ParaphraserFitting(given, teacher, **{"steps": 60, "learning_rate": 0.02, **options})
     attach(one, batches(labeled=False))
     return one
 
@@ -173,17 +177,49 @@ def test_missing_paraphrasers_are_fitted_without_labels_and_then_frozen(
     assert not any(one.requires_grad for one in longer.paraphrasers.load().parameters())
 
 
-def test_paraphrasers_that_are_there_are_kept_and_those_of_another_teacher_replaced(
-    teacher: Teacher, tmp_path: Path
+@pytest.mark.parametrize("change", [
+    {"channels": ((6, 2), (4, 2))}, {"squeeze": 2}, {"kind": "mse"}, {"steps": 3}, {"learning_rate": 0.01}, {"seed": 1},
+    {"taps": ("fine", "deep"), "channels": ((4, 2), (6, 3))}, {"taps": ("deep", "norm")},
+])
+def test_paraphrasers_are_kept_as_long_as_they_are_fitted_so(
+    teacher: Teacher, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    one = paraphrasing(teacher, tmp_path, steps=2)
-    one.paraphrasers.load()
-    before = one.paraphrasers.path.read_bytes()
-    paraphrasing(teacher, tmp_path, steps=3).paraphrasers.load()
-    assert one.paraphrasers.path.read_bytes() == before
+    one = paraphrasing(teacher, tmp_path, steps=2).paraphrasers
+    one.load()
+    before = one.path.read_bytes()
+    paraphrasing(teacher, tmp_path, steps=2).paraphrasers.load()
+    assert one.path.read_bytes() == before
+    paraphrasing(teacher, tmp_path, **{"steps": 2, **change}).paraphrasers.load()
+    assert one.path.read_bytes() != before
+
+
+def test_paraphrasers_of_layers_of_as_many_channels_are_told_apart(teacher: Teacher, tmp_path: Path) -> None:
+    one = paraphrasing(teacher, tmp_path, ["fine", "norm"], [(4, 2), (4, 2)], steps=2).paraphrasers
+    one.load()
+    swapped = TeacherParaphrasers(["norm", "fine"], [(4, 2), (4, 2)], one.path, 2, teacher_path=teacher.path)
+    with pytest.raises(ValueError, match=r"the teacher's layers \['norm', 'fine'\], in this order, but .* to \['fine'"):
+        swapped.load()                                             # of no trainer
+    attach(ParaphraserFitting(swapped, teacher, steps=2), batches())
+    swapped.load()
+    with pytest.raises(ValueError, match=r"was fitted to \['norm', 'fine'\]"):
+        TeacherParaphrasers(one.taps, one.channels, one.path, 2).load()
+
+
+def test_paraphrasers_of_another_teacher_are_replaced(teacher: Teacher, tmp_path: Path) -> None:
+    one = paraphrasing(teacher, tmp_path, steps=2).paraphrasers
+    one.load()
+    before = one.path.read_bytes()
     torch.save(Net().state_dict(), teacher.path)
     paraphrasing(Teacher(Net, teacher.path), tmp_path, steps=2).paraphrasers.load()
-    assert one.paraphrasers.path.read_bytes() != before
+    assert one.path.read_bytes() != before
+
+
+def test_a_teacher_without_a_file_is_known_by_its_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    one = paraphrasing(Teacher(Net()), tmp_path, steps=2)
+    one.paraphrasers.load()
+    assert one.paraphrasers.belong_to(one.teacher.hash())
+    assert not one.paraphrasers.belong_to(Teacher(Net()).hash())
 
 
 def test_a_loss_that_is_activated_has_its_paraphrasers_fitted(teacher: Teacher, tmp_path: Path) -> None:
@@ -200,8 +236,10 @@ def test_a_loss_that_is_activated_has_its_paraphrasers_fitted(teacher: Teacher, 
 
     torch.save(Flat().state_dict(), teacher.path)
     flat = Teacher(Flat, teacher.path)
-    given = TeacherParaphrasers([(6, 3), (6, 3)], tmp_path / "p.pt", 2, teacher_path=teacher.path)
-    attach(ParaphraserFitting(given, flat, ["first", "second"], steps=2), batches())
+    given = TeacherParaphrasers(
+        ["first", "second"], [(6, 3), (6, 3)], tmp_path / "p.pt", 2, teacher_path=teacher.path
+    )
+    attach(ParaphraserFitting(given, flat, steps=2), batches())
     loss = GraphFlowLoss([["first", "second"]], paraphrasers=given, spatial_dims=2)
     assert not given.path.exists()
     loss.activate(["node"])
@@ -212,9 +250,9 @@ def test_a_loss_that_is_activated_has_its_paraphrasers_fitted(teacher: Teacher, 
     assert loss(student, {"first": first, "second": second, "pred": pred})["node"] > 0
 
 
-def test_paraphrasers_for_other_layers_are_refused(teacher: Teacher, tmp_path: Path) -> None:
-    given = TeacherParaphrasers([(6, 3), (4, 2)], tmp_path / "p.pt", 2)
-    with pytest.raises(ValueError, match=r"`taps` must be 2 layers, one for each of `paraphrasers`, got \['deep'\]"):
-        ParaphraserFitting(given, teacher, ["deep"])
+def test_wrong_options_of_paraphrasers_are_refused(teacher: Teacher, tmp_path: Path) -> None:
+    given = TeacherParaphrasers(["deep", "fine"], [(6, 3), (4, 2)], tmp_path / "p.pt", 2)
     with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
-        ParaphraserFitting(given, teacher, ["deep", "fine"], steps=0)
+        ParaphraserFitting(given, teacher, steps=0)
+    with pytest.raises(ValueError, match="`kind` must be one of .* got 'l2'"):
+        ParaphraserFitting(given, teacher, "l2")   # type: ignore[arg-type]

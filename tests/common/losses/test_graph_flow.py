@@ -44,7 +44,7 @@ class _Loaded(TeacherParaphrasers):
 
     def __init__(self, ready: Paraphrasers) -> None:
         layers = [(one.channels, one.factor) for one in ready.layers]
-        super().__init__(layers, "none", ready.layers[0].spatial_dims)
+        super().__init__(["e", "d"], layers, "none", ready.layers[0].spatial_dims)
         self.ready = ready
         self.times = 0
 
@@ -352,13 +352,13 @@ def test_paraphrasers_come_from_their_file_and_belong_to_the_layers_in_order(tmp
     teacher |= {"d": torch.randn(2, 6, 9, 7).double(), "e": torch.randn(2, 5, 9, 7).double()}
     channels = [(5, CHANNELS), (6, CHANNELS)]
     torch.save(Paraphrasers(channels, spatial_dims=2, seed=3).state_dict(), path)
-    loss = a_loss((9, 7), paraphrasers=TeacherParaphrasers(channels, path, 2))
+    loss = a_loss((9, 7), paraphrasers=TeacherParaphrasers(["e", "d"], channels, path, 2))
     assert all(value > 0 for value in loss(student, teacher).values())
-    swapped = a_loss((9, 7), [["d", "e"]], paraphrasers=TeacherParaphrasers(channels, path, 2))
+    swapped = a_loss((9, 7), [["d", "e"]], paraphrasers=TeacherParaphrasers(["d", "e"], channels, path, 2))
     with pytest.raises(ValueError, match="of a paraphraser must be 6 and 2, those of the layer it reads, got 5 and 2"):
         swapped(student, teacher)
-    missing = a_loss((9, 7), paraphrasers=TeacherParaphrasers(channels, tmp_path / "no.pt", 2))
-    with pytest.raises(FileNotFoundError, match="must be the weights of the teacher's paraphrasers, got '.*no.pt'"):
+    missing = a_loss((9, 7), paraphrasers=TeacherParaphrasers(["e", "d"], channels, tmp_path / "no.pt", 2))
+    with pytest.raises(FileNotFoundError, match="`paraphrasers` must be the weights of the teacher's "):
         missing.activate(["node"])
 
 
@@ -402,7 +402,9 @@ def test_wrong_options_are_refused() -> None:
     for flow in (["e", "e"], [["e", "a"], ["d", "a"]]):
         with pytest.raises(ValueError, match="`flows` must name two different layers of each network, got"):
             GraphFlowLoss([flow])
-    with pytest.raises(ValueError, match=r"`paraphrasers` must be for the teacher's layers \['e', 'd'\], in"):
-        GraphFlowLoss(FLOW, paraphrasers=TeacherParaphrasers([(6, 4)], "p.pt"))
+    for taps in (["d", "e"], ["e", "f"], ["e"]):
+        given = TeacherParaphrasers(taps, [(6, 4)] * len(taps), "p.pt")
+        with pytest.raises(ValueError, match=r"for the teacher's layers \['e', 'd'\], in this order, got \['"):
+            GraphFlowLoss(FLOW, paraphrasers=given)
     with pytest.raises(ValueError, match="`paraphrasers` must have the loss's 2 spatial axes, got 3"):
-        GraphFlowLoss(FLOW, paraphrasers=TeacherParaphrasers([(6, 4), (6, 4)], "p.pt"), spatial_dims=2)
+        GraphFlowLoss(FLOW, paraphrasers=TeacherParaphrasers(["e", "d"], [(6, 4), (6, 4)], "p.pt"), spatial_dims=2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from medkd.losses.fitted import written_taps
 from medkd.losses.paraphraser import Paraphraser, Paraphrasers, TeacherParaphrasers, reconstruction_loss
 
 
@@ -101,16 +102,22 @@ def test_a_file_is_read_strictly_and_frozen(tmp_path: Path) -> None:
     teacher.write_bytes(b"a teacher")
     built = Paraphrasers([(6, 2), (5, 3)], 2, seed=7)
     sha256 = torch.tensor(list(hashlib.sha256(b"a teacher").digest())).byte()
-    torch.save({**built.state_dict(), "teacher_sha256": sha256}, path)
-    loaded = TeacherParaphrasers([(6, 2), (5, 3)], path, 2, teacher_path=teacher).load()
+    torch.save({**built.state_dict(), "teacher_sha256": sha256, "taps": written_taps(["a", "b"])}, path)
+    loaded = TeacherParaphrasers(["a", "b"], [(6, 2), (5, 3)], path, 2, teacher_path=teacher).load()
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), built.parameters(), strict=True))
     assert not any(one.requires_grad for one in loaded.parameters())
     assert not loaded.training
-    with pytest.raises(ValueError, match=r"must hold paraphrasers of \[\[6, 2\], \[5, 4\]\] channels, .* but "):
-        TeacherParaphrasers([(6, 2), (5, 4)], path, 2).load()
+    with pytest.raises(ValueError, match=r"`paraphrasers` must hold .* of \[\[6, 2\], \[5, 4\]\] channels, .* but "):
+        TeacherParaphrasers(["a", "b"], [(6, 2), (5, 4)], path, 2).load()
+    same, alike = tmp_path / "q.pt", [(6, 2), (6, 2)]
+    torch.save({**Paraphrasers(alike, 2).state_dict(), "taps": written_taps(["a", "b"])}, same)
+    TeacherParaphrasers(["a", "b"], alike, same, 2).load()
+    for taps in (["b", "a"], ["a", "c"]):                          # nothing but the file tells these apart
+        with pytest.raises(ValueError, match=r"fitted to the teacher's layers .*q.pt was fitted to \['a', 'b'\]; give"):
+            TeacherParaphrasers(taps, alike, same, 2).load()
     teacher.write_bytes(b"another teacher")
-    with pytest.raises(ValueError, match="must be fitted to the teacher .*; give the trainer .*ParaphraserFitting"):
-        TeacherParaphrasers([(6, 2), (5, 3)], path, 2, teacher_path=teacher).load()
+    with pytest.raises(ValueError, match="`paraphrasers` must be fitted to the teacher .*; .*ParaphraserFitting"):
+        TeacherParaphrasers(["a", "b"], [(6, 2), (5, 3)], path, 2, teacher_path=teacher).load()
 
 
 def test_wrong_input_is_refused() -> None:
@@ -125,5 +132,7 @@ def test_wrong_input_is_refused() -> None:
         Paraphraser(4, 2)(torch.zeros(1, 5, 3, 3))
     with pytest.raises(ValueError, match="`levels` must be 2 layers, one for each, got 1"):
         Paraphrasers([(4, 2), (4, 2)])([torch.zeros(1, 4, 3, 3, 3)])
+    with pytest.raises(ValueError, match=r"`taps` must be 2 layers, one for each of `channels`, got \['a'\]"):
+        TeacherParaphrasers(["a"], [(4, 2), (4, 2)], "p.pt")
     with pytest.raises(ValueError, match="`kind` must be one of .* got 'l2'"):
         reconstruction_loss(torch.zeros(1), torch.zeros(1), "l2")   # type: ignore[arg-type]
