@@ -164,7 +164,7 @@ class TeacherParaphrasers(FittedFile[Paraphrasers]):
     Args:
         taps: paths of the teacher's layers, in the order in which the loss names them first.
         channels: `[C_T, C]` for each of them: the teacher's channels, and the student's.
-        path: their weights, as `medkd.handlers.teacher_heads.ParaphraserFitting` writes them.
+        path: their weights, as `medkd.handlers.teacher_fitting.ParaphraserFitting` writes them.
         spatial_dims: 2 or 3.
         squeeze: as in `Paraphraser`.
         teacher_path: weights of the teacher, which must be those that they were fitted to; None does not look.
@@ -175,7 +175,7 @@ class TeacherParaphrasers(FittedFile[Paraphrasers]):
 
     argument = "paraphrasers"
     name = "paraphrasers"
-    way_out = "give the trainer a `medkd.handlers.teacher_heads.ParaphraserFitting`, which fits them"
+    way_out = "give the trainer a `medkd.handlers.teacher_fitting.ParaphraserFitting`, which fits them"
 
     def __init__(
         self, taps: Sequence[str], channels: Sequence[Sequence[int]], path: str | os.PathLike[str],

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads on a frozen teacher: when they are fitted, to what, what is left behind, and that a loss reads it."""
+"""Heads on a frozen teacher: when they are fitted, to what, and what is left behind."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from monai.losses.dice import DiceCELoss
 from torch import Tensor, nn
 
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_heads import HeadFitting, ParaphraserFitting, TeacherFitting, TeacherLayers
+from medkd.handlers.teacher_heads import HeadFitting, TeacherLayers
 from medkd.losses.class_heads import TeacherHeads
-from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.ignoring import IgnoringLoss
-from medkd.losses.paraphraser import TeacherParaphrasers, reconstruction_loss
 from medkd.ops.ignored import UNLABELED
 
 
@@ -63,14 +60,10 @@ def fitting(teacher: Teacher, folder: Path, **options: Any) -> HeadFitting:
     return HeadFitting(heads, teacher, ["deep", "fine"], loss, **{"steps": 40, "learning_rate": 0.05, **options})
 
 
-def attach(one: TeacherFitting, data: list[dict[str, Tensor]]) -> None:
+def attached(one: HeadFitting, data: list[dict[str, Tensor]]) -> TeacherHeads:
     engine = Engine(lambda _engine, _batch: None)
     engine.data_loader, engine.state.device = data, torch.device("cpu")
     one.attach(engine)
-
-
-def attached(one: HeadFitting, data: list[dict[str, Tensor]]) -> TeacherHeads:
-    attach(one, data)
     return one.heads
 
 
@@ -78,14 +71,6 @@ def own_loss(one: HeadFitting, heads: nn.Module, batch: dict[str, Tensor], label
     levels = TeacherLayers(one.teacher, one.taps)(batch["image"].as_subclass(Tensor))
     resized = [F.interpolate(logits, size=(16, 16), mode="bilinear") for logits in heads(levels)]
     return float(torch.stack([one.loss(each, batch["label"] if label is None else label) for each in resized]).mean())
-
-
-def test_layers_come_in_the_order_of_the_taps_with_the_prediction(teacher: Teacher) -> None:
-    layers, network, image = TeacherLayers(teacher, ["fine", "deep"]), teacher.load(), torch.randn(1, 1, 8, 8)
-    (fine, deep), pred = layers.with_prediction(image)
-    assert (fine.shape, deep.shape) == ((1, 4, 8, 8), (1, 6, 4, 4))
-    torch.testing.assert_close(pred, network(image))
-    assert not any(value.requires_grad for value in (fine, deep, pred))
 
 
 def test_missing_heads_are_fitted_when_the_loss_asks_for_them(teacher: Teacher, tmp_path: Path) -> None:
@@ -141,118 +126,3 @@ def test_wrong_options_are_refused(teacher: Teacher, tmp_path: Path, options: di
     heads = TeacherHeads([6, 4], 2, tmp_path / "heads.pt", 2)
     with pytest.raises(ValueError, match=message):
         HeadFitting(**{"heads": heads, "teacher": teacher, "taps": ["deep", "fine"], "loss": DiceCELoss(), **options})
-
-
-# ---- paraphrasers --------------------------------------------------------------------------------------------------
-
-
-def paraphrasing(
-    teacher: Teacher, folder: Path, taps: Sequence[str] = ("deep", "fine"),
-    channels: Sequence[Sequence[int]] = ((6, 3), (4, 2)), squeeze: int | None = None, **options: Any,
-) -> ParaphraserFitting:
-    given = TeacherParaphrasers(taps, channels, folder / "paraphrasers.pt", 2, squeeze, teacher.path)
-    one = ParaphraserFitting(given, teacher, **{"steps": 60, "learning_rate": 0.02, **options})
-    attach(one, batches(labeled=False))
-    return one
-
-
-def own_error(one: ParaphraserFitting, kind: Any = "l1") -> float:
-    levels = TeacherLayers(one.teacher, one.taps)(batches()[0]["image"].as_subclass(Tensor))
-    loaded = one.paraphrasers.load()
-    pairs = zip(loaded.layers, levels, strict=True)
-    return sum(float(reconstruction_loss(layer.reconstruct(level), level, kind)) for layer, level in pairs)
-
-
-@pytest.mark.parametrize("kind", ["l1", "mse"])
-def test_missing_paraphrasers_are_fitted_without_labels_and_then_frozen(
-    teacher: Teacher, tmp_path: Path, kind: str
-) -> None:
-    before = torch.get_rng_state()
-    first, longer = (paraphrasing(teacher, tmp_path / name, steps=n, kind=kind) for name, n in (("a", 1), ("b", 60)))
-    assert not longer.paraphrasers.path.exists()
-    assert own_error(longer, kind) < 0.7 * own_error(first, kind)
-    assert torch.equal(torch.get_rng_state(), before)
-    content = torch.load(longer.paraphrasers.path, weights_only=True)
-    assert bytes(content["teacher_sha256"].tolist()) == sha256(teacher.path.read_bytes()).digest()
-    assert not any(one.requires_grad for one in longer.paraphrasers.load().parameters())
-
-
-@pytest.mark.parametrize("change", [
-    {"channels": ((6, 2), (4, 2))}, {"squeeze": 2}, {"kind": "mse"}, {"steps": 3}, {"learning_rate": 0.01}, {"seed": 1},
-    {"taps": ("fine", "deep"), "channels": ((4, 2), (6, 3))}, {"taps": ("deep", "norm")},
-])
-def test_paraphrasers_are_kept_as_long_as_they_are_fitted_so(
-    teacher: Teacher, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    one = paraphrasing(teacher, tmp_path, steps=2).paraphrasers
-    one.load()
-    before = one.path.read_bytes()
-    paraphrasing(teacher, tmp_path, steps=2).paraphrasers.load()
-    assert one.path.read_bytes() == before
-    paraphrasing(teacher, tmp_path, **{"steps": 2, **change}).paraphrasers.load()
-    assert one.path.read_bytes() != before
-
-
-def test_paraphrasers_of_layers_of_as_many_channels_are_told_apart(teacher: Teacher, tmp_path: Path) -> None:
-    one = paraphrasing(teacher, tmp_path, ["fine", "norm"], [(4, 2), (4, 2)], steps=2).paraphrasers
-    one.load()
-    swapped = TeacherParaphrasers(["norm", "fine"], [(4, 2), (4, 2)], one.path, 2, teacher_path=teacher.path)
-    with pytest.raises(ValueError, match=r"the teacher's layers \['norm', 'fine'\], in this order, but .* to \['fine'"):
-        swapped.load()                                             # of no trainer
-    attach(ParaphraserFitting(swapped, teacher, steps=2), batches())
-    swapped.load()
-    with pytest.raises(ValueError, match=r"was fitted to \['norm', 'fine'\]"):
-        TeacherParaphrasers(one.taps, one.channels, one.path, 2).load()
-
-
-def test_paraphrasers_of_another_teacher_are_replaced(teacher: Teacher, tmp_path: Path) -> None:
-    one = paraphrasing(teacher, tmp_path, steps=2).paraphrasers
-    one.load()
-    before = one.path.read_bytes()
-    torch.save(Net().state_dict(), teacher.path)
-    paraphrasing(Teacher(Net, teacher.path), tmp_path, steps=2).paraphrasers.load()
-    assert one.path.read_bytes() != before
-
-
-def test_a_teacher_without_a_file_is_known_by_its_weights(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    one = paraphrasing(Teacher(Net()), tmp_path, steps=2)
-    one.paraphrasers.load()
-    assert one.paraphrasers.belong_to(one.teacher.hash())
-    assert not one.paraphrasers.belong_to(Teacher(Net()).hash())
-
-
-def test_a_loss_that_is_activated_has_its_paraphrasers_fitted(teacher: Teacher, tmp_path: Path) -> None:
-    class Flat(nn.Module):
-        """Two layers of one grid."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Conv2d(1, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
-            self.head = nn.Conv2d(6, 2, 1)
-
-        def forward(self, image: Tensor) -> Tensor:
-            return self.head(self.second(self.first(image).relu()))
-
-    torch.save(Flat().state_dict(), teacher.path)
-    flat = Teacher(Flat, teacher.path)
-    given = TeacherParaphrasers(
-        ["first", "second"], [(6, 3), (6, 3)], tmp_path / "p.pt", 2, teacher_path=teacher.path
-    )
-    attach(ParaphraserFitting(given, flat, steps=2), batches())
-    loss = GraphFlowLoss([["first", "second"]], paraphrasers=given, spatial_dims=2)
-    assert not given.path.exists()
-    loss.activate(["node"])
-    assert given.path.exists()
-    layers = TeacherLayers(flat, ["first", "second"])
-    (first, second), pred = layers.with_prediction(batches()[0]["image"].as_subclass(Tensor))
-    student = {"first": torch.randn(2, 3, 16, 16), "second": torch.randn(2, 3, 16, 16), "pred": pred}
-    assert loss(student, {"first": first, "second": second, "pred": pred})["node"] > 0
-
-
-def test_wrong_options_of_paraphrasers_are_refused(teacher: Teacher, tmp_path: Path) -> None:
-    given = TeacherParaphrasers(["deep", "fine"], [(6, 3), (4, 2)], tmp_path / "p.pt", 2)
-    with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
-        ParaphraserFitting(given, teacher, steps=0)
-    with pytest.raises(ValueError, match="`kind` must be one of .* got 'l2'"):
-        ParaphraserFitting(given, teacher, "l2")   # type: ignore[arg-type]
