@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -23,18 +21,7 @@ __all__ = ["GraphFlowLoss", "Reduction"]
 Reduction = Literal["mean", "sum"]
 Tap = str | Sequence[str]
 Maps = Mapping[str, Tensor]
-# How often the volume of a window, relative to its plane, enters sums of products: (node, edge)
-_POWERS: dict[Variation, tuple[int, int]] = {"difference": (1, 2), "distance": (2, 2), "cosine": (0, 0)}
-
-
-@dataclass(frozen=True)
-class _Preset:
-    variation: Variation
-    reduction: Reduction
-    weights: tuple[float, float]
-
-
-_PRESETS = {"default": _Preset("cosine", "mean", (1.0, 1.0)), "paper": _Preset("difference", "sum", (1e-5, 1e-9))}
+_PRESETS: dict[str, Variation] = {"default": "cosine", "paper": "difference"}
 
 
 class GraphFlowLoss(DistillationLoss):
@@ -60,16 +47,24 @@ class GraphFlowLoss(DistillationLoss):
     | | `default` (ours) | `paper` (the released weights need it so) |
     |---|---|---|
     | variation | `cosine` | `difference` |
+
+    The rest follows the variation, also where it is given:
+
+    | | `cosine` | `difference`, `distance` |
+    |---|---|---|
     | reduction over nodes and edges | mean | sum |
     | weights `node edge` | 1, 1 | 1e-5, 1e-9 in 2-D |
 
-    The code of the networks has 1e-8 for edges where its page says 1e-9, which is taken. In 3-D a window of k voxels
-    along each axis has k times as many as in 2-D: weights of sums in `paper` are divided by k for the nodes of
-    `difference`, and by k^2 for those of `distance` and for edges, so that they pull alike.
+    The code of the networks has 1e-8 for edges where its page says 1e-9, which is taken. In 3-D a window has as many
+    times more voxels than in 2-D as it has along its shortest axis, k: weights are divided by k for the summed nodes of
+    `difference`, and by k^2 for those of `distance` and for edges, which are made of sums over a window with either
+    reduction, so that they pull alike. For `cosine` with `sum`, and for the other two with `mean`, no weights are
+    known: what stands here is then a number to start a search from.
 
-    Ours: zeros outside of the maps; the first of equal maxima; a channel that is 0 has cosine 0 and no gradient, where
-    a clamped norm would give it one of 1e6. Positions have no gradient: it reaches N voxels per channel. Each value of
-    a tapped layer is looked at once, all else is small.
+    Ours: zeros outside of the maps; the first of equal maxima; a channel whose window is shorter than 1e-6 of the
+    largest value in all windows of its layer and sample has cosine 0 and no gradient, where a clamped norm would give
+    it one of 1e6. Positions have no gradient: it reaches N voxels per channel. Each value of a tapped layer is looked
+    at once, all else is small; layers in half precision, as under autocast, are copied to float32 before.
 
     Works without labels, which only tell the voxels that are ignored, those with a negative one: they are no maximum,
     and 0 in a window, as if they were not there.
@@ -79,9 +74,9 @@ class GraphFlowLoss(DistillationLoss):
             in both, and of one stride within a network. Published is one pair at stride 4.
         preset: `default` or `paper`; the arguments below win over it.
         variation: `cosine`, `difference` or `distance`.
-        reduction: over nodes and over edges, `mean` or `sum`.
-        window: odd number of voxels, for all axes or for each: (1, 3, 3) where slices are far apart. Published are 3
-            and 9.
+        reduction: over nodes and over edges, `mean` or `sum`; None takes that of the variation.
+        window: odd number of voxels, for all axes or for each: 1 along the axis where slices are far apart, (3, 3, 1)
+            for volumes that are loaded with that axis last, as in orientation RAS. Published are 3 and 9.
         maximum: `signed`, or `absolute` for the largest magnitude.
         paraphrasers: bring the teacher's layers to the student's channels; None where they have as many.
         spatial_dims: 2 or 3.
@@ -120,12 +115,11 @@ class GraphFlowLoss(DistillationLoss):
             raise ValueError(f"`preset` must be one of {list(_PRESETS)}, got {preset!r}.")
         if spatial_dims not in (2, 3):
             raise ValueError(f"`spatial_dims` must be 2 or 3, got {spatial_dims}.")
-        chosen = _PRESETS[preset]
         pairs = _read_flows(flows)
         super().__init__(tuple(dict.fromkeys(chain.from_iterable(pairs))))
         self.flows = pairs
-        self.variation: Variation = variation or chosen.variation
-        self.reduction: Reduction = reduction or chosen.reduction
+        self.variation: Variation = variation or _PRESETS[preset]
+        self.reduction: Reduction = reduction or ("mean" if self.variation == "cosine" else "sum")
         self.maximum: Maximum = maximum
         _check_options(self.variation, self.reduction, maximum)
         self.spatial_dims = spatial_dims
@@ -135,12 +129,7 @@ class GraphFlowLoss(DistillationLoss):
         self.teacher_taps = tuple(dict.fromkeys(teacher for _, teacher in self.tap_pairs))
         _check_paraphrasers(paraphrasers, self.teacher_taps, spatial_dims)
         self._frozen: list[Paraphrasers] = []                      # a list keeps them out of optimizer and checkpoint
-        thickness = prod(self.window) / prod(self.window[-2:])
-        powers = _POWERS[self.variation] if self.reduction == "sum" else (0, 0)
-        self.preset_weights = {
-            term: weight / thickness**power
-            for term, weight, power in zip(self.terms, chosen.weights, powers, strict=True)
-        }
+        self.preset_weights = _weights(self.variation, self.reduction, self.window)
 
     def activate(self, terms: Iterable[str]) -> None:
         """Compute only these terms from now on; the paraphrasers are read from their file."""
@@ -228,6 +217,16 @@ def _read_window(window: int | Sequence[int], spatial_dims: int) -> tuple[int, .
             f"`window` must be an odd number of voxels, or {spatial_dims} of them, got {window!r}; 3 is published."
         )
     return lengths
+
+
+def _weights(variation: Variation, reduction: Reduction, window: Sequence[int]) -> dict[str, float]:
+    """Weights of the terms; the published ones are for windows of 2-D."""
+    if variation == "cosine":
+        return {"node": 1.0, "edge": 1.0}
+    thickness = min(window) if len(window) == 3 else 1             # whichever axis the slices lie along
+    # how often a sum over the window enters a node's error; a mean over the nodes of `difference` takes it out
+    power = 2 if variation == "distance" else int(reduction == "sum")
+    return {"node": 1e-5 / thickness**power, "edge": 1e-9 / thickness**2}
 
 
 def _check_options(variation: str, reduction: str, maximum: str) -> None:

@@ -120,8 +120,8 @@ def variation_graph(first: Tensor, second: Tensor, variation: Variation = "cosin
     | `distance` | squared length of v2 - v1 | the same |
     | `cosine` | cosine of v1 and v2 | difference of the cosines of v_i and v_j |
 
-    Cosines do not depend on the scale of a layer, however small. A node that is 0, or a millionth of the largest of its
-    layer and sample, has cosine 0 with all and no gradient.
+    Cosines do not depend on the scale of a layer, however small. A node that is shorter than 1e-6 of the largest value
+    in all nodes of its layer and sample has cosine 0 with all and no gradient.
 
     Args:
         first: nodes of a layer, shape (B, C, N), floating.

@@ -97,11 +97,11 @@ def test_known_answers(variation: str, node: float, edge: float) -> None:
     pred = torch.zeros(1, 2, 5, 5)
     student = {"e": peaks(1.0, 2.0), "d": peaks(3.0, 2.0), "pred": pred}
     teacher = {"e": peaks(7.0, 5.0), "d": peaks(7.0, 5.0), "pred": pred}
-    loss = GraphFlowLoss(FLOW, "paper", variation=variation, spatial_dims=2)   # type: ignore[arg-type]
+    loss = GraphFlowLoss(FLOW, "paper", variation, "sum", spatial_dims=2)   # type: ignore[arg-type]
     terms = loss(student, teacher)
     assert terms["node"].item() == pytest.approx(node, abs=1e-12)
     assert terms["edge"].item() == pytest.approx(edge, abs=1e-12)
-    mean = GraphFlowLoss(FLOW, variation=variation, spatial_dims=2)(student, teacher)   # type: ignore[arg-type]
+    mean = GraphFlowLoss(FLOW, "default", variation, "mean", spatial_dims=2)(student, teacher)   # type: ignore[arg-type]
     assert mean["node"].item() == pytest.approx(node / (18 if variation == "difference" else 2), abs=1e-12)
     assert mean["edge"].item() == pytest.approx(edge / 4, abs=1e-12)
 
@@ -312,16 +312,46 @@ def test_the_weights_of_the_paper_are_those_of_two_dimensions_and_follow_the_win
         return list(GraphFlowLoss(FLOW, "paper", **options).preset_weights.values())
 
     assert weights(spatial_dims=2) == weights(spatial_dims=2, window=9) == [1e-5, 1e-9]
-    assert weights(spatial_dims=3, window=(1, 3, 3)) == [1e-5, 1e-9]
-    assert weights(spatial_dims=3) == pytest.approx([1e-5 / 3, 1e-9 / 9])
-    assert weights(spatial_dims=3, window=5, variation="distance") == pytest.approx([1e-5 / 25, 1e-9 / 25])
-    assert GraphFlowLoss(FLOW, window=5).preset_weights == {"node": 1.0, "edge": 1.0}
+    for window in ((1, 3, 3), (3, 1, 3), (3, 3, 1), (9, 9, 1)):    # a slice, along whichever axis
+        assert weights(window=window) == [1e-5, 1e-9]
+    assert weights() == weights(window=(5, 5, 3)) == weights(window=(3, 5, 5)) == pytest.approx([1e-5 / 3, 1e-9 / 9])
+    assert weights(window=5, variation="distance") == pytest.approx([1e-5 / 25, 1e-9 / 25])
+    assert weights(reduction="mean") == pytest.approx([1e-5, 1e-9 / 9])
+    assert weights(reduction="mean", variation="distance") == pytest.approx([1e-5 / 9, 1e-9 / 9])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("variation", ["difference", "distance"])
+def test_weights_make_layers_of_one_value_pull_alike_in_two_and_three_dimensions(
+    variation: str, reduction: str
+) -> None:
+    """Where all values of a window are one, sums grow with its volume exactly."""
+    pulls = []
+    for size in ((7, 7), (7, 7, 7)):
+        maps = [{name: torch.full((1, 2, *size), value) for name, value in (("e", a), ("d", b), ("pred", 0.0))}
+                for a, b in ((1.0, 3.0), (2.0, 1.0))]
+        for one in maps:
+            for name in ("e", "d"):
+                one[name].flatten(2)[..., one[name][0, 0].numel() // 2] += 1e-6   # the maximum is in the middle
+        loss = a_loss(size, variation=variation, reduction=reduction, window=5)
+        pulls.append({term: loss.preset_weights[term] * value.item() for term, value in loss(*maps).items()})
+    assert pulls[0] == pytest.approx(pulls[1], rel=1e-4)
 
 
 def test_the_presets_are_what_the_docs_say() -> None:
     default, paper = GraphFlowLoss(FLOW), GraphFlowLoss(FLOW, "paper")
     assert (default.variation, default.reduction, default.window) == ("cosine", "mean", (3, 3, 3))
     assert (paper.variation, paper.reduction, paper.window) == ("difference", "sum", (3, 3, 3))
+    assert default.preset_weights == {"node": 1.0, "edge": 1.0}
+
+
+def test_reduction_and_weights_follow_a_variation_that_is_given() -> None:
+    for preset in ("default", "paper"):
+        cosine, *raw = (GraphFlowLoss(FLOW, preset, one, spatial_dims=2)   # type: ignore[arg-type]
+                        for one in ("cosine", "difference", "distance"))
+        assert (cosine.reduction, cosine.preset_weights) == ("mean", {"node": 1.0, "edge": 1.0})
+        for one in raw:
+            assert (one.reduction, one.preset_weights) == ("sum", {"node": 1e-5, "edge": 1e-9})
 
 
 # ---- paraphrasers --------------------------------------------------------------------------------------------------
