@@ -403,7 +403,7 @@ def discriminate_one_rank(rank: int, ranks: int, directory: Path) -> None:
     distributed.init_process_group("gloo", f"file://{directory}/meeting_point", rank=rank, world_size=ranks)
     network = nn.parallel.DistributedDataParallel(student())
     discriminator = Discriminator(2, 2, width=4, layers=1)
-    loss = AdversarialLoss(discriminator, "hinge")
+    loss = AdversarialLoss(discriminator, form="hinge")
     shown: list[tuple[Tensor, Tensor]] = []
 
     def look(engine: Any) -> None:

@@ -22,6 +22,7 @@ from medkd.losses.discriminator import discriminator_loss
 __all__ = ["DiscriminatorDivergedError", "DiscriminatorTraining"]
 
 _RANK_STEP = 1_000_003    # ranks must not draw the same mixtures
+_PENALTY = 10.0
 _FAR = 10.0               # times the largest difference of scores that a slope of 1 allows
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,30 @@ class DiscriminatorDivergedError(RuntimeError):
 
 class DiscriminatorTraining:
     """One step of the discriminator after each backward pass of the student, on the same predictions, detached.
+
+    In a config, with the handler behind the `DistillationHandler` in `train#handlers`, and both objects in the
+    `CheckpointHandler`'s:
+
+    ```json
+    {
+      "discriminator": {"_target_": "medkd.losses.discriminator.Discriminator", "channels": 2},
+      "discriminator_optimizer": {
+        "_target_": "torch.optim.Adam",
+        "params": "$@discriminator.parameters()",
+        "lr": 3e-05,
+        "betas": [0.9, 0.99]
+      },
+      "adversarial_loss": {
+        "_target_": "medkd.losses.adversarial.AdversarialLoss",
+        "discriminator": "@discriminator"
+      },
+      "discriminator_training": {
+        "_target_": "medkd.handlers.adversarial.DiscriminatorTraining",
+        "loss": "@adversarial_loss",
+        "optimizer": "@discriminator_optimizer"
+      }
+    }
+    ```
 
     Published is a step after the student's step, which comes to the same, as neither reads what the other changes.
     Cases count with or without a label. The rate follows the step alone, `rate (1 - (step - 1) / steps)^power`, and so
@@ -51,7 +76,7 @@ class DiscriminatorTraining:
         optimizer: over all parameters of the discriminator. Published: Adam, rate 3e-5, betas 0.9 and 0.99.
         power: of the decay of the rate; 0.9 as published, 0 for none.
         weight: of the discriminator's loss; 1 as published.
-        penalty: weight of the gradient penalty.
+        penalty: weight of the gradient penalty of `wgan_gp`; None is 10, as published. `hinge` has none.
         seed: of the mixtures.
 
     Raises:
@@ -66,8 +91,11 @@ class DiscriminatorTraining:
 
     def __init__(
         self, loss: AdversarialLoss, optimizer: Optimizer, power: float = 0.9, weight: float = 1.0,
-        penalty: float = 10.0, seed: int = 0,
+        penalty: float | None = None, seed: int = 0,
     ) -> None:
+        if penalty is not None and loss.form != "wgan_gp":
+            raise ValueError(f"`penalty` must be None for the form {loss.form!r}, which has none, got {penalty}.")
+        penalty = _PENALTY if penalty is None else penalty
         if not (power >= 0 and 0 < weight < math.inf and 0 <= penalty < math.inf):
             raise ValueError(
                 f"`power` and `penalty` must be at least 0 and `weight` above, got {power}, {penalty} and {weight}."

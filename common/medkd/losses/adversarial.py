@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from medkd.ops.ignored import ignored_voxels, on_grid
 from medkd.ops.prediction import Activation, TeacherOutput
 
 __all__ = ["AdversarialLoss"]
+
+_FORMS: dict[str, AdversarialForm] = {"default": "hinge", "paper": "wgan_gp"}
 
 
 class AdversarialLoss(DistillationLoss):
@@ -27,11 +29,20 @@ class AdversarialLoss(DistillationLoss):
 
     The term has no lower bound, and its value does not tell how well the student does.
 
+    | | `default` (ours) | `paper` |
+    |---|---|---|
+    | form | `hinge`, without second derivatives: less memory and time | `wgan_gp` |
+    | logits | centered, if of a softmax: minus their mean over the classes of a voxel | as the networks give them |
+
+    A softmax does not tell logits apart that differ by a constant per voxel; the discriminator would. Centered ones are
+    the same for a teacher of logits, one of probabilities, and one whose predictions were written down. The predecessor
+    of the published code showed the discriminator the image too; there it is commented out, and here it is left out.
+
     Args:
-        discriminator: maps logits (B, K, *S) to scores (B, 1, *G); frozen here and in evaluation mode, but for its own
-            training.
-        form: of the discriminator's loss: `wgan_gp`, published, or `hinge`, which needs no second derivatives, and so
-            less memory and time (ours for 3-D).
+        discriminator: maps logits (B, K, *S) to scores (B, 1, *G); they are cast to the type of its parameters. Frozen
+            and in evaluation mode from the first step on, but for its own training.
+        preset: `default` or `paper`; `form` wins over it.
+        form: of the discriminator's loss, `wgan_gp` or `hinge`; None takes the preset's.
         activation: `softmax` for one class per voxel (one channel is a sigmoid output), or `sigmoid` for regions.
         teacher_output: `logits`, or `probabilities` of a teacher that ends in that activation.
 
@@ -57,17 +68,21 @@ class AdversarialLoss(DistillationLoss):
     terms = ("adversarial",)
 
     def __init__(
-        self, discriminator: nn.Module, form: AdversarialForm = "wgan_gp", activation: Activation = "softmax",
+        self, discriminator: nn.Module, preset: Literal["default", "paper"] = "default",
+        form: AdversarialForm | None = None, activation: Activation = "softmax",
         teacher_output: TeacherOutput = "logits",
     ) -> None:
         super().__init__()
-        if form not in get_args(AdversarialForm):
+        if preset not in _FORMS:
+            raise ValueError(f"`preset` must be one of {list(_FORMS)}, got {preset!r}.")
+        if form is not None and form not in get_args(AdversarialForm):
             raise ValueError(f"`form` must be one of {get_args(AdversarialForm)}, got {form!r}.")
-        self.form: AdversarialForm = form
+        self.form: AdversarialForm = form or _FORMS[preset]
+        self.is_centered = preset == "default" and activation == "softmax"
         self.activation: Activation = activation
         self.teacher_output: TeacherOutput = teacher_output
         self._predictions = Predictions(activation, teacher_output)
-        self._discriminator = [discriminator.requires_grad_(False).eval()]   # a list keeps it out of the optimizer
+        self._discriminator = [discriminator]                      # a list keeps it out of the optimizer
         self._shown: tuple[Tensor, Tensor] | None = None
         self.preset_weights = {"adversarial": 0.1}
 
@@ -95,10 +110,17 @@ class AdversarialLoss(DistillationLoss):
             )
         mine, other = student["pred"], teacher["pred"]
         check_comparable(mine, other)
-        mine, other = self._predictions.student(mine), self._predictions.teacher(other).to(mine.dtype)
-        if (ignored := ignored_voxels(label)) is not None:
-            ignored = on_grid(ignored, mine.shape[2:])
-            mine, other = mine.masked_fill(ignored, 0.0), other.masked_fill(ignored, 0.0)
+        mine, other = self._predictions.student(mine), self._predictions.teacher(other)
+        # not in the constructor: an optimizer that a config makes of what requires a gradient would be empty
+        discriminator = self.discriminator.requires_grad_(False).eval()
+        dtype = next((one.dtype for one in discriminator.parameters()), mine.dtype)
+        ignored = ignored_voxels(label)
+        mine, other = (self._for_discriminator(one, ignored).to(dtype) for one in (mine, other))
         if self.training:
             self._shown = other.detach(), mine.detach()
-        return {"adversarial": student_score_loss(self.discriminator(mine))}
+        return {"adversarial": student_score_loss(discriminator(mine))}
+
+    def _for_discriminator(self, logits: Tensor, ignored: Tensor | None) -> Tensor:
+        if self.is_centered and logits.shape[1] > 1:
+            logits = logits - logits.mean(1, keepdim=True)
+        return logits if ignored is None else logits.masked_fill(on_grid(ignored, logits.shape[2:]), 0.0)

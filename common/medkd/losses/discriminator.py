@@ -25,8 +25,8 @@ _KERNEL = 4
 class SelfAttention(nn.Module):
     """Let each voxel look at all others: `maps + gain * values softmax(keys queries)`, gain 0 at first.
 
-    Keys and values of a map with more voxels than `most` are averaged over the smallest blocks that bring it below, so
-    that memory is O(B N most) for N voxels, and N^2 only where that is less.
+    Up to `most` voxels it is the published one, of N^2 numbers for N voxels. Keys and values of a larger map, which are
+    ours, are averaged over the smallest blocks that bring it to `most` or below, so that memory is O(B N most).
 
     Args:
         channels: of the maps; queries and keys have an eighth of them, at least one.
@@ -82,7 +82,8 @@ class Discriminator(nn.Module):
             about 14 GMAC for a patch of 96^3, more than many a student.
         layers: convolutions of stride 2; 4 as published. Fewer for smaller patches.
         temperature: of the tanh, which is flat beyond 3 times that; 1 as published.
-        attended: most voxels that one looks at in self-attention; as published up to 1728 voxels, 12^3.
+        attended: most voxels that one looks at in self-attention: 1728 are 12^3, or 41^2. Attention is the published
+            one where its maps are not larger, which are an eighth of a patch along each axis, and less.
         seed: of the first values.
 
     Raises:

@@ -57,7 +57,7 @@ def training(
     """Two steps per epoch, with augmentation and dropout."""
     torch.manual_seed(5)
     network, discriminator = toys.student(), Discriminator(2, 2, width=4, layers=1)
-    loss = AdversarialLoss(discriminator, form)   # type: ignore[arg-type]
+    loss = AdversarialLoss(discriminator, "paper", form)   # type: ignore[arg-type]
     optimizer = torch.optim.Adam(network.parameters(), 0.01)
     own = torch.optim.Adam(discriminator.parameters(), rate, betas=(0.9, 0.99))
     objects = {"network": network, "optimizer": optimizer}
@@ -322,7 +322,10 @@ def test_a_discriminator_that_nobody_trains_ends_the_run() -> None:
 
 def test_wrong_options_are_refused() -> None:
     discriminator = Discriminator(2, 2, width=4, layers=1)
-    loss, optimizer = AdversarialLoss(discriminator), torch.optim.Adam(discriminator.parameters())
+    loss, optimizer = AdversarialLoss(discriminator, "paper"), torch.optim.Adam(discriminator.parameters())
+    assert DiscriminatorTraining(loss, optimizer).penalty == 10.0
+    with pytest.raises(ValueError, match="`penalty` must be None for the form 'hinge', which has none, got 10.0"):
+        DiscriminatorTraining(AdversarialLoss(discriminator), optimizer, penalty=10.0)
     for options in ({"power": -1.0}, {"weight": 0.0}, {"weight": float("inf")}, {"penalty": -1.0}):
         with pytest.raises(ValueError, match="`power` and `penalty` must be at least 0 and `weight` above, got"):
             DiscriminatorTraining(loss, optimizer, **options)   # type: ignore[arg-type]

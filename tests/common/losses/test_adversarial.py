@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,19 @@ from medkd.ops.ignored import IGNORED, UNLABELED
 Maps = dict[str, Tensor]
 
 
-def a_loss(rank: int = 2) -> AdversarialLoss:
-    return AdversarialLoss(Discriminator(2, rank, width=4, layers=2))
+def a_loss(rank: int = 2, preset: Any = "default", **options: Any) -> AdversarialLoss:
+    return AdversarialLoss(Discriminator(2, rank, width=4, layers=2), preset, **options)
+
+
+def centered(maps: Tensor) -> Tensor:
+    return maps - maps.mean(1, keepdim=True)
+
+
+def shown_of(loss: AdversarialLoss, student: Maps, teacher: Maps, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    loss(student, teacher, label)
+    shown = loss.take_shown()
+    assert shown is not None
+    return shown
 
 
 def predictions(rank: int = 2) -> tuple[Maps, Maps]:
@@ -24,11 +37,13 @@ def predictions(rank: int = 2) -> tuple[Maps, Maps]:
     return {"pred": torch.randn(2, 2, *size, requires_grad=True)}, {"pred": torch.randn(2, 2, *size)}
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("rank", [2, 3])
-def test_the_term_is_the_negative_score_of_the_student(rank: int) -> None:
-    loss, (student, teacher) = a_loss(rank), predictions(rank)
+def test_the_term_is_the_negative_score_of_the_student(rank: int, preset: str) -> None:
+    loss, (student, teacher) = a_loss(rank, preset), predictions(rank)
     value = loss(student, teacher)["adversarial"]
-    torch.testing.assert_close(value, -loss.discriminator(student["pred"]).mean())
+    seen = student["pred"] if preset == "paper" else centered(student["pred"])
+    torch.testing.assert_close(value, -loss.discriminator(seen).mean())
     value.backward()
     assert student["pred"].grad is not None
     assert student["pred"].grad.any()
@@ -37,22 +52,21 @@ def test_the_term_is_the_negative_score_of_the_student(rank: int) -> None:
 
 def test_the_discriminator_is_no_part_of_the_loss_and_does_not_change() -> None:
     loss, (student, teacher) = a_loss(), predictions()
+    assert len(list(trainable_parameters(nn.Conv2d(1, 1, 1), loss))) == 2
+    assert all(one.requires_grad for one in loss.discriminator.parameters())   # for an optimizer that is made later
     before = {key: value.clone() for key, value in loss.discriminator.state_dict().items()}
     loss.to("cpu").train()
     loss(student, teacher)["adversarial"].backward()
     assert not list(loss.parameters())
     assert not loss.state_dict()
-    assert list(trainable_parameters(nn.Conv2d(1, 1, 1), loss)) != list(loss.discriminator.parameters())
     assert all(torch.equal(value, before[key]) for key, value in loss.discriminator.state_dict().items())
     assert not loss.discriminator.training
 
 
 def test_what_is_shown_is_detached_and_given_once() -> None:
-    loss, (student, teacher) = a_loss(), predictions()
+    loss, (student, teacher) = a_loss(preset="paper"), predictions()
     assert loss.take_shown() is None
-    loss(student, teacher)
-    shown = loss.take_shown()
-    assert shown is not None
+    shown = shown_of(loss, student, teacher)
     assert torch.equal(shown[0], teacher["pred"])
     assert torch.equal(shown[1], student["pred"])
     assert not shown[1].requires_grad
@@ -96,8 +110,48 @@ def test_probabilities_of_a_teacher_become_logits() -> None:
     shown = loss.take_shown()
     assert shown is not None
     torch.testing.assert_close(shown[0].softmax(1), teacher["pred"].softmax(1))
+    torch.testing.assert_close(shown[0], centered(teacher["pred"]))
     with pytest.raises(ValueError, match=r"`teacher\['pred'\]` must hold logits, got values within \[0, 1\]"):
         AdversarialLoss(discriminator)(student, {"pred": teacher["pred"].softmax(1)})
+
+
+def test_logits_and_the_logarithm_of_their_softmax_show_the_same() -> None:
+    """So that a teacher that runs and one whose predictions were written down are the same to the discriminator."""
+    (student, teacher), label = predictions(), torch.zeros(2, 1, 16, 20, dtype=torch.int64)
+    label[0, ..., 10:] = IGNORED
+    logs = [{"pred": maps["pred"].log_softmax(1)} for maps in (student, teacher)]
+    default, paper = a_loss(), a_loss(preset="paper")
+    pairs = shown_of(default, *logs, label), shown_of(default, student, teacher, label)
+    for found, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert not found[0, ..., 10:].any()
+    assert not torch.allclose(shown_of(paper, *logs)[0], shown_of(paper, student, teacher)[0])
+
+
+def test_logits_of_regions_and_of_one_channel_are_shown_as_they_are() -> None:
+    student, teacher = predictions()
+    assert torch.equal(shown_of(a_loss(activation="sigmoid"), student, teacher)[0], teacher["pred"])
+    loss = AdversarialLoss(Discriminator(1, 2, width=4, layers=2))
+    single = [{"pred": maps["pred"][:, :1]} for maps in (student, teacher)]
+    assert torch.equal(shown_of(loss, *single)[0], teacher["pred"][:, :1])
+
+
+def test_the_presets_are_what_the_docs_say() -> None:
+    assert (a_loss().form, a_loss(preset="paper").form) == ("hinge", "wgan_gp")
+    assert (a_loss(form="wgan_gp").form, a_loss(preset="paper", form="hinge").form) == ("wgan_gp", "hinge")
+
+
+def test_predictions_in_double_precision_are_cast_for_the_discriminator() -> None:
+    loss, (student, teacher) = a_loss(), predictions()
+    double = {"pred": student["pred"].detach().double().requires_grad_()}
+    value = loss(double, {"pred": teacher["pred"].double()})["adversarial"]
+    value.backward()
+    assert double["pred"].grad is not None
+    assert double["pred"].grad.any()
+    shown = loss.take_shown()
+    assert shown is not None
+    assert {one.dtype for one in shown} == {torch.float32}
+    torch.testing.assert_close(value, loss(student, teacher)["adversarial"])
 
 
 def test_half_precision_is_computed_in_float32() -> None:
@@ -121,7 +175,9 @@ def test_a_term_without_weight_runs_no_discriminator() -> None:
 def test_wrong_input_is_refused() -> None:
     student, _ = predictions()
     with pytest.raises(ValueError, match="`form` must be one of .* got 'gan'"):
-        AdversarialLoss(Discriminator(2, 2, width=4), "gan")   # type: ignore[arg-type]
+        a_loss(form="gan")
+    with pytest.raises(ValueError, match=r"`preset` must be one of \['default', 'paper'\], got 'hinge'"):
+        a_loss(preset="hinge")
     with pytest.raises(ValueError, match="must have the teacher's 3 classes, got 2"):
         a_loss()(student, {"pred": torch.randn(2, 3, 16, 20)})
     with pytest.raises(ValueError, match="must share batch and spatial shape"):

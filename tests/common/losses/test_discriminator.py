@@ -43,11 +43,7 @@ def test_it_has_the_published_sizes() -> None:
 
 
 def test_it_has_the_size_of_the_specification_in_three_dimensions() -> None:
-    with torch.device("meta"):
-        sizes = [(2, 64), (64, 128), (128, 256), (256, 512)]
-        parts = [nn.Conv3d(before, after, 4) for before, after in sizes] + [nn.Conv3d(512, 1, 4)]
-        parts += [SelfAttention(256, 3), SelfAttention(512, 3)]
-    assert sum(one.numel() for part in parts for one in part.parameters()) == pytest.approx(11.5e6, rel=5e-3)
+    assert sum(one.numel() for one in Discriminator(2).parameters()) == 11_462_531
     narrow = Discriminator(2, width=4)                             # 1 / 16 of the width, and of all convolutions
     with torch.no_grad():
         assert narrow(torch.randn(1, 2, 64, 64, 80)).shape == (1, 1, 1, 1, 2)
