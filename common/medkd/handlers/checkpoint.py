@@ -19,6 +19,7 @@ from medkd.handlers.resuming import Resume, as_resume, load_anew, load_objects
 from medkd.handlers.run_folder import FolderInUseError, RunFolder, check_writable, newest_first
 from medkd.handlers.run_record import built_settings, describe_data, differences
 from medkd.handlers.selection import Selection
+from medkd.losses.base import DistillationLoss
 from medkd.taps import unwrap
 from medkd.weights import load_tensors
 
@@ -108,10 +109,13 @@ class CheckpointHandler:
         modules = [part for value in self.objects.values() if isinstance(value, nn.Module) for part in value.modules()]
         for module in getattr(engine.state, "distill_modules", ()):
             if module.state_dict() and not any(module is part for part in modules):
+                needed, added = "what is trained beside the student", '"discriminator": ..., "discriminator_optimizer"'
+                if isinstance(module, DistillationLoss):
+                    needed, added = "the losses of the `DistillationHandler`", '"distill_loss"'
                 raise ValueError(
-                    f"`objects` must have the losses of the `DistillationHandler`, got no {type(module).__name__}, "
-                    "which learns or remembers: a resumed run would have it as it was before training. Add it: "
-                    '{"network": ..., "distill_loss": ..., "optimizer": ...}.'
+                    f"`objects` must have {needed}, got no {type(module).__name__}, which learns or remembers: a "
+                    "resumed run would have it as it was before training. Add it: "
+                    f'{{"network": ..., {added}: ..., "optimizer": ...}}.'
                 )
 
     def _check_objects(self, engine: Any) -> None:

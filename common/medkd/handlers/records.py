@@ -10,9 +10,13 @@ import torch
 
 __all__ = ["case_meta", "step_losses"]
 
+_PREFIXES = ("kd/", "discriminator/")
+
 
 def step_losses(output: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, float]:
-    """Give the loss, the supervised loss and each unweighted `kd/<term>` of a step, for an `output_transform`.
+    """Give the loss, the supervised loss, each unweighted `kd/<term>` and what a discriminator's step left behind.
+
+    For an `output_transform`.
 
     Args:
         output: `engine.state.output` of a trainer, decollated or not.
@@ -20,9 +24,11 @@ def step_losses(output: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict
     Example:
         >>> step_losses([{"loss": 1.5, "supervised_loss": 1.0, "kd/edge": 0.5, "pred": None}])
         {'kd/edge': 0.5, 'loss': 1.5, 'supervised_loss': 1.0}
+        >>> step_losses({"loss": 1.5, "discriminator/loss": 2.0, "label": None})
+        {'discriminator/loss': 2.0, 'loss': 1.5}
     """
     first = output if isinstance(output, Mapping) else output[0]
-    names = sorted(name for name in first if name in ("loss", "supervised_loss") or name.startswith("kd/"))
+    names = sorted(name for name in first if name in ("loss", "supervised_loss") or name.startswith(_PREFIXES))
     return {name: float(torch.as_tensor(first[name]).detach()) for name in names}
 
 
