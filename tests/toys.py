@@ -32,7 +32,7 @@ from monai.transforms.spatial.dictionary import RandFlipd
 from torch import Tensor, distributed, nn
 from torch.utils.data.distributed import DistributedSampler
 
-from medkd.handlers.adversarial import DiscriminatorTraining
+from medkd.handlers.adversarial import DiscriminatorDivergedError, DiscriminatorTraining
 from medkd.handlers.checkpoint import CheckpointHandler
 from medkd.handlers.distillation import DistillationEvents, DistillationHandler
 from medkd.handlers.gradient_norms import GradientNorms
@@ -399,25 +399,43 @@ def balance_one_rank(rank: int, ranks: int, directory: Path) -> None:
 
 
 def discriminate_one_rank(rank: int, ranks: int, directory: Path) -> None:
-    """Train one rank with a discriminator for a step of plain gradient descent; save what it was shown, and its end."""
+    """Train one rank with a discriminator of each form, by plain gradient descent, for a step and a bad one.
+
+    Saved are, for each form, what it was shown, what the discriminator was after the first step, and whether the second
+    was refused, in which that of the last rank alone gives large scores.
+    """
     distributed.init_process_group("gloo", f"file://{directory}/meeting_point", rank=rank, world_size=ranks)
+    results = {form: _discriminate(rank, ranks, form) for form in ("wgan_gp", "hinge")}
+    torch.save(results, directory / f"result_{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def _discriminate(rank: int, ranks: int, form: Any) -> tuple[Any, Any, bool]:
     network = nn.parallel.DistributedDataParallel(student())
-    discriminator = Discriminator(2, 2, width=4, layers=1)
-    loss = AdversarialLoss(discriminator, form="hinge")
+    discriminator = Discriminator(2, 2, width=4, layers=1, seed=rank)   # the first rank's is to count
+    loss = AdversarialLoss(discriminator, "paper", form)
     shown: list[tuple[Tensor, Tensor]] = []
+    states: list[Mapping[str, Tensor]] = []
 
     def look(engine: Any) -> None:
         shown.append((engine.state.teacher["pred"].clone(), engine.state.student["pred"].detach().clone()))
 
+    def spoil(_engine: Any) -> None:
+        states.append(state_of(discriminator))
+        with torch.no_grad():
+            discriminator.body[-1].weight.mul_(1e8 if rank == ranks - 1 else 1.0)
+
     handlers = [
         DistillationHandler(Teacher(teacher), loss, {"adversarial": 0.1}),
         DiscriminatorTraining(loss, torch.optim.SGD(discriminator.parameters(), 0.1)),
-        on(Events.ITERATION_COMPLETED, lambda engine: engine.terminate()),
+        on(Events.ITERATION_COMPLETED, spoil),
     ]
     engine = make_trainer(
-        network, handlers, epochs=1, sampler=lambda dataset: DistributedSampler(dataset, ranks, rank)
+        network, handlers, epochs=2, sampler=lambda dataset: DistributedSampler(dataset, ranks, rank)
     )
     engine.add_event_handler(DistillationEvents.TEACHER_COMPLETED, look)
-    engine.run()
-    torch.save((shown[0], discriminator.state_dict()), directory / f"result_{rank}.pt")
-    distributed.destroy_process_group()
+    try:
+        engine.run()
+    except DiscriminatorDivergedError:
+        return shown[0], states[0], True
+    return shown[0], states[0], False

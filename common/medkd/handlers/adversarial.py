@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import ignite.distributed as idist
@@ -23,7 +22,7 @@ __all__ = ["DiscriminatorDivergedError", "DiscriminatorTraining"]
 
 _RANK_STEP = 1_000_003    # ranks must not draw the same mixtures
 _PENALTY = 10.0
-_FAR = 10.0               # times the largest difference of scores that a slope of 1 allows
+_FAR = 20.0               # times the root of a sample's size: so far apart no scores are that mean anything
 logger = logging.getLogger(__name__)
 
 
@@ -66,10 +65,14 @@ class DiscriminatorTraining:
     It leaves in `engine.state.output` `discriminator/loss`, `/teacher` and `/student` (mean scores) and `/penalty`, and
     their means in a line of the log at each epoch's end. Place it behind the `DistillationHandler`, and put the
     discriminator and the optimizer into the `objects` of the `CheckpointHandler`:
-    `{"network": ..., "discriminator": ..., "discriminator_optimizer": ...}`. Several ranks take the mean gradient.
+    `{"network": ..., "discriminator": ..., "discriminator_optimizer": ...}`. Several ranks start with the weights of
+    the first, take the mean gradient, and decide by mean values whether to go on.
 
     A discriminator that diverges is an error, before any weights change: a loss or gradient that is not finite, or mean
-    scores that lie ten times farther apart than a slope of 1 allows for logits within [-1, 1].
+    scores that lie more than 20 sqrt(n) apart for n logits per sample. That is a loose guard against overflow and no
+    bound of the method: a slope of 1 of the sum of all scores, which the penalty asks for, lets that sum differ by at
+    most 2 sqrt(n) between logits within [-1, 1], and the mean by as many times less as there are scores; `hinge` asks
+    for no slope.
 
     Args:
         loss: that of the `DistillationHandler`, with the discriminator.
@@ -80,8 +83,8 @@ class DiscriminatorTraining:
         seed: of the mixtures.
 
     Raises:
-        ValueError: a wrong number; an optimizer without some parameter of the discriminator; no `DistillationHandler`
-            before, or one without this loss.
+        ValueError: a wrong number, or a penalty for `hinge`; an optimizer without some parameter of the discriminator;
+            no `DistillationHandler` before, or one without this loss.
         DiscriminatorDivergedError: in a step.
 
     Reference:
@@ -134,6 +137,9 @@ class DiscriminatorTraining:
         self._sums = {}
         self.loss.take_shown()                                     # of a run that broke off
         self.loss.discriminator.to(state.device)
+        if idist.get_world_size() > 1:
+            for value in self.loss.discriminator.state_dict().values():
+                value.copy_(torch.as_tensor(idist.broadcast(value, src=0)))
         if state.distillation["mode"] == "distilled" and state.distill_weights["adversarial"]:
             state.distill_modules = [*state.distill_modules, self.loss.discriminator]
             state.discriminator_optimizer = self.optimizer
@@ -164,26 +170,25 @@ class DiscriminatorTraining:
         torch.autograd.backward(self.weight * values["loss"])
         values["loss"] = values["loss"].detach()
         gradients = [one.grad for one in discriminator.parameters() if one.grad is not None]
-        if idist.get_world_size() > 1:
-            for gradient in gradients:
-                gradient.copy_(torch.as_tensor(idist.all_reduce(gradient)) / idist.get_world_size())
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._check(values, norm, 2.0 * math.sqrt(student[0].numel()), step)
+        told = torch.stack([values[name] for name in ("loss", "teacher", "student")])
+        if (ranks := idist.get_world_size()) > 1:
+            for value in (*gradients, told):                       # with what is checked, or one rank would stop alone
+                value.copy_(torch.as_tensor(idist.all_reduce(value)) / ranks)
+        self._check(told, torch.nn.utils.get_total_norm(gradients), _FAR * math.sqrt(student[0].numel()), step)
         self.optimizer.step()
         return values
 
-    def _check(self, values: Mapping[str, Tensor], norm: Tensor, reach: float, step: int) -> None:
+    def _check(self, told: Tensor, norm: Tensor, most: float, step: int) -> None:
         """Refuse a step that would leave nothing of the discriminator."""
-        loss, teacher, student, slope = torch.stack(
-            [values["loss"], values["teacher"], values["student"], norm.to(values["loss"])]
-        ).tolist()                                                 # asks the device once
-        if math.isfinite(loss) and math.isfinite(slope) and abs(teacher - student) <= _FAR * reach:
+        loss, teacher, student, slope = torch.cat([told, norm.to(told).view(1)]).tolist()   # asks the device once
+        if math.isfinite(loss) and math.isfinite(slope) and abs(teacher - student) <= most:
             return
+        way_out = "" if self.loss.form == "hinge" else ", or take the form 'hinge'"
         raise DiscriminatorDivergedError(
             f"The discriminator must stay within bounds, but it diverged in step {step}: loss {loss:.4g}, mean scores "
             f"{teacher:.4g} of the teacher and {student:.4g} of the student, gradient norm {slope:.4g}. No weights "
             "were changed by this step; the last checkpoint is good. Lower the rate of its optimizer, or the "
-            "weight of `adversarial`, or take the form 'hinge'."
+            f"weight of `adversarial`{way_out}."
         )
 
     def _set_rate(self, step: int, steps: int) -> None:

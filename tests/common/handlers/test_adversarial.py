@@ -15,14 +15,17 @@ from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from monai.losses.dice import DiceCELoss
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import toys
 from medkd.handlers.adversarial import DiscriminatorDivergedError, DiscriminatorTraining
 from medkd.handlers.checkpoint import CheckpointHandler
+from medkd.handlers.cpu_autocast import CpuAutocast
 from medkd.handlers.distillation import DistillationEvents, DistillationHandler
 from medkd.handlers.gradient_norms import GradientNorms
 from medkd.handlers.nan_guard import NanGuard
 from medkd.handlers.randomness import EpochSeed
+from medkd.handlers.records import step_losses
 from medkd.handlers.teacher import Teacher
 from medkd.losses.adversarial import AdversarialLoss
 from medkd.losses.discriminator import Discriminator, discriminator_loss
@@ -168,6 +171,8 @@ def test_it_works_without_any_label(form: str) -> None:
     made = run(note, form=form, data=cases, loss_function=supervised, epochs=2)
     assert all(output["supervised_loss"] == 0 and output["kd/adversarial"] != 0 for output in outputs)
     assert all(output["discriminator/loss"].isfinite() for output in outputs)
+    told = ["discriminator/loss", "discriminator/penalty", "discriminator/student", "discriminator/teacher"]
+    assert list(step_losses(outputs[0])) == [*told, "kd/adversarial", "kd/logits", "loss", "supervised_loss"]
     assert not toys.same(made.discriminator.state_dict(), Discriminator(2, 2, width=4, layers=1).state_dict())
 
 
@@ -199,16 +204,46 @@ def test_its_pull_is_measured_and_balanced_like_that_of_any_term() -> None:
     assert norms.state_dict()["factors"]["adversarial"] > 0
 
 
-def test_ranks_take_the_mean_gradient_and_have_the_same_discriminator(tmp_path: Path) -> None:
+def test_ranks_take_the_mean_gradient_have_the_same_discriminator_and_stop_together(tmp_path: Path) -> None:
     toys.finish(*(toys.start(toys.discriminate_one_rank, rank, 2, tmp_path) for rank in range(2)))
-    (shown, weights), (other_shown, other) = (torch.load(tmp_path / f"result_{rank}.pt") for rank in range(2))
-    assert toys.same(weights, other)
-    assert not toys.same(shown, other_shown)
+    first, second = (torch.load(tmp_path / f"result_{rank}.pt") for rank in range(2))
+    for form in FORMS:
+        (shown, weights, stopped), (other_shown, other, other_stopped) = first[form], second[form]
+        assert toys.same(weights, other)
+        assert not toys.same(shown, other_shown)
+        assert stopped
+        assert other_stopped                                       # although only one of them has large scores
+        twin = Discriminator(2, 2, width=4, layers=1).train()
+        with parametrize.cached():                                 # one iteration of the normalization
+            losses = [
+                discriminator_loss(twin, *pair, form, torch.Generator().manual_seed(1 + 1_000_003 * rank))["loss"]   # type: ignore[arg-type]
+                for rank, pair in enumerate((shown, other_shown))
+            ]
+        torch.stack(losses).mean().backward()
+        torch.optim.SGD(twin.parameters(), 0.1).step()
+        torch.testing.assert_close(weights, dict(twin.state_dict()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_its_step_is_in_float32_where_the_networks_compute_in_bfloat16(form: str) -> None:
+    seen: dict[str, Any] = {}
+
+    def remember(engine: Any) -> None:
+        if engine.state.iteration == 1:
+            seen["teacher"], seen["pred"] = engine.state.teacher["pred"], engine.state.student["pred"].detach()
+        elif "result" not in seen:
+            seen["result"] = toys.state_of(made.discriminator)
+
+    made = training(CpuAutocast("bfloat16"), form=form, epochs=1)
+    made.trainer.add_event_handler(DistillationEvents.TEACHER_COMPLETED, remember)
+    made.trainer.run()
+    assert seen["teacher"].dtype == torch.bfloat16
     twin = Discriminator(2, 2, width=4, layers=1).train()
-    together = [torch.cat(pair) for pair in zip(shown, other_shown, strict=True)]
-    discriminator_loss(twin, *together, "hinge")["loss"].backward()
-    torch.optim.SGD(twin.parameters(), 0.1).step()
-    torch.testing.assert_close(weights, dict(twin.state_dict()))
+    optimizer = torch.optim.Adam(twin.parameters(), 1e-3, betas=(0.9, 0.99))
+    shown = seen["teacher"].float(), seen["pred"].float()
+    discriminator_loss(twin, *shown, form, torch.Generator().manual_seed(1))["loss"].backward()   # type: ignore[arg-type]
+    optimizer.step()
+    assert toys.same(seen["result"], twin.state_dict())
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -228,7 +263,8 @@ def test_a_resumed_run_ends_bit_identical(tmp_path: Path, form: str, epoch: int)
 
 
 def test_a_checkpoint_without_the_discriminator_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got no Discriminator, which learns or remembers"):
+    way_out = r'got no Discriminator, which learns or remembers: .* "discriminator": \.\.\., "discriminator_optimizer"'
+    with pytest.raises(ValueError, match=way_out):
         run(folder=tmp_path, saved=False)
 
 
@@ -275,7 +311,9 @@ def test_scores_that_run_away_name_the_discriminator_and_leave_it_as_it_was(form
         IterationEvents.LOSS_COMPLETED,
         lambda _: kept.append({name: one.detach().clone() for name, one in made.discriminator.named_parameters()}),
     )
-    with pytest.raises(DiscriminatorDivergedError, match="but it diverged in step 3: loss .* Lower the rate of its"):
+    message = "but it diverged in step 3: loss .* Lower the rate of its .*"
+    message += "`adversarial`, or take the form 'hinge'." if form == "wgan_gp" else "`adversarial`.$"
+    with pytest.raises(DiscriminatorDivergedError, match=message):
         made.trainer.run()
     assert toys.same(kept[-1], {name: one.detach() for name, one in made.discriminator.named_parameters()})
 
