@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
+import toys
+from medkd.handlers.adversarial import DiscriminatorTraining
+from medkd.handlers.checkpoint import CheckpointHandler
+from medkd.handlers.distillation import DistillationHandler
+from medkd.handlers.randomness import EpochSeed
 from medkd.handlers.teacher import Teacher
 from medkd.handlers.teacher_fitting import ParaphraserFitting, TeacherFitting, TeacherLayers
+from medkd.losses.adversarial import AdversarialLoss
+from medkd.losses.discriminator import Discriminator
 from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.paraphraser import TeacherParaphrasers, reconstruction_loss
 from medkd.ops.ignored import UNLABELED
@@ -205,3 +215,82 @@ def test_wrong_options_of_paraphrasers_are_refused(teacher: Teacher, tmp_path: P
         ParaphraserFitting(given, teacher, steps=0)
     with pytest.raises(ValueError, match="`kind` must be one of .* got 'l2'"):
         ParaphraserFitting(given, teacher, "l2")   # type: ignore[arg-type]
+
+
+# ---- in a trainer --------------------------------------------------------------------------------------------------
+
+FLOW = ("encoder.conv", "encoder.act")
+WEIGHTS = {"node": 0.5, "edge": 0.5, "adversarial": 0.1}
+
+
+def whole(folder: Path, weights: Mapping[str, float] = WEIGHTS, extra: Sequence[Any] = (), resume: bool = False) -> Any:
+    """A run with all that the method has, two steps per epoch; its trainer, and what it ends with."""
+    teacher, network = Teacher(toys.teacher, folder / "teacher.pt"), toys.student()
+    width = [toys.TEACHER_WIDTH, toys.STUDENT_WIDTH]
+    given = TeacherParaphrasers(FLOW, [width, width], folder / "paraphrasers.pt", 2, teacher_path=teacher.path)
+    discriminator = Discriminator(2, 2, width=4, layers=1)
+    losses = [GraphFlowLoss([FLOW], paraphrasers=given, spatial_dims=2), AdversarialLoss(discriminator)]
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    own = torch.optim.Adam(discriminator.parameters(), 1e-3)
+    objects = {
+        "network": network, "optimizer": optimizer, "discriminator": discriminator, "discriminator_optimizer": own,
+    }
+    handlers = [
+        EpochSeed(3), ParaphraserFitting(given, teacher, steps=20), DistillationHandler(teacher, losses, weights),
+        DiscriminatorTraining(losses[1], own), *extra, CheckpointHandler(folder / "run", objects, resume=resume),
+    ]
+    toys.make_trainer(network, handlers, optimizer=optimizer, epochs=2).run()
+    return [one.state_dict() for one in objects.values()]
+
+
+def test_a_training_with_all_parts_resumes_bit_identical_and_keeps_its_paraphrasers(tmp_path: Path) -> None:
+    torch.save(toys.teacher().state_dict(), tmp_path / "teacher.pt")
+    kept, outputs = (tmp_path / "teacher.pt").read_bytes(), []
+    teachers: list[dict[str, Tensor]] = []
+
+    def note(engine: Any) -> None:
+        outputs.append(dict(engine.state.output))
+        teachers.append(toys.state_of(engine.state.distillation_handler._network))
+
+    end = whole(tmp_path, extra=[toys.on(IterationEvents.BACKWARD_COMPLETED, note)])
+    assert len(outputs) == 4
+    assert all(output[f"kd/{term}"].isfinite() and output[f"kd/{term}"] != 0 for output in outputs for term in WEIGHTS)
+    assert all(output["kd/node"] > 0 and output["discriminator/loss"] > 0 for output in outputs)
+    assert all(toys.same(one, toys.teacher().state_dict()) for one in teachers)
+    assert (tmp_path / "teacher.pt").read_bytes() == kept
+    file = tmp_path / "paraphrasers.pt"
+    fitted, written = file.read_bytes(), file.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        whole(tmp_path, extra=[toys.on(Events.ITERATION_STARTED(once=4), stop)])
+    assert toys.same(whole(tmp_path, resume=True), end)
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == (fitted, written)
+
+
+def test_with_all_weights_zero_it_equals_plain_training_and_fits_nothing(tmp_path: Path) -> None:
+    torch.save(toys.teacher().state_dict(), tmp_path / "teacher.pt")
+    network, *_ = whole(tmp_path, dict.fromkeys(WEIGHTS, 0.0))
+    plain = toys.student()
+    toys.make_trainer(plain, [EpochSeed(3)], optimizer=torch.optim.Adam(plain.parameters(), 0.01), epochs=2).run()
+    assert toys.same(network, plain.state_dict())
+    assert not (tmp_path / "paraphrasers.pt").exists()
+
+
+def stop(engine: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_the_docs_say_of_a_config_builds_a_training(tmp_path: Path, place: int) -> None:
+    kind = (ParaphraserFitting, DiscriminatorTraining)[place]
+    text = (kind.__doc__ or "").split("```json")[1].split("```")[0]
+    own = json.loads(text)
+    parser = ConfigParser(
+        {"ckpt_dir": str(tmp_path), "teacher_path": "teacher.pt", "teacher": Teacher(toys.teacher), **own}
+    )
+    found = {name: parser.get_parsed_content(name) for name in reversed(own)}   # the loss before the optimizer
+    if place == 0:
+        assert found["paraphraser_fitting"].taps == found["distill_loss"].teacher_taps
+        assert found["paraphraser_fitting"].paraphrasers is found["distill_loss"].paraphrasers
+    else:
+        assert found["discriminator_training"].loss.discriminator is found["discriminator"]
+        assert found["discriminator_training"].optimizer.defaults["betas"] == (0.9, 0.99)
