@@ -59,7 +59,7 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     if not bundle:
         print("Not checked, as there is no bundle (--bundle FOLDER): size on its grid, window of intensities, "
               "channels.")
-    print(_next_command(path, bundle, number, options.config_file))
+    print(_next_command(path, bundle, number, options))
 
 
 def _verdict(report: Any, bundle: str) -> str:
@@ -117,14 +117,19 @@ def _value(text: str) -> Any:
     return words[text] if text in words else literal(text)
 
 
-def _next_command(path: str, bundle: str, number: int | None, configs: Sequence[str]) -> str:
+def _next_command(path: str, bundle: str, number: int | None, options: Namespace) -> str:
+    """The training with all that was told of it."""
+    configs, settings = options.config_file, [word.partition("=") for word in options.set]
     full = os.path.abspath(path)
     is_usual = os.path.basename(full) == "datalist.json"
     place = f"--dataset_dir {shlex.quote(os.path.dirname(full))}" if is_usual else f"--datalist {shlex.quote(full)}"
     files = [f"configs/{os.path.basename(name).removesuffix('.json')}.json" for name in ("train", *configs)]
     config = "[" + ",".join(map(repr, files)) + "]" if configs else files[0]
     command = f"python -m monai.bundle run training --config_file {_quoted(config)} --bundle_root . {place}"
-    return f"Next, in the folder of {bundle or 'a bundle'}: {command}{_classes(bundle, number)}"
+    told = "".join(f" --{shlex.quote(key)} {shlex.quote(value)}" for key, _, value in settings)
+    classes = "" if "out_channels" in (key for key, _, _ in settings) else _classes(bundle, number)
+    where = "" if bundle == "." else f", in the folder of {bundle or 'a bundle'}"
+    return f"Next{where}: {command}{told}{classes}"
 
 
 def _quoted(config: str) -> str:

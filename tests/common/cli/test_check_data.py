@@ -161,7 +161,8 @@ def test_a_bundle_checks_the_list_as_its_training_does(phantoms: Path, capsys: C
     said = capsys.readouterr().out
     assert f"The data can be used to train {CT.name}." in said
     assert "Not checked" not in said
-    assert said.rstrip().endswith(f"--dataset_dir {phantoms} --out_channels 7")
+    assert f"\nNext, in the folder of {CT}: python -m monai.bundle run training " in said
+    assert said.rstrip().endswith(f"--dataset_dir {phantoms} --spacing '[8,8,8]' --out_channels 7")
     assert next(line for line in said.splitlines() if line.startswith("cases")).split() == ["cases", "2", "1", "1"]
 
 
@@ -174,8 +175,11 @@ def test_current_folder_is_taken_when_it_is_a_bundle(
     phantoms: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(CT)
-    assert main(["check-data", str(phantoms), "--set", "spacing=[8,8,8]"]) == 0
-    assert "The data can be used to train" in capsys.readouterr().out
+    assert main(["check-data", str(phantoms), "--set", "spacing=[8,8,8]", "--set", "out_channels=8"]) == 0
+    said = capsys.readouterr().out
+    assert "The data can be used to train" in said
+    assert "\nNext: python -m monai.bundle run training" in said
+    assert said.rstrip().endswith("--spacing '[8,8,8]' --out_channels 8")
     assert main(["check-data", str(phantoms), "--bundle", ""]) == 0
     assert "Not checked, as there is no bundle" in capsys.readouterr().out
 
