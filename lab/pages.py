@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lab.record import all_rows, retention
-from lab.score import METRICS
+from lab.score import AGREEMENT, METRICS
 
 SHOWN = ("classical", "student_alone", "logits_kd", "distilled", "teacher")    # in the READMEs, in this order
 RETENTION = "retention"
-AGREEMENT = "_with_teacher"            # how the name of a metric ends that takes the teacher for the label
 TITLES = {                                                         # in the full tables, in this order
     "classical": "classical",
     "teacher": "teacher", "student_alone": "student alone", "logits_kd": "plain KD", "features_kd": "feature hints",
@@ -150,9 +149,10 @@ def _regime(row: Mapping[str, Any]) -> str:
     text += ")." if alone == labels else f"; the student alone has {alone} labeled cases)."
     worth = row.get("labels_worth")
     if worth:
-        number = worth.get("value") or f"{'more' if 'more_than' in worth else 'fewer'} than {_bound(worth)}"
-        text += f" Its teacher is worth about {number} labeled cases: so many does a student alone need to be as good."
-    return text.replace("about more", "more").replace("about fewer", "fewer")
+        bound = f"{'more' if 'more_than' in worth else 'fewer'} than {_bound(worth)}"
+        number = f"about {worth['value']}" if worth.get("value") else bound
+        text += f" Its teacher is worth {number} labeled cases: so many does a student alone need to be as good."
+    return text
 
 
 def _sentence_case(text: str) -> str:

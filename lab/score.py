@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["METRICS", "Columns", "case_names", "columns_of", "gap_recovered", "read_scores", "read_table"]
+__all__ = ["AGREEMENT", "METRICS", "Columns", "case_names", "columns_of", "gap_recovered", "read_scores", "read_table"]
 
 Columns = Literal["classes", "blocks", "case"]   # what a column is: a label value, a part of the case, all of it
 METRICS = {
@@ -25,6 +25,7 @@ METRICS = {
     "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ", "val_aji": "AJI", "val_sbd": "SBD",
     "val_dic": "\\|DiC\\|",
 }
+AGREEMENT = "_with_teacher"       # how the name of a metric ends that takes the teacher's prediction for the label
 DRAWS = 10_000
 LEAST_CASES = 4
 TAIL = 0.025      # on each side of the interval

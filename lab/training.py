@@ -20,7 +20,7 @@ from lab.keys import content_hash, data_hash, file_hash, run_distils, run_key
 from lab.networks import program_words
 from lab.recipe import Recipe, Row
 from lab.regimes import ALL_LABELS, Regime, regime_list, supervised_list
-from lab.score import columns_of, read_scores
+from lab.score import AGREEMENT, columns_of, read_scores
 from medkd.data.datalist import SplitsFile, make_datalist, write_datalist
 
 __all__ = [
@@ -109,7 +109,7 @@ class Study:
     def metric_of(self, run: Run) -> str:
         """Name of the value by which a training takes its best model: where it has no labels, agreement."""
         labeled = run.regime.labels != 0 or not self.distils(run)
-        return self.recipe.metric if labeled else f"{self.recipe.metric}_with_teacher"
+        return self.recipe.metric if labeled else f"{self.recipe.metric}{AGREEMENT}"
 
 
 def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:

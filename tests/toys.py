@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Events
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
 from monai.data.dataloader import DataLoader
 from monai.data.dataset import Dataset
 from monai.data.meta_tensor import MetaTensor
@@ -40,6 +41,7 @@ from medkd.handlers.nan_guard import NanGuard
 from medkd.handlers.randomness import EpochSeed
 from medkd.handlers.schedule import WeightSchedule
 from medkd.handlers.teacher import Teacher
+from medkd.handlers.teacher_fitting import TeacherFitting
 from medkd.losses.adversarial import AdversarialLoss
 from medkd.losses.base import DistillationLoss, trainable_parameters
 from medkd.losses.discriminator import Discriminator
@@ -47,6 +49,7 @@ from medkd.losses.features import HintLoss
 from medkd.losses.graph_relation import GraphRelationLoss
 from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.relation_bank import RelationBank
+from medkd.ops.ignored import UNLABELED
 
 SIZE = 12
 STUDENT_WIDTH, TEACHER_WIDTH = 2, 4
@@ -68,6 +71,20 @@ class ToyNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, 2, H, W)."""
         logits: Tensor = self.head(self.dropout(self.encoder(image)))
+        return logits
+
+
+class TwoLayers(nn.Module):
+    """Two layers of unlike channels and grids, for what is fitted to a frozen teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.fine = nn.Conv2d(1, 6, 4, 2, 1), nn.ConvTranspose2d(6, 4, 2, 2)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 1, H, W) -> (B, 2, H, W)."""
+        logits: Tensor = self.head(self.norm(self.fine(self.deep(image).relu())))
         return logits
 
 
@@ -201,6 +218,24 @@ class Killer:
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict."""
     return {key: value.detach().clone() for key, value in module.state_dict().items()}
+
+
+def blob_batches(labeled: bool = True, count: int = 3) -> list[dict[str, Tensor]]:
+    """Batches of two smooth images; what is above 0 is the foreground."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        image = F.interpolate(torch.randn(2, 1, 4, 4, generator=generator), scale_factor=4.0, mode="bilinear")
+        label = (image > 0).float()
+        found.append({"image": MetaTensor(image), "label": label if labeled else torch.full_like(label, UNLABELED)})
+    return found
+
+
+def attach_fitting(one: TeacherFitting, data: list[dict[str, Tensor]]) -> None:
+    """Attach what is fitted to a teacher to a trainer that has only its data."""
+    engine = Engine(lambda _engine, _batch: None)
+    engine.data_loader, engine.state.device = data, torch.device("cpu")
+    one.attach(engine)
 
 
 def same(first: Any, second: Any) -> bool:

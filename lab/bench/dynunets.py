@@ -30,7 +30,7 @@ class DynUNets:
         torch.manual_seed(0)
         self.quick = quick
         filters = [[count // 4 for count in counts] if quick else list(counts) for counts in (STUDENT, TEACHER)]
-        self.student, self.teacher = (_network(counts, classes) for counts in filters)
+        self.student, self.teacher = (make_network(counts, classes) for counts in filters)
         self.teacher.eval().requires_grad_(False)
         self.loss = make_loss(filters)
         paths = ([pair[role] for pair in self.loss.tap_pairs] for role in (0, 1))
@@ -85,7 +85,8 @@ def loss_alone(
     torch.autograd.backward(list(loss(student, teacher, label).values()))
 
 
-def _network(filters: Sequence[int], classes: int) -> DynUNet:
+def make_network(filters: Sequence[int], classes: int) -> DynUNet:
+    """A DynUNet of these channels, from a stride of 1 to one of 2 per further level; random weights."""
     levels = len(filters)
     strides = [1] + [2] * (levels - 1)
     return DynUNet(3, 1, classes, [3] * levels, strides, strides[1:], filters=filters)

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from monai.networks.nets import DynUNet
-from torch import Tensor, nn
+from torch import Tensor
 
-from lab.bench.dynunets import loss_alone
-from lab.bench.peers import against
-from lab.measure import Row, compare, kept_memory, peak_memory, threads
+from lab.bench.dynunets import loss_alone, make_network
+from lab.bench.peers import against, memory_rows
+from lab.measure import Row, compare, threads
 from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.ops.salience import salience_nodes
 from medkd.taps import FeatureTaps
@@ -28,21 +27,14 @@ STUDENT, CLASSES = (6, 12, 24, 48, 60), 2
 FLOWS = [["downsamples.1", "upsamples.1"], ["downsamples.0", "upsamples.2"], ["input_block", "upsamples.3"]]
 WINDOW = (3, 3, 3)
 GOAL = 0.03
-MEBI = 2.0**20
 KEPT = 0.5                 # MiB for backward beyond the taps
-
-
-def _network() -> nn.Module:
-    levels = len(STUDENT)
-    strides = [1] + [2] * (levels - 1)
-    return DynUNet(3, 1, CLASSES, [3] * levels, strides, strides[1:], filters=STUDENT)
 
 
 def _share(quick: bool, pairs: int) -> list[Row]:
     """The loss of some pairs of layers, down to the features, against the student's forward and backward pass."""
     torch.manual_seed(0)
     size = 32 if quick else 96
-    network, image = _network(), torch.randn(1, 1, size, size, size)
+    network, image = make_network(STUDENT, CLASSES), torch.randn(1, 1, size, size, size)
     loss = GraphFlowLoss(FLOWS[:pairs])
     taps = FeatureTaps(network, [student for student, _ in loss.tap_pairs])
     taps.open()
@@ -92,26 +84,11 @@ def nodes_time(quick: bool) -> list[Row]:
 def nodes_memory(quick: bool) -> list[Row]:
     """Give what is kept for backward beyond the layer, and the peak with its gradient; also of the plain formula."""
     layer = _layer(quick)
-    size = layer.numel() * layer.element_size() / MEBI
-    goals = {"ours": (KEPT, KEPT + 1.2 * size), "plain": (None, None)}
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": partial(salience_nodes, window=WINDOW), "plain": partial(plain.salience, window=WINDOW)
-    }
     rows = []
-    for name, function in functions.items():
-        kept = kept_memory(partial(function, layer))
-        peak = peak_memory(partial(_both_ways, function, layer))
-        words = f"{name}, 2 x 32 x {layer.shape[-1]}^3: "
-        for what, value, goal in (("kept", kept, goals[name][0]), ("peak", peak, goals[name][1])):
-            tail = "for backward beyond the layer" if what == "kept" else f"with a gradient of {size:.1f} MiB"
-            reached = None if goal is None else value <= goal
-            rows.append(Row(f"nodes_{what}_{name}", f"{words}{what} {tail}", None, value, None, None, "lower", goal,
-                            reached, "MiB", None))
+    for name, function, goal in (("ours", salience_nodes, KEPT), ("plain", plain.salience, None)):
+        words = f"{name}, 2 x 32 x {layer.shape[-1]}^3"
+        rows += memory_rows(("nodes", name), words, partial(function, window=WINDOW), layer, goal)
     return rows
-
-
-def _both_ways(function: Callable[[Tensor], Tensor], layer: Tensor) -> Tensor:
-    return torch.autograd.grad(function(layer).sum(), layer)[0]
 
 
 MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lab.bench.dynunets import STUDENT, TEACHER, DynUNets, Filters
-from lab.bench.peers import against
-from lab.measure import Row, compare, kept_memory, peak_memory
+from lab.bench.peers import against, both_ways, memory_rows
+from lab.measure import Row, compare
 from medkd.losses.class_heads import ClassHeads, TeacherHeads
 from medkd.losses.layer_feedback import LayerFeedbackLoss
 from medkd.ops.attention import (
@@ -34,7 +34,6 @@ CLASSES = 2
 ENCODER = ["input_block", "downsamples.0", "downsamples.1", "downsamples.2", "bottleneck"]
 DECODER = [f"upsamples.{n}" for n in range(4)]
 TERMS = ("ufd", "ifd", "upd", "ipd")
-MEBI = 2.0**20
 KEPT = 10.0                # MiB for backward beyond the taps, and of the peak beyond 1.2 student taps
 
 
@@ -105,29 +104,11 @@ UNIFIED = {"default": _pooled, "paper": _resized}
 def unified_memory(quick: bool) -> list[Row]:
     """Give what is kept for backward beyond the taps, and the peak with the student's gradient; also of the port."""
     student, levels = _unified(quick)
-    tap = student.numel() * student.element_size() / MEBI
-    goals = {"default": (KEPT, KEPT + 1.2 * tap), "paper": (KEPT, KEPT + 1.2 * tap), "literal": (None, None)}
     rows = []
     for name, function in {**UNIFIED, "literal": _literal}.items():
-        kept = kept_memory(partial(function, student, levels))
-        peak = peak_memory(partial(_both_ways, function, student, levels))
-        words = f"{name}, {student.shape[-1]}^3: "
-        rows += [
-            _plain_row(f"unified_kept_{name}", f"{words}kept for backward beyond the taps", kept, goals[name][0]),
-            _plain_row(f"unified_peak_{name}", f"{words}peak, with a gradient of {tap:.1f} MiB", peak, goals[name][1]),
-        ]
+        words, goal = f"{name}, {student.shape[-1]}^3", KEPT if name in UNIFIED else None
+        rows += memory_rows(("unified", name), words, partial(function, levels=levels), student, goal)
     return rows
-
-
-def _plain_row(name: str, subject: str, value: float, goal: float | None) -> Row:
-    reached = None if goal is None else value <= goal
-    return Row(name, subject, None, value, None, None, "lower", goal, reached, "MiB", None)
-
-
-def _both_ways(
-    function: Callable[[Tensor, Sequence[Tensor]], Tensor], student: Tensor, levels: Sequence[Tensor]
-) -> Tensor:
-    return torch.autograd.grad(function(student, levels).sum(), student)[0]
 
 
 def unified_time(quick: bool) -> list[Row]:
@@ -137,7 +118,7 @@ def unified_time(quick: bool) -> list[Row]:
     words = f"channels in blocks, {student.shape[-1]}^3", f"literal port, {student.shape[-1]}^3"
     functions = partial(_resized, levels=levels), partial(_literal, levels=levels)
     rows = against("unified_paper", words, functions, student, pairs)
-    works = tuple(partial(_both_ways, one, student, levels) for one in (_pooled, _literal))
+    works = tuple(partial(both_ways, partial(one, levels=levels), student) for one in (_pooled, _literal))
     words = f"one channel, on the coarser grid, {student.shape[-1]}^3", words[1]
     return rows + compare("unified_default", words, works, pairs)   # type: ignore[arg-type]
 

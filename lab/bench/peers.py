@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lab.measure import Row, Work, compare
+from lab.measure import Row, Work, compare, kept_memory, peak_memory
 from medkd.losses.base import DistillationLoss
 
 TOLERANCE = 1e-5    # relative, of values and gradients
+MEBI = 2.0**20
 Function = Callable[[Tensor], Tensor]
 Forward = Callable[[], dict[str, Tensor]]
 
@@ -48,6 +49,37 @@ def against(
         if error > TOLERANCE:
             raise RuntimeError(f"{name}: the {what} is off by {error:.1e} of it, more than {TOLERANCE:.0e}.")
     return compare(name, words, works, pairs, goal=goal)
+
+
+def both_ways(function: Function, leaf: Tensor) -> Tensor:
+    """Run forward, and backward from the sum; gives the gradient."""
+    return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+
+def memory_rows(
+    names: tuple[str, str], subject: str, function: Function, leaf: Tensor, goal: float | None = None
+) -> list[Row]:
+    """Give what a function keeps for backward beyond a layer, and its peak with the layer's gradient.
+
+    Args:
+        names: what rows are called, `<first>_kept_<second>` and `<first>_peak_<second>`.
+        subject: what is measured, in words.
+        function: of the layer.
+        leaf: the layer.
+        goal: MiB that may be kept; the peak may have 1.2 times the layer more.
+    """
+    size = leaf.numel() * leaf.element_size() / MEBI
+    peak_goal = None if goal is None else goal + 1.2 * size
+    kept, peak = kept_memory(partial(function, leaf)), peak_memory(partial(both_ways, function, leaf))
+    measured = (
+        ("kept", "kept for backward beyond the layer", kept, goal),
+        ("peak", f"peak, with a gradient of {size:.1f} MiB", peak, peak_goal),
+    )
+    return [
+        Row(f"{names[0]}_{what}_{names[1]}", f"{subject}: {words}", None, value, None, None, "lower", most,
+            None if most is None else value <= most, "MiB", None)
+        for what, words, value, most in measured
+    ]
 
 
 def step_works(

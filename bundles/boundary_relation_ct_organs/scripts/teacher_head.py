@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_heads import TeacherLayers
+from medkd.handlers.teacher_fitting import TeacherLayers
 from medkd.losses.boundary_head import BoundaryHead
 from medkd.losses.boundary_relation import boundary_grid
 from medkd.ops.resample import pool_or_interpolate

@@ -99,16 +99,21 @@ def _check_for(
 ) -> Any:
     from medkd.data.bundle_check import check_for_bundle
 
-    pairs = [word.partition("=") for word in options.set]
-    broken = [key for key, equals, _ in pairs if not equals or not key]
-    if broken:
-        raise ValueError(f"--set must be KEY=VALUE, got {broken[0]!r}; such as spacing=[2,2,2].")
-    settings = {key: _value(text) for key, _, text in pairs}
+    settings = {key: _value(text) for key, text in _settings(options).items()}
     if options.allow_shared:
         settings["data_check#allow_shared"] = True
     if options.label_free:
         settings["data_check#needs_labels"] = False
     return check_for_bundle(bundle, path, lists, options.config_file, settings, number)
+
+
+def _settings(options: Namespace) -> dict[str, str]:
+    """Key -> value of each `--set`, as it was typed."""
+    pairs = [word.partition("=") for word in options.set]
+    broken = [key for key, equals, _ in pairs if not equals or not key]
+    if broken:
+        raise ValueError(f"--set must be KEY=VALUE, got {broken[0]!r}; such as spacing=[2,2,2].")
+    return {key: text for key, _, text in pairs}
 
 
 def _value(text: str) -> Any:
@@ -119,15 +124,15 @@ def _value(text: str) -> Any:
 
 def _next_command(path: str, bundle: str, number: int | None, options: Namespace) -> str:
     """The training with all that was told of it."""
-    configs, settings = options.config_file, [word.partition("=") for word in options.set]
+    configs, settings = options.config_file, _settings(options)
     full = os.path.abspath(path)
     is_usual = os.path.basename(full) == "datalist.json"
     place = f"--dataset_dir {shlex.quote(os.path.dirname(full))}" if is_usual else f"--datalist {shlex.quote(full)}"
     files = [f"configs/{os.path.basename(name).removesuffix('.json')}.json" for name in ("train", *configs)]
     config = "[" + ",".join(map(repr, files)) + "]" if configs else files[0]
     command = f"python -m monai.bundle run training --config_file {_quoted(config)} --bundle_root . {place}"
-    told = "".join(f" --{shlex.quote(key)} {shlex.quote(value)}" for key, _, value in settings)
-    classes = "" if "out_channels" in (key for key, _, _ in settings) else _classes(bundle, number)
+    told = "".join(f" --{shlex.quote(key)} {shlex.quote(value)}" for key, value in settings.items())
+    classes = "" if "out_channels" in settings else _classes(bundle, number)
     where = "" if bundle == "." else f", in the folder of {bundle or 'a bundle'}"
     return f"Next{where}: {command}{told}{classes}"
 

@@ -67,7 +67,9 @@ class SoftLabels:
         self.activation: Activation = _common(active, "activation", "softmax")
         self.output: TeacherOutput = _common(active, "teacher_output", "logits")
         self.replaces_teacher = cache and teacher.teaches and not any(loss.tap_pairs for loss in active)
-        self.gives_classes = self.activation == "softmax" and all(loss.reads_classes for loss in active)
+        self.gives_classes = (
+            self.replaces_teacher and self.activation == "softmax" and all(loss.reads_classes for loss in active)
+        )
         self._guard = Lock()
         self._network: nn.Module | None = None
         self._sha256: str | None = None
@@ -194,12 +196,11 @@ class SoftLabeld(MapTransform):
         centers = label if labeled else torch.zeros_like(image[:1], dtype=torch.uint8)
         if self.soft_labels.are_wanted(labeled):
             packed = self.soft_labels(image)
-            gives_classes = self.soft_labels.replaces_teacher and self.soft_labels.gives_classes
-            if gives_classes or not labeled:
+            if self.soft_labels.gives_classes or not labeled:
                 classes = _with_meta(hard_classes(packed, self.soft_labels.activation), image)
                 centers = centers if labeled else classes
             if self.soft_labels.replaces_teacher:
-                result["soft_label"] = classes if gives_classes else _with_meta(packed, image)
+                result["soft_label"] = classes if self.soft_labels.gives_classes else _with_meta(packed, image)
         result["centers"] = centers
         return result
 

@@ -142,7 +142,7 @@ class DiscriminatorTraining:
                 value.copy_(torch.as_tensor(idist.broadcast(value, src=0)))
         if state.distillation["mode"] == "distilled" and state.distill_weights["adversarial"]:
             state.distill_modules = [*state.distill_modules, self.loss.discriminator]
-            state.discriminator_optimizer = self.optimizer
+            state.distill_moved["discriminator_optimizer"] = self.optimizer
 
     def __call__(self, engine: SupervisedTrainer) -> None:
         """Train the discriminator with what the student's step has shown."""

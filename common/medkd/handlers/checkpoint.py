@@ -376,6 +376,4 @@ def _moved_by(engine: Any) -> Iterator[tuple[str, Any]]:
             schedule = getattr(handler, "lr_scheduler", None)
             if schedule is not None:
                 yield "lr_scheduler", schedule
-    for name, attribute in (("gradient_norms", "balancing"), ("discriminator_optimizer",) * 2):
-        if getattr(engine.state, attribute, None) is not None:
-            yield name, getattr(engine.state, attribute)
+    yield from getattr(engine.state, "distill_moved", {}).items()

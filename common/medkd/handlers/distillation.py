@@ -58,8 +58,9 @@ class DistillationHandler:
     What it leaves on the trainer: `state.distill_weights` (term -> weight; fixed), `state.distill_factors` (term ->
     factor, 1.0; schedules write here at `ITERATION_STARTED`), `state.distill_balance` (a second factor, 1.0, that of
     `GradientNorms`), `state.distillation` (mode, teacher, hash), `state.distill_modules` (losses in use that a
-    checkpoint must hold), and in `state.output`: `supervised_loss` and the unweighted `kd/<term>`. A trainer takes one
-    handler.
+    checkpoint must hold), `state.distill_moved` (key of a checkpoint -> what else handlers move from step to step,
+    which it should hold; they write it at `STARTED`), and in `state.output`: `supervised_loss` and the unweighted
+    `kd/<term>`. A trainer takes one handler.
 
     A network may give the heads of deep supervision as a list: the one of full resolution is distilled.
 
@@ -147,7 +148,7 @@ class DistillationHandler:
         state.distill_factors = dict.fromkeys(self.weights, 1.0)
         state.distill_balance = dict.fromkeys(self.weights, 1.0)
         state.distillation = {"mode": "supervised", "teacher": None, "teacher_sha256": None}
-        state.distill_modules = []
+        state.distill_modules, state.distill_moved = [], {}
         self._sums = {}
         self._readable = ()
         if not distils(self.weights):

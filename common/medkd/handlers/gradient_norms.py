@@ -113,7 +113,8 @@ class GradientNorms:
     def _start(self, engine: Any) -> None:
         state = engine.state
         self._restart()                                            # what a checkpoint holds is loaded after this
-        state.balancing = self if self.balance else None
+        if self.balance:
+            state.distill_moved["gradient_norms"] = self
         state.gradient_norms = {}
         for term in self.balance:
             if term not in state.distill_weights:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_fitting import TeacherFitting, TeacherLayers
+from medkd.handlers.teacher_fitting import TeacherFitting
 from medkd.losses.class_heads import TeacherHeads
 from medkd.ops.ignored import samples_without_label
 from medkd.ops.prediction import hard_labels
 from medkd.ops.resample import pool_or_interpolate
 from medkd.outputs import plain_tensor
 
-__all__ = ["HeadFitting", "TeacherLayers"]
+__all__ = ["HeadFitting"]
 
 
 class HeadFitting(TeacherFitting):

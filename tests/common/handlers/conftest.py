@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+import toys
+from medkd.handlers.teacher import Teacher
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Teacher:
+    """A frozen teacher with a file, of two layers."""
+    torch.manual_seed(0)
+    torch.save(toys.TwoLayers().state_dict(), tmp_path / "teacher.pt")
+    return Teacher(toys.TwoLayers, tmp_path / "teacher.pt")

@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 
@@ -25,47 +23,11 @@ from medkd.handlers.checkpoint import CheckpointHandler
 from medkd.handlers.distillation import DistillationHandler
 from medkd.handlers.randomness import EpochSeed
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_fitting import ParaphraserFitting, TeacherFitting, TeacherLayers
+from medkd.handlers.teacher_fitting import ParaphraserFitting, TeacherLayers
 from medkd.losses.adversarial import AdversarialLoss
 from medkd.losses.discriminator import Discriminator
 from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.paraphraser import TeacherParaphrasers, reconstruction_loss
-from medkd.ops.ignored import UNLABELED
-
-
-class Net(nn.Module):
-    """Two layers of unlike grids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.deep, self.fine = nn.Conv2d(1, 6, 4, 2, 1), nn.ConvTranspose2d(6, 4, 2, 2)
-        self.norm, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.norm(self.fine(self.deep(image).relu())))
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Teacher:
-    torch.manual_seed(0)
-    torch.save(Net().state_dict(), tmp_path / "teacher.pt")
-    return Teacher(Net, tmp_path / "teacher.pt")
-
-
-def batches(labeled: bool = True, count: int = 3) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(count):
-        image = F.interpolate(torch.randn(2, 1, 4, 4, generator=generator), scale_factor=4.0, mode="bilinear")
-        label = (image > 0).float()
-        found.append({"image": MetaTensor(image), "label": label if labeled else torch.full_like(label, UNLABELED)})
-    return found
-
-
-def attach(one: TeacherFitting, data: list[dict[str, Tensor]]) -> None:
-    engine = Engine(lambda _engine, _batch: None)
-    engine.data_loader, engine.state.device = data, torch.device("cpu")
-    one.attach(engine)
 
 
 def test_layers_come_in_the_order_of_the_taps_with_the_prediction(teacher: Teacher) -> None:
@@ -82,12 +44,12 @@ def paraphrasing(
 ) -> ParaphraserFitting:
     given = TeacherParaphrasers(taps, channels, folder / "paraphrasers.pt", 2, squeeze, teacher.path)
     one = ParaphraserFitting(given, teacher, **{"steps": 60, "learning_rate": 0.02, **options})
-    attach(one, batches(labeled=False))
+    toys.attach_fitting(one, toys.blob_batches(labeled=False))
     return one
 
 
 def own_error(one: ParaphraserFitting, kind: Any = "l1") -> float:
-    levels = TeacherLayers(one.teacher, one.taps)(batches()[0]["image"].as_subclass(Tensor))
+    levels = TeacherLayers(one.teacher, one.taps)(toys.blob_batches()[0]["image"].as_subclass(Tensor))
     loaded = one.paraphrasers.load()
     pairs = zip(loaded.layers, levels, strict=True)
     return sum(float(reconstruction_loss(layer.reconstruct(level), level, kind)) for layer, level in pairs)
@@ -129,7 +91,7 @@ def test_paraphrasers_of_layers_of_as_many_channels_are_told_apart(teacher: Teac
     swapped = TeacherParaphrasers(["norm", "fine"], [(4, 2), (4, 2)], one.path, 2, teacher_path=teacher.path)
     with pytest.raises(ValueError, match=r"the teacher's layers \['norm', 'fine'\], in this order, but .* to \['fine'"):
         swapped.load()                                             # of no trainer
-    attach(ParaphraserFitting(swapped, teacher, steps=2), batches())
+    toys.attach_fitting(ParaphraserFitting(swapped, teacher, steps=2), toys.blob_batches())
     swapped.load()
     with pytest.raises(ValueError, match=r"was fitted to \['norm', 'fine'\]"):
         TeacherParaphrasers(one.taps, one.channels, one.path, 2).load()
@@ -139,17 +101,17 @@ def test_paraphrasers_of_another_teacher_are_replaced(teacher: Teacher, tmp_path
     one = paraphrasing(teacher, tmp_path, steps=2).paraphrasers
     one.load()
     before = one.path.read_bytes()
-    torch.save(Net().state_dict(), teacher.path)
-    paraphrasing(Teacher(Net, teacher.path), tmp_path, steps=2).paraphrasers.load()
+    torch.save(toys.TwoLayers().state_dict(), teacher.path)
+    paraphrasing(Teacher(toys.TwoLayers, teacher.path), tmp_path, steps=2).paraphrasers.load()
     assert one.path.read_bytes() != before
 
 
 def test_a_teacher_without_a_file_is_known_by_its_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    one = paraphrasing(Teacher(Net()), tmp_path, steps=2)
+    one = paraphrasing(Teacher(toys.TwoLayers()), tmp_path, steps=2)
     one.paraphrasers.load()
     assert one.paraphrasers.belong_to(one.teacher.hash())
-    assert not one.paraphrasers.belong_to(Teacher(Net()).hash())
+    assert not one.paraphrasers.belong_to(Teacher(toys.TwoLayers()).hash())
 
 
 def test_weights_that_are_no_numbers_are_not_saved(teacher: Teacher, tmp_path: Path) -> None:
@@ -167,7 +129,8 @@ def test_the_log_tells_how_much_of_a_layer_is_lost_and_warns_where_the_mean_woul
         one = paraphrasing(teacher, tmp_path / "long", steps=150, kind=kind)
         loaded = one.paraphrasers.load()
     told = [record for record in caplog.records if record.getMessage().startswith("Layer ")]
-    level = TeacherLayers(teacher, ["deep"])(batches()[2]["image"].as_subclass(Tensor))[0]   # that of step 150
+    batch = toys.blob_batches()[2]                                 # that of step 150
+    level = TeacherLayers(teacher, ["deep"])(batch["image"].as_subclass(Tensor))[0]
     power = 1 if kind == "l1" else 2
     share = (loaded.layers[0].reconstruct(level) - level).abs().pow(power).mean() / level.abs().pow(power).mean()
     assert told[0].args[:2] == ("deep", pytest.approx(100 * share.item(), rel=1e-4))
@@ -198,13 +161,13 @@ def test_a_loss_that_is_activated_has_its_paraphrasers_fitted(teacher: Teacher, 
     given = TeacherParaphrasers(
         ["first", "second"], [(6, 3), (6, 3)], tmp_path / "p.pt", 2, teacher_path=teacher.path
     )
-    attach(ParaphraserFitting(given, flat, steps=2), batches())
+    toys.attach_fitting(ParaphraserFitting(given, flat, steps=2), toys.blob_batches())
     loss = GraphFlowLoss([["first", "second"]], paraphrasers=given, spatial_dims=2)
     assert not given.path.exists()
     loss.activate(["node"])
     assert given.path.exists()
     layers = TeacherLayers(flat, ["first", "second"])
-    (first, second), pred = layers.with_prediction(batches()[0]["image"].as_subclass(Tensor))
+    (first, second), pred = layers.with_prediction(toys.blob_batches()[0]["image"].as_subclass(Tensor))
     student = {"first": torch.randn(2, 3, 16, 16), "second": torch.randn(2, 3, 16, 16), "pred": pred}
     assert loss(student, {"first": first, "second": second, "pred": pred})["node"] > 0
 

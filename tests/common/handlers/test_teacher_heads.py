@@ -13,45 +13,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ignite.engine import Engine
-from monai.data import MetaTensor
 from monai.losses.dice import DiceCELoss
 from torch import Tensor, nn
 
+import toys
 from medkd.handlers.teacher import Teacher
-from medkd.handlers.teacher_heads import HeadFitting, TeacherLayers
+from medkd.handlers.teacher_fitting import TeacherLayers
+from medkd.handlers.teacher_heads import HeadFitting
 from medkd.losses.class_heads import TeacherHeads
 from medkd.losses.ignoring import IgnoringLoss
-from medkd.ops.ignored import UNLABELED
-
-
-class Net(nn.Module):
-    """Two layers of unlike grids."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.deep, self.fine = nn.Conv2d(1, 6, 4, 2, 1), nn.ConvTranspose2d(6, 4, 2, 2)
-        self.norm, self.head = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.norm(self.fine(self.deep(image).relu())))
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Teacher:
-    torch.manual_seed(0)
-    torch.save(Net().state_dict(), tmp_path / "teacher.pt")
-    return Teacher(Net, tmp_path / "teacher.pt")
-
-
-def batches(labeled: bool = True, count: int = 3) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(count):
-        image = F.interpolate(torch.randn(2, 1, 4, 4, generator=generator), scale_factor=4.0, mode="bilinear")
-        label = (image > 0).float()
-        found.append({"image": MetaTensor(image), "label": label if labeled else torch.full_like(label, UNLABELED)})
-    return found
 
 
 def fitting(teacher: Teacher, folder: Path, **options: Any) -> HeadFitting:
@@ -61,9 +31,7 @@ def fitting(teacher: Teacher, folder: Path, **options: Any) -> HeadFitting:
 
 
 def attached(one: HeadFitting, data: list[dict[str, Tensor]]) -> TeacherHeads:
-    engine = Engine(lambda _engine, _batch: None)
-    engine.data_loader, engine.state.device = data, torch.device("cpu")
-    one.attach(engine)
+    toys.attach_fitting(one, data)
     return one.heads
 
 
@@ -75,9 +43,10 @@ def own_loss(one: HeadFitting, heads: nn.Module, batch: dict[str, Tensor], label
 
 def test_missing_heads_are_fitted_when_the_loss_asks_for_them(teacher: Teacher, tmp_path: Path) -> None:
     first, longer = (fitting(teacher, tmp_path / name, steps=n) for name, n in (("a", 1), ("b", 40)))
-    heads = attached(longer, batches())
+    heads = attached(longer, toys.blob_batches())
     assert not heads.path.exists()
-    values = [own_loss(one, attached(one, batches()).load(), batches()[0]) for one in (first, longer)]
+    data = toys.blob_batches()
+    values = [own_loss(one, attached(one, data).load(), data[0]) for one in (first, longer)]
     assert values[1] < 0.85 * values[0]
     content = torch.load(heads.path, weights_only=True)
     names = ["layers.0.bias", "layers.0.weight", "layers.1.bias", "layers.1.weight", "teacher_sha256"]
@@ -88,7 +57,7 @@ def test_missing_heads_are_fitted_when_the_loss_asks_for_them(teacher: Teacher, 
 
 def test_without_labels_they_learn_the_classes_of_the_teacher(teacher: Teacher, tmp_path: Path) -> None:
     one = fitting(teacher, tmp_path)
-    heads, (batch, *_) = attached(one, batches(labeled=False)).load(), batches()
+    heads, (batch, *_) = attached(one, toys.blob_batches(labeled=False)).load(), toys.blob_batches()
     classes = teacher.load()(batch["image"].as_subclass(Tensor)).argmax(1, keepdim=True)
     assert own_loss(one, heads, batch, classes) < 0.8 * own_loss(one, heads, batch, 1 - classes)
 
@@ -97,7 +66,7 @@ def test_neither_the_teacher_nor_the_random_state_changes(teacher: Teacher, tmp_
     before = copy.deepcopy(torch.load(teacher.path, weights_only=True))
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     one = fitting(teacher, tmp_path)
-    attached(one, batches()).load()
+    attached(one, toys.blob_batches()).load()
     torch.testing.assert_close(torch.load(teacher.path, weights_only=True), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
@@ -105,16 +74,16 @@ def test_neither_the_teacher_nor_the_random_state_changes(teacher: Teacher, tmp_
 
 
 def test_heads_that_are_there_are_kept_and_those_of_another_teacher_replaced(teacher: Teacher, tmp_path: Path) -> None:
-    path = attached(fitting(teacher, tmp_path), batches()).path
-    attached(fitting(teacher, tmp_path), batches()).load()
+    path = attached(fitting(teacher, tmp_path), toys.blob_batches()).path
+    attached(fitting(teacher, tmp_path), toys.blob_batches()).load()
     before = path.read_bytes()
-    attached(fitting(teacher, tmp_path, learning_rate=1.0), batches()).load()
+    attached(fitting(teacher, tmp_path, learning_rate=1.0), toys.blob_batches()).load()
     assert path.read_bytes() == before
-    torch.save(Net().state_dict(), teacher.path)
-    other = fitting(Teacher(Net, teacher.path), tmp_path)
+    torch.save(toys.TwoLayers().state_dict(), teacher.path)
+    other = fitting(Teacher(toys.TwoLayers, teacher.path), tmp_path)
     with pytest.raises(ValueError, match="`teacher_head` must be fitted to the teacher"):
         other.heads.load()                                         # of no trainer
-    attached(other, batches()).load()
+    attached(other, toys.blob_batches()).load()
     assert path.read_bytes() != before
 
 
