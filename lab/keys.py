@@ -34,7 +34,8 @@ _PLACES = (
 # what acts only when there is a teacher to learn from
 _ONLY_DISTILLATION = (
     "distill_loss", "distill_weights", "distill_ramp", "teacher", "teacher_check", "teacher_input",
-    "validate#teacher_evaluator", "unlabeled_ratio", "cache_teacher", "train#unlabeled",
+    "validate#teacher_evaluator", "unlabeled_ratio", "cache_teacher", "train#unlabeled", "distill_handlers",
+    "distill_state",
 )
 # modules that raise or log, and change no result, each with the reason
 _WITHOUT_EFFECT = {

@@ -33,11 +33,9 @@ def extend(train: dict[str, Any]) -> None:
     }
     train["train"]["dataset"]["data"] = "$@load_datalist(@datalist, 'training') + @more_cases"
     train["data_check"]["training"] = "$@load_datalist(@datalist, 'training')"
-    handlers = train["train"]["handlers"]
-    names = [handler["_target_"].split(".")[-1] for handler in handlers]
-    objects = handlers[names.index("CheckpointHandler")]["objects"]
-    objects |= {"discriminator": "@discriminator", "discriminator_optimizer": "@discriminator_optimizer"}
-    handlers.insert(names.index("in_place") + 1, ADVERSARY)
+    train["adversary"] = ADVERSARY
+    train["distill_handlers"].append("@adversary")
+    train["distill_state"] |= {"discriminator": "@discriminator", "discriminator_optimizer": "@discriminator_optimizer"}
     train["train"]["teacher_transforms"] = [{"_target_": "LoadImaged", "keys": "teacher_image"}]
     train["validate"]["teacher_dataset"] = {"_target_": "Dataset", "transform": "@train#teacher_transforms"}
     train["validate"]["teacher_evaluator"] |= {

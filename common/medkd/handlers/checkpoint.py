@@ -54,6 +54,7 @@ class CheckpointHandler:
             made with; 'changed' goes on with those of this run: rates, weights of terms, epochs, data. A schedule is
             the new one then, wound forward by what is done.
         settings: what this run was asked for, `medkd.settings.run_settings()`; None compares optimizers and schedules.
+        more_objects: further ones, as a config lists what only its distillation has.
 
     Raises:
         ValueError: `objects` without `network`, another `resume`; at start: a checkpoint of a run with another teacher,
@@ -65,7 +66,9 @@ class CheckpointHandler:
     def __init__(
         self, directory: str | os.PathLike[str], objects: Mapping[str, Any], evaluator: Any | None = None,
         resume: Resume | str = False, settings: Mapping[str, Any] | None = None,
+        more_objects: Mapping[str, Any] | None = None,
     ) -> None:
+        objects = {**objects, **(more_objects or {})}
         if "network" not in objects:
             raise ValueError(f"`objects` must have the key 'network', the student, got {sorted(objects)}.")
         self.objects = {name: _loadable(value) for name, value in objects.items()}

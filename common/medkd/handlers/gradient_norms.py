@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -18,10 +18,9 @@ from medkd.checks import suggest
 from medkd.handlers.distillation import DistillationEvents
 from medkd.taps import unwrap
 
-__all__ = ["GradientNorms", "in_place"]
+__all__ = ["GradientNorms"]
 
 _SUPERVISED = "supervised"
-Handler = TypeVar("Handler")
 logger = logging.getLogger(__name__)
 
 
@@ -210,12 +209,3 @@ def _line(norms: Mapping[str, float], weights: Mapping[str, float]) -> str:
         percent = f"{share:.3g}" if share < 100 else f"{share:.0f}"
         parts.append(f"{term} {norms[term]:.3g} x {weights[term]:.3g} = {percent} %")
     return "; ".join(parts)
-
-
-def in_place(handler: Handler) -> Handler:
-    """Give the handler itself: in a config, its place in `train#handlers`, whose items are dicts, when others name it.
-
-    Args:
-        handler: one that stands elsewhere in the config, such as among the `objects` of the checkpoint.
-    """
-    return handler
