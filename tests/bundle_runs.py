@@ -97,7 +97,7 @@ def write(file: Path, pixels: np.ndarray, affine: np.ndarray | None) -> None:
 
 def without_distillation(handlers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The handlers of plain training."""
-    own = ("medkd.handlers.distillation", "medkd.handlers.schedule", "medkd.handlers.gradient_norms")
+    own = ("medkd.handlers.distillation", "medkd.handlers.schedule", "medkd.handlers.several")
     return [handler for handler in handlers if not handler["_target_"].startswith(own)]
 
 

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of Graph Flow distillation: in a training step, alone, and of its nodes with all their memory.
 
-Sizes are those of a five-level U-Net on a patch of 96 x 96 x 96 voxels. It has 6 to 60 channels, the least that we
-distil into, so that the share of the loss is the largest. Steps use two threads, single terms one. The plain formulas
-lay out every window of a map (`tests/oracles`).
+Sizes are those of five-level U-Nets on a patch of 96 x 96 x 96 voxels: in a training step student 16 to 160 channels,
+teacher 32 to 320, brought to the student's channels by paraphrasers; for the share of the loss alone a student of 6 to
+60 channels, the least that we distil into, so that it is the largest. Steps use two threads, single terms one. The
+plain formulas lay out every window of a map (`tests/oracles`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from lab.bench.dynunets import loss_alone, make_network
+from lab.bench.dynunets import DynUNets, Filters, loss_alone, make_network
 from lab.bench.peers import against, memory_rows
 from lab.measure import Row, compare, threads
+from medkd.losses.discriminator import AdversarialForm, Discriminator, discriminator_loss, student_score_loss
 from medkd.losses.graph_flow import GraphFlowLoss
+from medkd.losses.paraphraser import Paraphrasers, TeacherParaphrasers
 from medkd.ops.salience import salience_nodes
 from medkd.taps import FeatureTaps
 from tests.oracles import graph_flow as plain
@@ -28,6 +33,55 @@ FLOWS = [["downsamples.1", "upsamples.1"], ["downsamples.0", "upsamples.2"], ["i
 WINDOW = (3, 3, 3)
 GOAL = 0.03
 KEPT = 0.5                 # MiB for backward beyond the taps
+
+
+def _paraphrased(filters: Filters) -> GraphFlowLoss:
+    """One pair of layers, with paraphrasers of first values from a file, as in a training."""
+    channels = [[filters[1][2], filters[0][2]]] * 2
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "paraphrasers.pt"
+        torch.save(Paraphrasers(channels).state_dict(), path)
+        loss = GraphFlowLoss(FLOWS[:1], paraphrasers=TeacherParaphrasers(FLOWS[0], channels, path))
+        loss.activate(loss.terms)
+    return loss
+
+
+def training_step(quick: bool) -> list[Row]:
+    """Compare a step with both terms, the paraphrasers in it, with what it cannot do without."""
+    nothing = partial(torch.zeros, 1, 1, dtype=torch.long)
+    setting = DynUNets(quick, CLASSES, _paraphrased, lambda size: nothing(size, size, size))
+    return setting.training_step("both terms, paraphrased teacher")
+
+
+def _adversarial(quick: bool, form: AdversarialForm, width: int) -> list[Row]:
+    """A step of student and discriminator on the same predictions, against the student's alone."""
+    torch.manual_seed(0)
+    size = 48 if quick else 96
+    network, image = make_network(STUDENT, CLASSES), torch.randn(1, 1, size, size, size)
+    discriminator, teacher = Discriminator(CLASSES, width=width, layers=3), torch.randn(1, CLASSES, size, size, size)
+    pull = torch.randn_like(teacher)
+
+    def alone() -> None:
+        network.zero_grad()
+        torch.autograd.backward(network(image), pull)
+
+    def both() -> None:
+        network.zero_grad()
+        pred = network(image)
+        score = student_score_loss(discriminator.eval().requires_grad_(False)(pred))
+        torch.autograd.backward([pred, score], [pull, torch.ones_like(score)])
+        discriminator.train().requires_grad_(True).zero_grad()
+        torch.autograd.backward(discriminator_loss(discriminator, teacher, pred.detach(), form)["loss"])
+
+    words = f"student and discriminator of width {width}, {form}, {size}^3", "student, forward and backward"
+    with threads(1 if quick else 2):
+        return compare(f"adversarial_{form}_{width}", words, (both, alone), 2 if quick else 5, "lower",
+                       memory=False)
+
+
+def discriminator(quick: bool) -> list[Row]:
+    """Tell what the discriminator costs beside the smallest student: the bundle's, and the published form and width."""
+    return [*_adversarial(quick, "hinge", 8), *_adversarial(quick, "wgan_gp", 8), *_adversarial(quick, "hinge", 64)]
 
 
 def _share(quick: bool, pairs: int) -> list[Row]:
@@ -92,5 +146,6 @@ def nodes_memory(quick: bool) -> list[Row]:
 
 
 MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {
-    measure.__name__: measure for measure in (loss_share_one, loss_share_three, nodes_time, nodes_memory)
+    measure.__name__: measure
+    for measure in (training_step, discriminator, loss_share_one, loss_share_three, nodes_time, nodes_memory)
 }

@@ -149,3 +149,9 @@ def test_every_bundle_has_keys_that_hold_its_own_code(repository: Path) -> None:
         runs = [BundleRun(folder, "training", configs) for configs in (["train"], ["train", "teacher"])]
         assert len({run_key(run) for run in runs}) == 2
     assert repository == ROOT
+
+
+@pytest.mark.parametrize("config", ["teacher", "baseline", "logits", "features"])
+def test_arms_without_a_method_are_one_training_in_both_bundles_of_organs(config: str) -> None:
+    bundles = [ROOT / "bundles" / name for name in ("boundary_relation_ct_organs", "graph_flow_ct_organs")]
+    assert len({run_key(BundleRun(bundle, "training", ["train", config])) for bundle in bundles}) == 1

@@ -103,7 +103,23 @@ class TeacherFitting(ABC):
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer: its data and device serve, when the loss asks for what is fitted."""
-        self._fitted.before_loading = lambda: self._fit_where_missing(engine)
+        self._fitted.before_loading = lambda: self.fit(engine)
+
+    def fit(self, engine: Any) -> None:
+        """Fit with a trainer's data, on its device, and write the file, unless it is there and fitted so.
+
+        A training does it by itself; `configs/paraphraser.json` of a bundle does nothing else.
+        """
+        try:
+            if idist.get_rank() == 0:
+                wanted, sha256 = self.notes().get("fitted_as"), self.teacher.hash()
+                if self._fitted.belong_to(sha256, wanted):
+                    logger.info("%s of this teacher are in %s.", self.name, self._fitted.path)
+                    return
+                with preserved_random_state(), torch.enable_grad():
+                    self._fit(engine, sha256)
+        finally:
+            idist.barrier()                                        # also where it fails, or the others would wait
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -127,15 +143,6 @@ class TeacherFitting(ABC):
     def notes(self) -> dict[str, Tensor]:
         """Give what else the file is to tell of itself; with `fitted_as`, one that was fitted otherwise is replaced."""
         return {}
-
-    def _fit_where_missing(self, engine: Any) -> None:
-        try:
-            wanted = self.notes().get("fitted_as")
-            if idist.get_rank() == 0 and not self._fitted.belong_to(sha256 := self.teacher.hash(), wanted):
-                with preserved_random_state(), torch.enable_grad():
-                    self._fit(engine, sha256)
-        finally:
-            idist.barrier()                                        # also where it fails, or the others would wait
 
     def _fit(self, engine: Any, sha256: str) -> None:
         loader, device = engine.data_loader, engine.state.device
