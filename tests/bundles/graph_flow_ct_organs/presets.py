@@ -145,7 +145,7 @@ def test_without_any_label_the_method_teaches_from_images_alone(
     options = {"into": tmp_path / "run", "dataset_dir": str(tmp_path), **small("2d")}
     run("training", "train", "2d", "smoke", **options)
     assert terms(tmp_path / "run") == FLOW
-    assert json.loads((tmp_path / "run/model.json").read_text())["metric"] == "val_mean_dice_with_teacher"
+    assert [*json.loads((tmp_path / "run/model.json").read_text())["validation"]] == ["val_mean_dice_with_teacher"]
 
 
 def test_layers_of_other_channels_without_paraphrasers_are_refused(
