@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
 
 from medkd.taps import FeatureTaps
-from scripts import fanet, networks, padding
+from scripts import enet, fanet, networks, padding
+from scripts.enet import ENet
 from scripts.fanet import FANet
-from scripts.networks import ENet, ERFNet, MobileUNet
+from scripts.networks import ERFNet, MobileUNet
 
 SMALL = {"filters": (8, 16, 24, 32)}                               # of FANet
 TINY = {"spatial_dims": 3, "filters": (8, 24, 48), "dilations": (1, 2, 3, 4)}
@@ -81,7 +82,7 @@ def count(network: nn.Module) -> int:
 
 
 def test_examples_of_the_docstrings_run() -> None:
-    for module in (fanet, networks, padding):
+    for module in (enet, fanet, networks, padding):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
@@ -241,7 +242,7 @@ def test_pooling_by_places_equals_that_by_indices_with_its_gradient(size: Sequen
     pattern = torch.randn(2, 3, *size, generator=generator, dtype=torch.float64)
     results = []
     for largest, back in (
-        (networks._pool, networks._unpool),
+        (enet._pool, enet._unpool),
         (lambda x: pool(x, 2, return_indices=True), lambda x, place: unpool(x, place, 2)),
     ):
         values, place = largest(image)
