@@ -162,3 +162,40 @@ def test_layers_of_two_strides_are_refused(run: Run, slices: Path, flat_teacher:
                "flows": [["model.0", "model.1.submodule.1.submodule.2"]]}
     with refused("`flows` must be of layers of one stride|`channels` .* of a paraphraser must be"):
         run("training", "train", "2d", "smoke", **options)
+
+
+def test_the_small_network_of_enets_design_is_a_student_in_3d(run: Run, bundle: Path, neurons: Path, tmp_path: Path) -> None:
+    options = {"dataset_dir": str(neurons), **small("em"), "patch_size": [32, 32, 32]}
+    folder = bundle / "models/teacher/em"
+    if not (folder / "model.pt").is_file():
+        run("training", "train", "em", "smoke", "teacher", into=folder, **options)
+    run("training", "train", "em", "smoke", "enet", into=tmp_path, **options)
+    assert terms(tmp_path) == FLOW
+    network = parsed(bundle, "train", "enet").get_parsed_content("network_def")
+    assert weights(tmp_path).keys() == network.state_dict().keys()
+    options = {"into": tmp_path, "dataset_dir": str(neurons), "ckpt_path": str(tmp_path / "model.pt"), **SMALL["em"]}
+    run("evaluating", "inference", "inference_em", "inference_enet", **{**options, "ckpt_path": str(tmp_path / "model.pt")})
+    assert len(list((tmp_path / "eval").glob("*_seg.nii.gz"))) == LISTS["test"]
+
+
+@pytest.fixture(scope="module")
+def published_teacher(run: Run, slices: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options with which the published students train on toy data, a narrow FANet trained among them."""
+    folder = tmp_path_factory.mktemp("fanet")
+    options = {
+        "dataset_dir": str(slices), "batch_size": 2, "patch_size": [64, 64], "spacing": [-1, -1], "epochs": 1,
+        "val_interval": 1, "out_channels": 2, "intensity_range": [0, 255], "teacher_def#filters": [4, 4, 8, 8],
+        "teacher_path": str(folder / "model.pt"), "teacher_check#mode": "warn", "data_check#allow_shared": True,
+        "discriminator#width": 4, "discriminator#layers": 3, "paraphraser_fitting#steps": 2,
+    }
+    run("training", "train", "2d", "paper", "teacher", into=folder, **options)
+    return options
+
+
+@pytest.mark.parametrize(("student", "channels"), [([], 24), (["paper_enet"], 64), (["paper_erfnet"], 64)])
+def test_the_published_students_and_loss_train(
+    run: Run, published_teacher: dict[str, Any], tmp_path: Path, student: list[str], channels: int
+) -> None:
+    options = {**published_teacher, "flow_channels": [[8, channels]], "paraphraser_path": str(tmp_path / "fitted.pt")}
+    run("training", "train", "2d", "paper", *student, into=tmp_path, **options)
+    assert terms(tmp_path) == {"node", "edge", "adversarial", "logits"}
