@@ -164,7 +164,9 @@ def test_layers_of_two_strides_are_refused(run: Run, slices: Path, flat_teacher:
         run("training", "train", "2d", "smoke", **options)
 
 
-def test_the_small_network_of_enets_design_is_a_student_in_3d(run: Run, bundle: Path, neurons: Path, tmp_path: Path) -> None:
+def test_the_small_network_of_enets_design_is_a_student_in_3d(
+    run: Run, bundle: Path, neurons: Path, tmp_path: Path
+) -> None:
     options = {"dataset_dir": str(neurons), **small("em"), "patch_size": [32, 32, 32]}
     folder = bundle / "models/teacher/em"
     if not (folder / "model.pt").is_file():
@@ -174,7 +176,7 @@ def test_the_small_network_of_enets_design_is_a_student_in_3d(run: Run, bundle: 
     network = parsed(bundle, "train", "enet").get_parsed_content("network_def")
     assert weights(tmp_path).keys() == network.state_dict().keys()
     options = {"into": tmp_path, "dataset_dir": str(neurons), "ckpt_path": str(tmp_path / "model.pt"), **SMALL["em"]}
-    run("evaluating", "inference", "inference_em", "inference_enet", **{**options, "ckpt_path": str(tmp_path / "model.pt")})
+    run("evaluating", "inference", "inference_em", "inference_enet", **options)
     assert len(list((tmp_path / "eval").glob("*_seg.nii.gz"))) == LISTS["test"]
 
 
