@@ -8,6 +8,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -61,6 +62,7 @@ class SoftLabels:
         self.teacher = teacher
         self.directory = Path(directory)
         self.inferer = inferer
+        self._options = _plain_options(inferer)                    # as it is configured: SliceInferer changes its own
         self.device = torch.device(device)
         every = [losses] if isinstance(losses, DistillationLoss) else list(losses)
         active = [loss for loss in every if weights is None or any(weights.get(term) for term in loss.terms)]
@@ -104,8 +106,7 @@ class SoftLabels:
             self._sha256 = self.teacher.hash()
         values = image.detach().cpu().contiguous()
         digest = hashlib.blake2b(digest_size=12)
-        options = sorted((name, value) for name, value in vars(self.inferer).items() if isinstance(value, _PLAIN))
-        digest.update(repr((tuple(values.shape), str(values.dtype), options, self.activation)).encode())
+        digest.update(repr((tuple(values.shape), str(values.dtype), self._options, self.activation)).encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
         return self.directory / self._sha256[:12] / f"{digest.hexdigest()}.npz"
 
@@ -160,6 +161,11 @@ class SoftLabels:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._guard = Lock()
+
+
+def _plain_options(inferer: Any) -> list[tuple[str, Any]]:
+    options = getattr(inferer, "__dict__", {}).items()
+    return sorted((name, copy(value)) for name, value in options if isinstance(value, _PLAIN))
 
 
 def _common(losses: Sequence[DistillationLoss], name: str, default: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data.meta_tensor import MetaTensor
-from monai.inferers.inferer import SlidingWindowInferer
+from monai.inferers.inferer import SliceInferer, SlidingWindowInferer
 
 import toys
 from medkd.data.soft_labels import FillLabeld, SoftLabeld, SoftLabels, UnpackSoftLabeld
@@ -60,6 +60,18 @@ def test_the_teacher_predicts_a_volume_once_for_all_runs(weights: Path, monkeypa
     assert len(list((weights.parent / "soft").glob("*/*.npz"))) == 1
     monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("the teacher was loaded again"))
     assert torch.equal(soft_labels(weights)(case()["image"]), first)
+
+
+def test_an_inferer_that_changes_when_it_is_used_finds_the_soft_labels_of_before(weights: Path) -> None:
+    """MONAI's `SliceInferer` sets its `roi_size` at each call."""
+    volume = torch.stack([one["image"] for one in toys.cases(3)], dim=-1)
+    teacher = Teacher(toys.teacher, weights, weights=WEIGHTS)
+    for images in ([volume, volume + 0.1], [volume + 0.1, volume]):   # of two runs
+        inferer = SliceInferer(roi_size=[8, 8], spatial_dim=2, overlap=0.5)
+        store = SoftLabels(teacher, weights.parent / "soft", inferer, SoftLabelLoss(), WEIGHTS)
+        for image in images:
+            assert store(image).shape[1:] == volume.shape[1:]
+    assert len(list((weights.parent / "soft").glob("*/*.npz"))) == 2
 
 
 def test_another_image_or_another_teacher_has_its_own_file(weights: Path) -> None:
