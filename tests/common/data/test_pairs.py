@@ -41,6 +41,7 @@ def source(folder: Path, images: list[str], labels: list[str]) -> Path:
         ("liver_07_image", "liver_07_mask"),
         ("img0007", "label0007"),                                      # BTCV
         ("volume-7", "segmentation-7"),                                # LiTS
+        ("case_00000/imaging", "case_00000/segmentation"),             # KiTS
         ("p1/image", "p1/label"),
         ("p1/scan", "p1/manual_mask"),
         ("segments_07", "segments_07"),

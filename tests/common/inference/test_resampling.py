@@ -72,6 +72,11 @@ def test_the_error_names_the_file_both_spacings_and_the_way_out() -> None:
         ensure({"image": image(3e-05, 3e-05, 3e-05)})
 
 
+def test_a_spacing_of_another_number_of_axes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`spacing` must have a length for each of 3 axes, got \[10.0, 10.0\]; -1 "):
+        EnsureResamplabled("image", pixdim=[10.0, 10.0])({"image": image(10.0, 10.0, 10.0)})
+
+
 def test_a_healthy_image_passes_as_it_is_and_a_key_may_miss_only_if_told() -> None:
     data = {"image": image(12.0, 8.0, 8.0)}
     assert EnsureResamplabled("image", pixdim=[10.0, 10.0, 10.0])(data)["image"] is data["image"]
