@@ -43,13 +43,14 @@ def attention_maps(
 
     The network runs on windows, as in inference. A window's maps are scaled to the window's size and blended with those
     of its neighbors, which needs no normalization, as they are of one layer; the whole map is normalized in the end.
-    As many layers are done at once as a quarter of the free memory holds.
+    As many layers are done at once as a quarter of the free memory holds. A network of slices sees those of a volume
+    along its last axis.
 
     Args:
         network: in eval mode.
         image: shape (1, C, *S).
         paths: of layers, as `FeatureTaps` takes them.
-        window: voxels per axis.
+        window: voxels per axis that the network works on; one less than the image has for a network of slices.
         exponent: of the attention maps, at least 1.
         batch: windows per forward pass.
 
@@ -58,20 +59,24 @@ def attention_maps(
     """
     plain = plain_tensor(image)
     cost = 8 * plain[0, 0].numel()                                 # a float32 of a map, and of its weights
+    is_sliced = len(window) == plain.dim() - 3
+    size = [*window, 1] if is_sliced else window
     most = max(int(_SHARE * min(free_memory(), 1e15) / cost), 1)
     for start in range(0, len(paths), most):
         chosen = paths[start : start + most]
         taps = FeatureTaps(network, chosen, "network")
 
         def look(windows: Tensor, taps: FeatureTaps = taps) -> Tensor:
+            seen = windows.squeeze(-1) if is_sliced else windows
             taps.open()
-            network(windows)
+            network(seen)
             maps = (attention_map(features, exponent) for features in taps.close().values())
-            return torch.cat([resize_linearly(one, windows.shape[2:]) for one in maps], 1)   # (b, layers, *window)
+            found = torch.cat([resize_linearly(one, seen.shape[2:]) for one in maps], 1)   # (b, layers, *window)
+            return found.unsqueeze(-1) if is_sliced else found
 
         try:
             with torch.no_grad():
-                maps = sliding_window_inference(plain, window, batch, look, _OVERLAP, mode="gaussian")
+                maps = sliding_window_inference(plain, size, batch, look, _OVERLAP, mode="gaussian")
         finally:
             taps.remove()
         assert isinstance(maps, Tensor)   # noqa: S101 - for mypy: one tensor comes back where one is given

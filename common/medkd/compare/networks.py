@@ -85,15 +85,15 @@ class Network:
         Raises:
             ValueError: a setting with which it cannot be had.
         """
-        if key not in self.config:
-            return None
         parser = self.parse()
+        if key not in parser:
+            return None
         with scripts_of(self.root):
             try:
                 return parser.get_parsed_content(key)
             except Exception as error:   # whatever its configs make of a setting
                 raise ValueError(
-                    f"`{self.name}` must have a {key!r} that its configs can make, got {self.config[key]!r}: "
+                    f"`{self.name}` must have a {key!r} that its configs can make, got {parser[key]!r}: "
                     f"{told_cause(error)}; correct the settings."
                 ) from error
 
@@ -104,8 +104,8 @@ class Network:
 
     @cached_property
     def axes(self) -> int:
-        """2 or 3."""
-        return len(self.value("patch_size"))
+        """Those of its images, 2 or 3: a network of slices may work on volumes."""
+        return int(self.value("data_check#spatial_dims") or len(self.value("patch_size")))
 
     @cached_property
     def weights(self) -> Path:

@@ -46,6 +46,14 @@ def test_windows_give_what_the_whole_image_gives(size: tuple[int, ...], window: 
     assert torch.allclose(whole["full"], parts["full"], atol=1e-5)
 
 
+def test_a_network_of_slices_sees_those_of_a_volume() -> None:
+    network, volume = Pointwise(2).eval(), torch.rand(1, 1, 10, 6, 3)
+    ((_, found),) = attention_maps(network, volume, ["full"], (8, 4))
+    with torch.no_grad():
+        powers = torch.stack([network.full(volume[..., z]).pow(4).mean(1)[0] for z in range(3)], dim=-1)
+    assert torch.allclose(found, normalized(powers), atol=1e-5)
+
+
 def test_layers_come_in_their_order_whatever_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     network, image = Pointwise(2).eval(), torch.rand(1, 1, 8, 8)
     at_once = list(attention_maps(network, image, ["small", "full"], (8, 8)))

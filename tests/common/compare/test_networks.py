@@ -19,6 +19,7 @@ from medkd.data.bundle_check import scripts_of
 
 BUNDLES = Path(__file__).parents[3] / "bundles"
 CT, NUCLEI = BUNDLES / "boundary_relation_ct_organs", BUNDLES / "graph_relation_nuclei"
+TUMOR = BUNDLES / "layer_feedback_ct_tumor"
 
 
 def built(network: Network) -> torch.nn.Module:
@@ -189,6 +190,11 @@ def test_networks_of_other_tasks_are_refused(bundle: Path) -> None:
         check_comparable([two, Network("cells", NUCLEI)])
     with pytest.raises(ValueError, match="the same task, got a number of axes of 3 for `two` and 2 for `flat`"):
         check_comparable([two, Network("flat", bundle, ["2d"])])
+    networks = [Network(name, TUMOR, configs) for name, configs in (("whole", []), ("by slices", ["kidney_2d"]))]
+    check_comparable(networks)                                     # both of volumes
+    slices = Network("slices", TUMOR, ["kidney_2d", "slices"])
+    with pytest.raises(ValueError, match="a number of axes of 3 for `by slices` and 2 for `slices`"):
+        check_comparable([networks[1], slices])
 
 
 def test_a_single_network_and_two_of_one_name_are_refused(bundle: Path) -> None:
