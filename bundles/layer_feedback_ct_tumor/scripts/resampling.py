@@ -65,7 +65,8 @@ class EnsureResamplabled(MapTransform):
         allow_missing_keys: do nothing where a key is absent.
 
     Raises:
-        ValueError: `pixdim` has another number of axes; by more than 8 x along an axis; by more than 4 x to less than a patch; or beyond free memory.
+        ValueError: `pixdim` has another number of axes; or by more than 8 x along an axis, by more than 4 x to less
+            than a patch, or beyond free memory.
     """
 
     def __init__(
