@@ -72,7 +72,16 @@ def merged(bundle: Path, *names: str) -> dict[str, Any]:
 
 
 def presets(bundle: Path) -> list[str]:
-    """Overrides that have an inference config of their own, such as 2d."""
+    """Overrides that have an inference config and weights of their own, such as 2d."""
+    return [name for name in with_inference(bundle) if "ckpt_path" in config(bundle, f"inference_{name}")]
+
+
+def forms(bundle: Path) -> list[str]:
+    """Overrides for files of another form that stand behind a preset, whose weights they take, such as slices."""
+    return [name for name in with_inference(bundle) if "ckpt_path" not in config(bundle, f"inference_{name}")]
+
+
+def with_inference(bundle: Path) -> list[str]:
     return sorted(path.stem.removeprefix("inference_") for path in (bundle / "configs").glob("inference_*.json"))
 
 
@@ -80,7 +89,9 @@ def pairs(bundle: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Merged configs of training and of inference, by default and of each preset."""
     yield merged(bundle, "train"), merged(bundle, "inference")
     for name in presets(bundle):
-        yield merged(bundle, "train", name), merged(bundle, "inference", f"inference_{name}")
+        for more in ([], *([form] for form in forms(bundle))):
+            files = [name, *more]
+            yield merged(bundle, "train", *files), merged(bundle, "inference", *(f"inference_{one}" for one in files))
 
 
 def looked_up(config: dict[str, Any], key: str) -> Any:
@@ -151,8 +162,10 @@ def test_every_override_writes_to_a_place_of_its_own(bundle: Path) -> None:
     places = {
         path.stem: config(bundle, path.stem).get("ckpt_dir")
         for path in (bundle / "configs").glob("*.json")
-        if path.stem not in ("metadata", "evaluate", "multi_gpu_train") and not path.stem.startswith("inference")
+        if path.stem not in ("metadata", "evaluate", "multi_gpu_train", *forms(bundle))
+        and not path.stem.startswith("inference")
     }
+    assert not any({"ckpt_dir", "teacher_path"} & config(bundle, name).keys() for name in forms(bundle))
     assert None not in places.values(), places
     assert len(set(places.values())) == len(places)
 

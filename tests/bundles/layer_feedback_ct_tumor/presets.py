@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 Run = Callable[..., Path]
 LISTS = {"training": 3, "validation": 1, "test": 2}
+FORM = {"kidney_2d": ["slices"], "liver_2d": ["slices"], "em": []}   # volumes: volumes.py
 SMALL = {
     "kidney_2d": {"spacing": [-1, -1], "intensity_range": [0, 255]},
     "liver_2d": {"spacing": [-1, -1], "intensity_range": [0, 255]},
@@ -58,25 +59,26 @@ def data(preset: str, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def teacher(run: Run, bundle: Path, preset: str, data: Path) -> Path:
     options = {"into": bundle / "models/teacher" / preset, "dataset_dir": str(data), "epochs": 1}
-    return run("training", "train", preset, "smoke", "teacher", **options, **SMALL[preset]) / "model.pt"
+    return run("training", "train", preset, *FORM[preset], "smoke", "teacher", **options, **SMALL[preset]) / "model.pt"
 
 
 def test_a_preset_trains_evaluates_and_infers(
     run: Run, bundle: Path, teacher: Path, preset: str, data: Path, tmp_path: Path
 ) -> None:
     options = {"into": tmp_path, "dataset_dir": str(data), **SMALL[preset]}
-    run("training", "train", preset, "smoke", epochs=1, **options)
+    run("training", "train", preset, *FORM[preset], "smoke", epochs=1, **options)
     description = json.loads((tmp_path / "model.json").read_text())
     assert description["mode"] == "distilled"
     assert teacher.parent.name == preset
     assert (tmp_path / "class_heads/model.pt").is_file()
     network = parsed(bundle, "train", preset).get_parsed_content("network_def")
     assert weights(tmp_path).keys() == network.state_dict().keys()  # no head
-    run("evaluating", "train", preset, "evaluate", **options)
+    run("evaluating", "train", preset, *FORM[preset], "evaluate", **options)
     rows = (tmp_path / "eval/val_mean_dice_raw.csv").read_text().splitlines()
     assert len(rows) == 1 + LISTS["test"]
     options |= {"ckpt_path": str(tmp_path / "model.pt")}
-    run("evaluating", "inference", f"inference_{preset}", **options)
+    forms = [f"inference_{form}" for form in FORM[preset]]
+    run("evaluating", "inference", f"inference_{preset}", *forms, **options)
     cases = json.loads((data / "datalist.json").read_text())["test"]
     for case in cases:
         stem, suffix = case["image"].split(".", 1)
@@ -88,8 +90,8 @@ def test_every_override_trains(run: Run, slices: Path, bundle: Path, tmp_path: P
     small = {"dataset_dir": str(slices), "epochs": 1, **SMALL["kidney_2d"]}
     teacher = bundle / "models/teacher/kidney_2d"
     if not (teacher / "model.pt").is_file():
-        run("training", "train", "kidney_2d", "smoke", "teacher", into=teacher, **small)
-    run("training", "train", "kidney_2d", "smoke", override, into=tmp_path, **small)
+        run("training", "train", "kidney_2d", "slices", "smoke", "teacher", into=teacher, **small)
+    run("training", "train", "kidney_2d", "slices", "smoke", override, into=tmp_path, **small)
     mode = json.loads((tmp_path / "model.json").read_text())["mode"]
     assert mode == ("supervised" if override == "baseline" else "distilled")
     assert (tmp_path / "class_heads").is_dir() == (override == "method")   # fitted only where a loss asks for them
@@ -102,9 +104,9 @@ def test_the_published_networks_and_loss_train(run: Run, slices: Path, tmp_path:
         "teacher_path": str(tmp_path / "teacher/model.pt"), "teacher_check#mode": "warn", "val_interval": 1,
         "data_check#allow_shared": True,
     }
-    run("training", "train", "kidney_2d", "paper", "teacher", into=tmp_path / "teacher", **small)
+    run("training", "train", "kidney_2d", "slices", "paper", "teacher", into=tmp_path / "teacher", **small)
     small["network_def#filters"] = [4, 8, 8, 8]
-    run("training", "train", "kidney_2d", "paper", into=tmp_path / "student", **small)
+    run("training", "train", "kidney_2d", "slices", "paper", into=tmp_path / "student", **small)
     terms = {tag.rpartition("kd/")[2]: value for tag, value in scalars(tmp_path / "student").items() if "kd/" in tag}
     assert terms.keys() == {"ufd", "ifd", "upd", "ipd"}
     assert all(np.isfinite(value).all() for value in terms.values())
@@ -114,7 +116,7 @@ def test_the_tumor_of_kits_and_lits_is_class_one(
     bundle: Path, slices: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(bundle))
-    steps = parsed(bundle, "train", "liver_2d").get_parsed_content("train#deterministic_transforms")
+    steps = parsed(bundle, "train", "liver_2d", "slices").get_parsed_content("train#deterministic_transforms")
     case = {"image": str(slices / "0.png"), "label": str(slices / "0_label.png")}
     (mapping,) = (step for step in steps if type(step).__name__ == "MapLabelValued")
     before, after = (Compose([one for one in steps if one is not left_out])(case)["label"].numpy()

@@ -97,3 +97,26 @@ def test_datalist_keeps_few_labels_and_leaves_images_out(phantoms: Path, tmp_pat
     assert "--label_free" not in said
     content = json.loads((tmp_path / "out" / "datalist.json").read_text())
     assert content["unlabeled"] == [{"image": "images/case_001.nii.gz"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "listed"),
+    [
+        (["case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz", "case_00210/imaging.nii.gz", "kits.json"],
+         ("case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz", "case_00210/imaging.nii.gz")),
+        (["Batch 1/volume-0.nii", "Batch 1/segmentation-0.nii", "test/test-volume-0.nii"],
+         ("Batch 1/volume-0.nii", "Batch 1/segmentation-0.nii", "test/test-volume-0.nii")),
+    ],
+    ids=["KiTS", "LiTS"],
+)
+def test_datalist_takes_sets_as_they_are_downloaded(
+    tmp_path: Path, files: list[str], listed: tuple[str, str, str]
+) -> None:
+    for file in files:
+        (tmp_path / "set" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / file).touch()
+    words = ["datalist", str(tmp_path / "set"), str(tmp_path), "--images", ".", "--labels", ".", "--unlabeled", "."]
+    assert main([*words, "--fractions", "1,0,0"]) == 0
+    content = json.loads((tmp_path / "datalist.json").read_text())
+    assert content["training"] == [{"image": listed[0], "label": listed[1]}]
+    assert content["unlabeled"] == [{"image": listed[2]}]
