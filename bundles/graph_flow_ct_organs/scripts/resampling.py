@@ -65,7 +65,8 @@ class EnsureResamplabled(MapTransform):
         allow_missing_keys: do nothing where a key is absent.
 
     Raises:
-        ValueError: by more than 8 x along an axis; by more than 4 x to less than a patch; or beyond free memory.
+        ValueError: `pixdim` has another number of axes; or by more than 8 x along an axis, by more than 4 x to less
+            than a patch, or beyond free memory.
     """
 
     def __init__(
@@ -89,6 +90,11 @@ class EnsureResamplabled(MapTransform):
             if not hasattr(image, "affine"):
                 continue
             spacing = [float(length) for length in np.asarray(image.pixdim)][: image.dim() - 1]
+            if len(self.pixdim) != len(spacing):                   # Spacingd would take the last one for all others
+                raise ValueError(
+                    f"`spacing` must have a length for each of {len(spacing)} axes, got {self.pixdim}; -1 leaves an "
+                    "axis as it is."
+                )
             problem = resampling_problem(image.shape[1:], spacing, self.pixdim, self.patch_size)
             if problem:
                 raise ValueError(self._message(key, image, spacing, problem))
