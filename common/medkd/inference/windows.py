@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from .affinities import embedding_affinity
 __all__ = ["AffinityInferer"]
 
 Blending = Literal["constant", "gaussian"]
+_SLOW = 5120               # torch convolves a single volume by `slow_conv3d` where channels x planes x rows <= 20480
 
 
 class AffinityInferer(Inferer):
@@ -31,7 +33,7 @@ class AffinityInferer(Inferer):
     leave the image have affinity 0.
 
     Args:
-        roi_size: input of the network, voxels per axis.
+        roi_size: input of the network, voxels per axis; the largest one, with `strides`.
         offsets: of the affinities, in the order of the channels.
         from_embedding: the network gives embeddings, as it does in training; False: it gives affinities.
         foreground: the last channel, behind the affinities, is the probability of foreground.
@@ -39,8 +41,12 @@ class AffinityInferer(Inferer):
         alignment: windows start at multiples of this, voxels per axis. A network that pools gives the same result in
             windows that are shifted by multiples of its strides; with "valid" convolutions the result is then that of
             the whole image at once. None for 1.
+        strides: of the network, voxels per axis. Windows are smaller than `roi_size` by as many of these as leaves an
+            image covered by as many windows, so that little is computed outside of it. None: always `roi_size`.
         overlap: share of the (output) window that at least overlaps with the next one.
-        sw_batch_size: windows per forward pass.
+        sw_batch_size: windows per forward pass. With more than 1 no volume is left alone, as torch may convolve a
+            single volume more than ten times as slowly on a CPU: the last pass has one more, and where a small volume
+            is one window, that is computed twice.
         mode: weights of a window, `gaussian` or `constant`.
         progress: show a bar.
 
@@ -62,6 +68,7 @@ class AffinityInferer(Inferer):
         foreground: bool = False,
         margin: Sequence[int] | None = None,
         alignment: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
         overlap: float = 0.5,
         sw_batch_size: int = 1,
         mode: Blending = "gaussian",
@@ -76,6 +83,7 @@ class AffinityInferer(Inferer):
         self.channels = len(self.offsets) + int(foreground)
         self.margin = [0] * rank if margin is None else list(margin)
         self.alignment = [1] * rank if alignment is None else list(alignment)
+        self.strides = None if strides is None else list(strides)
         self.overlap = overlap
         self.sw_batch_size = sw_batch_size
         self.mode = mode
@@ -90,31 +98,33 @@ class AffinityInferer(Inferer):
             raise ValueError(f"`overlap` must be a share of at least 0 and below 1, got {self.overlap}.")
         if self.sw_batch_size < 1:
             raise ValueError(f"`sw_batch_size` must be at least 1, got {self.sw_batch_size}.")
-        if not self.offsets or any(len(one) != rank for one in (self.margin, self.alignment, *self.offsets)):
+        told = [self.margin, self.alignment, *([] if self.strides is None else [self.strides])]
+        if not self.offsets or any(len(one) != rank for one in (*told, *self.offsets)):
             raise ValueError(
-                f"`offsets`, at least one, `margin` and `alignment` must have {rank} axes, as `roi_size` has, got "
-                f"{self.offsets}, {self.margin} and {self.alignment}."
+                f"`offsets`, at least one, `margin`, `alignment` and `strides` must have {rank} axes, as `roi_size` "
+                f"has, got {self.offsets}, {self.margin}, {self.alignment} and {self.strides}."
             )
-        self.window = [size - 2 * lost for size, lost in zip(self.roi_size, self.margin, strict=True)]
-        reach = [max(abs(offset[axis]) for offset in self.offsets) for axis in range(rank)]
-        room = [size - far for size, far in zip(self.window, reach, strict=True)]
-        self.step = []
-        for axis in range(rank):
-            wanted = min(int(self.window[axis] * (1 - self.overlap)), room[axis])
-            step = max(wanted, 1) // self.alignment[axis] * self.alignment[axis] or self.alignment[axis]
-            if step > room[axis]:
-                raise ValueError(
-                    f"`roi_size` must leave windows that are larger than the offsets {reach} by `alignment` "
-                    f"{self.alignment}, got windows of {self.window}; take larger ones or shorter offsets."
-                )
-            self.step.append(step)
+        if self.strides is not None and min(self.strides) < 1:
+            raise ValueError(f"`strides` must be at least 1, got {self.strides}.")
+        self.window = [size - 2 * lost for size, lost in zip(self.roi_size, self.margin, strict=True)]   # the largest
+        self.reach = [max(abs(offset[axis]) for offset in self.offsets) for axis in range(rank)]
+        if any(self._step(size, axis) > size - self.reach[axis] for axis, size in enumerate(self.window)):
+            raise ValueError(
+                f"`roi_size` must leave windows that are larger than the offsets {self.reach} by `alignment` "
+                f"{self.alignment}, got windows of {self.window}; take larger ones or shorter offsets."
+            )
+
+    def _step(self, window: int, axis: int) -> int:
+        """From one window to the next, so that every pair is whole in some window, if that can be."""
+        wanted = min(int(window * (1 - self.overlap)), window - self.reach[axis])
+        return max(wanted, 1) // self.alignment[axis] * self.alignment[axis] or self.alignment[axis]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Affinities of images.
 
         Args:
             inputs: shape (B, C, *S).
-            network: gives embeddings (B, C, *s) or affinities (B, O, *s) of windows of `roi_size`.
+            network: gives embeddings (B, C, *s) or affinities (B, O, *s) of windows of at most `roi_size`.
             args: further arguments of the network.
             kwargs: further arguments of the network.
 
@@ -128,20 +138,21 @@ class AffinityInferer(Inferer):
             )
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         size = plain.shape[2:]
-        starts = [self._starts(length, axis) for axis, length in enumerate(size)]
-        covered = [places[-1] + window for places, window in zip(starts, self.window, strict=True)]
+        window, starts = zip(*(self._plan(length, axis) for axis, length in enumerate(size)), strict=True)
+        roi = [length + 2 * lost for length, lost in zip(window, self.margin, strict=True)]
+        covered = [places[-1] + length for places, length in zip(starts, window, strict=True)]
         image = _extend(plain, self.margin, [to - length for to, length in zip(covered, size, strict=True)])
-        weight = self._weight(plain.device)
+        weight = self._weight(window, plain.device)
         total = torch.zeros(len(plain), self.channels, *covered, device=plain.device)
         weights = torch.zeros(1, self.channels, *covered, device=plain.device)
         places = list(product(*starts))
         for chunk in self._chunks(places):
             for sample in range(len(plain)):
-                windows = torch.cat([image[sample : sample + 1][_box(place, self.roi_size)] for place in chunk])
+                windows = torch.cat([image[sample : sample + 1][_box(place, roi)] for place in chunk])
                 for place, result in zip(chunk, self._run(windows, network, *args, **kwargs), strict=True):
-                    total[sample : sample + 1][_box(place, self.window)] += result * weight
+                    total[sample : sample + 1][_box(place, window)] += result * weight
             for place in chunk:
-                weights[_box(place, self.window)] += weight
+                weights[_box(place, window)] += weight
         result = total.div_(weights.clamp_(min=torch.finfo(torch.float32).tiny))
         result = result[_box([0] * len(size), size)]
         self._drop_leaving_pairs(result)                           # into what the image was extended by
@@ -157,38 +168,61 @@ class AffinityInferer(Inferer):
                 gone = min(abs(step), length)
                 plane.narrow(axis, 0 if step < 0 else length - gone, gone).zero_()
 
-    def _starts(self, length: int, axis: int) -> list[int]:
+    def _plan(self, length: int, axis: int) -> tuple[int, list[int]]:
+        """Length of the windows along an axis, and their starts: the least that covers it in as few windows."""
+        most = self.window[axis]
+        fewest = self._starts(length, axis, most)
+        if self.strides is None:
+            return most, fewest
+        least = self.reach[axis] + self.alignment[axis]
+        sizes = range(most - (most - least) // self.strides[axis] * self.strides[axis], most, self.strides[axis])
+        plans = ((size, self._starts(length, axis, size)) for size in sizes)
+        return next((plan for plan in plans if len(plan[1]) <= len(fewest)), (most, fewest))
+
+    def _starts(self, length: int, axis: int, window: int) -> list[int]:
         """Starts of the windows along an axis; the last one is flush with the end if `alignment` lets it."""
-        window, step, unit = self.window[axis], self.step[axis], self.alignment[axis]
+        unit = self.alignment[axis]
         last = -(-max(length - window, 0) // unit) * unit
-        return [*range(0, last, step), last]
+        return [*range(0, last, self._step(window, axis)), last]
 
     def _chunks(self, places: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        left = len(places)
         rest = iter(tqdm(places, desc="windows", disable=not self.progress, leave=False))
-        while chunk := list(islice(rest, self.sw_batch_size)):
-            yield chunk
+        while left:
+            count = min(self.sw_batch_size, left)
+            count += len(self.roi_size) == 3 and left - count == 1 < count   # the last one with those before it
+            yield list(islice(rest, count))
+            left -= count
 
     def _run(self, windows: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        result = network(windows, *args, **kwargs)
+        number, size = len(windows), [one - 2 * lost for one, lost in zip(windows.shape[2:], self.margin, strict=True)]
+        if number == 1 < self.sw_batch_size and _may_be_slow(windows):
+            windows = windows.expand(2, *[-1] * 4)
+        result = network(windows, *args, **kwargs)[:number]
         if self.from_embedding:
             result = embedding_affinity(result, self.offsets, self.foreground)
-        if list(result.shape[1:]) != [self.channels, *self.window]:
+        if list(result.shape[1:]) != [self.channels, *size]:
             raise ValueError(
-                f"`network` must give {self.channels} channels of {self.window} voxels for windows of {self.roi_size}, "
-                f"got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground` and `from_embedding`."
+                f"`network` must give {self.channels} channels of {size} voxels for windows of "
+                f"{list(windows.shape[2:])}, got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground` and `from_embedding`."
             )
         return result.float()
 
-    def _weight(self, device: torch.device) -> Tensor:
+    def _weight(self, window: Sequence[int], device: torch.device) -> Tensor:
         """Weights of a window, (1, channels, *window): 0 where the partner of a pair is not in it."""
-        blending = compute_importance_map(tuple(self.window), mode=self.mode, device=device, dtype=torch.float32)
-        weight = blending.expand(1, self.channels, *self.window).clone()
+        blending = compute_importance_map(tuple(window), mode=self.mode, device=device, dtype=torch.float32)
+        weight = blending.expand(1, self.channels, *window).clone()
         self._drop_leaving_pairs(weight)
         return weight
 
 
 def _box(place: Sequence[int], size: Sequence[int]) -> tuple[Any, ...]:
     return (..., *(slice(start, start + length) for start, length in zip(place, size, strict=True)))
+
+
+def _may_be_slow(windows: Tensor) -> bool:
+    """Whether torch convolves it by `slow_conv3d`, in a network that has four channels at its size."""
+    return windows.dim() == 5 and windows.device.type == "cpu" and math.prod(windows.shape[2:4]) <= _SLOW
 
 
 def _extend(image: Tensor, margin: Sequence[int], more: Sequence[int]) -> Tensor:

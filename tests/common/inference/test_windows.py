@@ -281,8 +281,10 @@ def test_progress_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str]) -> N
         ({"mode": "linear"}, r"`mode` must be one of \('constant', 'gaussian'\), got 'linear'"),
         ({"offsets": [[-1, 0, 0]]}, r"`offsets`.* must have 2 axes, as `roi_size` has"),
         ({"offsets": []}, r"`offsets`.* must have 2 axes, as `roi_size` has"),
-        ({"margin": (1,)}, "`margin` and `alignment` must have 2 axes"),
-        ({"alignment": (1, 1, 1)}, "`margin` and `alignment` must have 2 axes"),
+        ({"margin": (1,)}, "`alignment` and `strides` must have 2 axes"),
+        ({"alignment": (1, 1, 1)}, "`alignment` and `strides` must have 2 axes"),
+        ({"strides": (1, 1, 1)}, "`alignment` and `strides` must have 2 axes"),
+        ({"strides": (0, 1)}, r"`strides` must be at least 1, got \[0, 1\]"),
         ({"offsets": [[0, -14]]}, r"must leave windows that are larger than the offsets \[0, 14\] by `alignment`"),
         ({"offsets": [[0, 20]]}, r"larger than the offsets \[0, 20\]"),
         ({"alignment": (1, 10)}, r"by `alignment` \[1, 10\], got windows of \[16, 14\]"),
@@ -295,6 +297,61 @@ def test_progress_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str]) -> N
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AffinityInferer(**({"roi_size": (16, 14), "offsets": PLANE} | options))
+
+
+def shapes_seen(size: Sequence[int], **options: Any) -> list[tuple[int, ...]]:
+    """Shapes of the batches that a network is given for one image."""
+    seen = []
+
+    def network(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(windows.shape))
+        return teller(SPACE if len(size) == 3 else PLANE)(windows)
+
+    AffinityInferer(**options)(numbered(*size), network)
+    return seen
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 4), (16, 14)])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (16, 14), (17, 41), (60, 33)])
+def test_windows_that_fit_the_image_give_the_same(
+    size: tuple[int, int], strides: tuple[int, int], overlap: float
+) -> None:
+    options: dict[str, Any] = {"overlap": overlap, "sw_batch_size": 3, "mode": "constant"}
+    image = numbered(*size)
+    result = AffinityInferer((16, 14), PLANE, strides=strides, **options)(image, teller(PLANE))
+    torch.testing.assert_close(result, told(image, PLANE, outside=0.0), atol=1e-5, rtol=0)
+    margin = AffinityInferer((20, 20), PLANE, margin=(2, 3), strides=strides, **options)(image, teller(PLANE, (2, 3)))
+    torch.testing.assert_close(margin, told(image, PLANE, outside=0.0), atol=1e-5, rtol=0)
+
+
+def test_windows_are_as_small_as_cover_the_image_in_as_many() -> None:
+    options = {"roi_size": (16, 14), "offsets": [[-1, 0], [0, -1]], "overlap": 0.25, "sw_batch_size": 9}
+
+    def seen(*size: int, **more: Any) -> list[int]:
+        shapes: list[list[int]] = []
+
+        def network(windows: torch.Tensor) -> torch.Tensor:
+            shapes.append([len(windows), *windows.shape[2:]])
+            return teller(options["offsets"])(windows)   # type: ignore[arg-type]
+
+        AffinityInferer(**(options | more))(numbered(*size), network)   # type: ignore[arg-type]
+        return shapes[0]
+
+    assert seen(5, 3) == [1, 16, 14]
+    assert seen(5, 3, strides=(4, 7)) == [1, 8, 7]                 # 16 - 2 x 4, 14 - 7
+    assert seen(20, 14) == [2, 16, 14]
+    assert seen(20, 14, strides=(2, 2)) == [2, 12, 14]             # 12 + 9 >= 20, 10 + 7 is not
+    assert seen(20, 14, strides=(5, 5)) == [2, 16, 14]             # 11 + 8 is not
+
+
+def test_no_window_is_left_alone() -> None:
+    options: dict[str, Any] = {"roi_size": (8, 10, 12), "offsets": SPACE, "overlap": 0.25, "strides": (1, 1, 1)}
+    assert [shape[0] for shape in shapes_seen((16, 10, 12), sw_batch_size=2, **options)] == [3]
+    assert [shape[0] for shape in shapes_seen((24, 10, 12), sw_batch_size=2, **options)] == [2, 3]
+    assert [shape[0] for shape in shapes_seen((5, 10, 12), sw_batch_size=1, **options)] == [1]
+    assert [shape[0] for shape in shapes_seen((5, 10, 12), sw_batch_size=2, **options)] == [2]      # computed twice
+    assert [shape[0] for shape in shapes_seen((5, 6), roi_size=(16, 14), offsets=PLANE)] == [1]     # images are not
 
 
 def test_offset_just_inside_a_window_is_taken() -> None:
