@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medkd.checks import suggest
 from medkd.ops.ignored import UNLABELED, may_be_negative
 from medkd.ops.precision import at_least_float32
+from medkd.ops.prediction import as_map
 
 __all__ = [
     "DistillationLoss", "TapPair", "distils", "drawn_convolution", "pointwise_convolution", "tap_pairs",
@@ -33,6 +34,10 @@ class DistillationLoss(nn.Module, ABC):
 
     Cases without a label count in every term: `compute_terms` gets None for a batch of them, and for a batch of both
     kinds a label whose unlabeled voxels have what `stand_in` gives, which is background unless a loss says otherwise.
+
+    A classification is a map of one voxel: `compute_terms` gets a `pred` (B, K) as (B, K, 1, 1), or (B, K, 1, 1, 1)
+    where a layer that is read has three spatial axes, and a label (B,), (B, 1) or (B, K) likewise. So a negative label
+    leaves a whole sample out.
 
     Attributes:
         terms: names of the terms, in the order of the docs.
@@ -69,10 +74,11 @@ class DistillationLoss(nn.Module, ABC):
         """Compute the active terms.
 
         Args:
-            student: tap path -> tensor, (B, C, *s) for layers; `pred` holds the logits (B, K, *S).
+            student: tap path -> tensor, (B, C, *s) for layers; `pred` holds the logits (B, K, *S), or (B, K) of a
+                classification.
             teacher: the same of the teacher, or its `classes` if the loss reads no more; detached here.
-            label: class indices, shape (B, 1, *S); negative is ignored, and `UNLABELED` are cases without a label.
-                None where no case has one.
+            label: class indices, shape (B, 1, *S), or (B,) or (B, 1) of a classification; negative is ignored, and
+                `UNLABELED` are cases without a label. None where no case has one.
 
         Returns:
             Term -> unweighted scalar, float32, attached to the student's graph.
@@ -82,10 +88,12 @@ class DistillationLoss(nn.Module, ABC):
         """
         self._check_paths(student, teacher)
         device = student["pred"].device.type
+        rank = max((value.dim() for value in student.values() if value.dim() > 2), default=4) - 2
+        label = None if label is None else as_map(label, rank)
         with torch.autocast(device, enabled=False):
             frozen = {path: value.detach() for path, value in teacher.items()}
-            frozen = _widened(frozen)
-            return self.compute_terms(_widened(student), frozen, self._completed(label, frozen))
+            frozen = _as_maps(_widened(frozen), rank)
+            return self.compute_terms(_as_maps(_widened(student), rank), frozen, self._completed(label, frozen))
 
     def stand_in(self, teacher: Mapping[str, Tensor], label: Tensor) -> Tensor | None:
         """Give labels for cases without one that share a batch with others; the loss must not tell both ways apart.
@@ -129,6 +137,11 @@ class DistillationLoss(nn.Module, ABC):
 
 def _widened(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path: at_least_float32(value) if value.is_floating_point() else value for path, value in values.items()}
+
+
+def _as_maps(values: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    predictions = {name: as_map(values[name], rank) for name in ("pred", "classes") if name in values}
+    return {**values, **predictions}
 
 
 def distils(weights: Mapping[str, float] | None) -> bool:

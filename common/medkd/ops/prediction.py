@@ -10,13 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "Activation", "TeacherOutput", "foreground_probability", "hard_labels", "largest_channel",
+    "Activation", "TeacherOutput", "as_map", "foreground_probability", "hard_labels", "largest_channel",
     "log_probabilities", "logits_of", "probabilities", "region_codes", "two_class_logits",
 ]
 
 Activation = Literal["softmax", "sigmoid"]
 TeacherOutput = Literal["logits", "probabilities"]
 _CERTAIN = 1e-7                                                    # float32 does not tell 1 from what is nearer to it
+
+
+def as_map(values: Tensor, rank: int) -> Tensor:
+    """Give what is said of whole images, classes (B,) or predictions (B, K), as maps of one voxel; maps stay.
+
+    Args:
+        values: shape (B,), (B, K) or (B, K, *S).
+        rank: number of spatial axes of the result.
+
+    Example:
+        >>> as_map(torch.zeros(4, 3), 2).shape, as_map(torch.zeros(4), 3).shape
+        (torch.Size([4, 3, 1, 1]), torch.Size([4, 1, 1, 1, 1]))
+    """
+    if values.dim() > 2:
+        return values
+    return values.reshape(len(values), -1, *[1] * rank)
 
 
 def two_class_logits(logits: Tensor) -> Tensor:
