@@ -56,7 +56,8 @@ class TeacherAgreement:
     def is_needed(self) -> bool:
         """True when there are validation cases and none has a label."""
         data = getattr(getattr(self.evaluator.data_loader, "dataset", None), "data", ())
-        return len(data) > 0 and not any(isinstance(item, Mapping) and item.get(self.label_key) for item in data)
+        cases = [item for item in data if isinstance(item, Mapping)]
+        return len(data) > 0 and not any(_is_given(case.get(self.label_key)) for case in cases)
 
     def named(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The metrics, under names that say what they compare.
@@ -122,6 +123,11 @@ class TeacherAgreement:
         labels = self._labels[engine.state.iteration - 1]
         for sample, label in zip(_samples(engine.state.output), labels, strict=True):
             sample[self.label_key] = label.to(sample["pred"])
+
+
+def _is_given(label: Any) -> bool:
+    """Whether a case of a datalist has a label; 0 is a class."""
+    return bool(label) if isinstance(label, (str, list, tuple)) else label is not None and label is not False
 
 
 def _samples(output: Any) -> Sequence[dict[str, Any]]:

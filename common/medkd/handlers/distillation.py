@@ -32,7 +32,7 @@ from medkd.taps import FeatureTaps, unwrap
 __all__ = ["DistillationEvents", "DistillationHandler"]
 
 CACHED = ("teacher_classes", "teacher_pred")    # keys of a batch
-_WAY_OUT = "wrap the network so that `forward` returns the prediction alone, shape (B, K, *S)"
+_WAY_OUT = "wrap the network so that `forward` returns the prediction alone, shape (B, K, *S) or (B, K)"
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +62,8 @@ class DistillationHandler:
     which it should hold; they write it at `STARTED`), and in `state.output`: `supervised_loss` and the unweighted
     `kd/<term>`. A trainer takes one handler.
 
-    A network may give the heads of deep supervision as a list: the one of full resolution is distilled.
+    A network may give the heads of deep supervision as a list: the one of full resolution is distilled. It may be a
+    classifier, too, with predictions (B, K) and labels (B,) or (B, 1).
 
     A batch may bring what the teacher says of it, cut out of soft labels of whole volumes, as `teacher_pred`: class
     probabilities (B, K, *S), or as `teacher_classes`: the likeliest of each voxel, (B, 1, *S), for losses that read no

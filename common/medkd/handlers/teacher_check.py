@@ -71,12 +71,12 @@ class TeacherCheck:
         prepare = as_the_teacher_sees(self.validator.prepare_batch, self.teacher_input)
         with preserved_random_state(), replaced(self.validator, prepare_batch=prepare):
             logger.info("Checking the teacher on %d validation batches ...", len(self.validator.data_loader))   # type: ignore[arg-type]
-            channels: list[int] = []
+            shapes: list[torch.Size] = []
             main = MainOutput("The teacher", "wrap it so that `forward` returns the prediction alone")
 
             def take_main(_network: nn.Module, inputs: Any, output: Any) -> Tensor:
                 pred = main(output, inputs[0].dim() if inputs else None)
-                channels.append(pred.shape[1])
+                shapes.append(pred.shape)
                 return output if isinstance(output, Tensor) and not output.is_inference() else pred
 
             hook = teacher.register_forward_hook(take_main)
@@ -84,7 +84,7 @@ class TeacherCheck:
                 value = self._validate(teacher)
             finally:
                 hook.remove()
-            constant, best = self._best_constant(channels[-1])
+            constant, best = self._best_constant(shapes[-1][1], len(shapes[-1]) == 2)
         logger.info(
             "Teacher %s on the validation data: %.4f (best constant prediction: %s everywhere, %.4f)",
             self.metric, value, constant, best,
@@ -125,10 +125,10 @@ class TeacherCheck:
             return math.nan                                        # MONAI's mean of no value is 0
         return float(metrics[self.metric])
 
-    def _best_constant(self, channels: int) -> tuple[str, float]:
+    def _best_constant(self, channels: int, whole: bool) -> tuple[str, float]:
         validator: Any = self.validator
         constant, best = "", math.nan
-        for name, candidate in _constants(validator.inferer, channels, self.regions):
+        for name, candidate in _constants(validator.inferer, channels, self.regions, whole):
             with replaced(validator, inferer=candidate):
                 value = self._validate(validator.network)
             if not constant or (not math.isnan(value) and (math.isnan(best) or validator.metric_cmp_fn(value, best))):
@@ -136,28 +136,36 @@ class TeacherCheck:
         return constant, best
 
 
-def _constants(inferer: Any, channels: int, regions: bool) -> Iterator[tuple[str, Inferer]]:
-    """Constant predictions: every class; or, where an inferer has `constants` and `channels`, those values."""
+def _constants(inferer: Any, channels: int, regions: bool, whole: bool) -> Iterator[tuple[str, Inferer]]:
+    """Constant predictions: every class; or, where an inferer has `constants` and `channels`, those values.
+
+    Args:
+        inferer: of the validation.
+        channels: of the teacher's prediction.
+        regions: whether they may overlap.
+        whole: whether a prediction is of an image as a whole, (B, K).
+    """
     if hasattr(inferer, "constants"):
         for value in inferer.constants:
             yield f"the value {value:g}", _Constant([float(value)] * inferer.channels)
         return
     if regions and channels > 1:
-        yield "no region", _Constant([-10.0] * channels)
-        yield "all regions", _Constant([10.0] * channels)
+        yield "no region", _Constant([-10.0] * channels, whole)
+        yield "all regions", _Constant([10.0] * channels, whole)
     for index in range(max(channels, 2)):                          # certain logits; one channel is a sigmoid output
         certain = [20.0 * index - 10.0] if channels == 1 else [10.0 if k == index else -10.0 for k in range(channels)]
-        yield f"{'region' if regions and channels > 1 else 'class'} {index}", _Constant(certain)
+        yield f"{'region' if regions and channels > 1 else 'class'} {index}", _Constant(certain, whole)
 
 
 class _Constant(Inferer):
-    """Gives a value per channel, everywhere."""
+    """Gives a value per channel, everywhere, or of an image as a whole."""
 
-    def __init__(self, values: Sequence[float]) -> None:
+    def __init__(self, values: Sequence[float], whole: bool = False) -> None:
         self.values = values
+        self.whole = whole
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Tensor:
-        blank = inputs[:, :1] * 0.0
+        blank = (inputs.flatten(1) if self.whole else inputs)[:, :1] * 0.0
         return torch.cat([blank + value for value in self.values], dim=1)
 
 

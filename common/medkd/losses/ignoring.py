@@ -24,6 +24,9 @@ class IgnoringLoss(nn.Module):
     Samples without a label (`medkd.ops.ignored.UNLABELED`) are left out before anything else, so that the value is that
     of the labeled samples alone, bit for bit; 0 where no sample has a label.
 
+    Of predictions of whole images, (B, K), with labels (B,), (B, 1) or (B, K), samples with a negative label are left
+    out.
+
     Args:
         loss: takes predictions (B, K, *S) and labels (B, 1, *S) or (B, K, *S), and gives a scalar.
 
@@ -54,6 +57,9 @@ class IgnoringLoss(nn.Module):
         if not bool(mask.any()):
             value: Tensor = self.loss(pred, label)
             return value
+        if pred.dim() == 2:
+            kept = ~mask.view(len(mask), -1).any(1)
+            return self._of_samples(pred.as_subclass(Tensor), label.as_subclass(Tensor), kept)
         check_maps("pred", pred)
         pred, label = pred.as_subclass(Tensor), label.as_subclass(Tensor)   # without MONAI's metadata
         if pred.shape[2:] != label.shape[2:]:
@@ -78,3 +84,9 @@ class IgnoringLoss(nn.Module):
             pairs = [(torch.cat(preds, axis), torch.cat(labels, axis))]
         values = [self.loss(*pair) for pair in pairs]
         return torch.stack(values).mean()
+
+    def _of_samples(self, pred: Tensor, label: Tensor, kept: Tensor) -> Tensor:
+        if not bool(kept.any()):
+            return pred.sum() * 0.0
+        value: Tensor = self.loss(pred[kept], label[kept])
+        return value

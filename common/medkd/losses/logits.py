@@ -24,7 +24,8 @@ class SoftLabelLoss(DistillationLoss):
     `T^2 * sum_v w_v KL(softmax(z^T_v / T) || softmax(z^S_v / T)) / sum_v w_v`; the factor T^2 keeps the gradient's
     size when T changes. Voxels with a negative label are ignored; of a case without a label every voxel counts. With
     `sigmoid`, for regions that overlap, it is the sum over regions of the divergences of two coins that show a voxel to
-    be in the region, softened likewise.
+    be in the region, softened likewise. Of a classification, predictions (B, K), each sample counts as a voxel does; a
+    temperature of 4 is usual there.
 
     Args:
         temperature: T, softens both distributions; above 0.

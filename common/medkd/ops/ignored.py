@@ -69,13 +69,13 @@ def is_without_label(label: Tensor) -> bool:
 
 
 def samples_without_label(label: Tensor) -> Tensor:
-    """Tell the same of each sample of a batch (B, ...): shape (B,), bool.
+    """Tell the same of each sample of a batch (B, ...), or (B,) of classes: shape (B,), bool.
 
     Example:
         >>> samples_without_label(torch.tensor([[0, 1], [-2, 0], [-1, 0]])).tolist()
         [False, True, False]
     """
-    return (label == UNLABELED).flatten(1).any(1)
+    return (label == UNLABELED).view(len(label), -1).any(1)
 
 
 def labeled_samples(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def labeled_samples(pred: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         pred: shape (B, ...).
-        label: shape (B, ...).
+        label: shape (B, ...), or (B,) of classes.
 
     Returns:
         Both, themselves where every sample has a label; else without those samples, and there may be none left.

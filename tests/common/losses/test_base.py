@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,22 @@ def test_a_pointwise_convolution_starts_with_a_bias_of_zero_whatever_memory_it_i
     assert layer.bias.tolist() == [0, 0]
     assert layer.weight.shape == (2, 3, *[1] * rank)
     assert layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(("tap", "ones"), [((4, 2, 5, 5), (1, 1)), ((4, 2, 5, 5, 5), (1, 1, 1)), ((4, 7), (1, 1))])
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_a_classification_is_a_map_of_one_voxel(
+    tap: tuple[int, ...], ones: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Looking(DistillationLoss):
+        terms = ("a",)
+
+        def compute_terms(self, student: Any, teacher: Any, label: Any) -> dict[str, Tensor]:
+            seen.extend(tuple(one.shape) for one in (student["pred"], teacher["pred"], label, student["tap"]))
+            return {"a": student["pred"].sum()}
+
+    maps = {"pred": torch.zeros(4, 3), "tap": torch.zeros(tap)}
+    Looking()(maps, maps, torch.zeros(shape, dtype=torch.int64))
+    assert seen == [(4, 3, *ones), (4, 3, *ones), (4, 1, *ones), tap]

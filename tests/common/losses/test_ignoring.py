@@ -100,3 +100,21 @@ def test_labels_of_another_size_are_refused() -> None:
     pred, label = a_batch(5, 6)
     with pytest.raises(ValueError, match=r"`label` must have the prediction's size \(5, 6\) where voxels are ignored"):
         IgnoringLoss(DiceCELoss(**CLASSES))(pred, label[..., :4] * 0 - 1)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_of_whole_images_those_with_a_negative_class_are_left_out(shape: tuple[int, ...]) -> None:
+    class Entropy(nn.Module):
+        def forward(self, pred: Tensor, label: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(pred, label.flatten())
+
+    pred = torch.randn(5, 3, requires_grad=True)
+    label = torch.tensor([0, -1, 2, -2, 1]).view(shape)
+    expected = Entropy()(pred[::2], label[::2])
+    torch.testing.assert_close(IgnoringLoss(Entropy())(pred, label), expected)
+    for nothing in (-1, -2):
+        value = IgnoringLoss(Entropy())(pred, torch.full_like(label, nothing))
+        value.backward()
+        assert value.item() == 0.0
+    assert pred.grad is not None
+    assert not pred.grad.any()

@@ -133,3 +133,29 @@ def test_wrong_options_are_refused() -> None:
         SoftLabelLoss(floor=-1)
     with pytest.raises(ValueError, match=r"`weighting` must be one of \('uniform', 'foreground'\), got 'organs'"):
         SoftLabelLoss(weighting="organs")   # type: ignore[arg-type]
+
+
+# ---- classification ------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_of_a_classification_counts_as_a_voxel_does() -> None:
+    student, teacher = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    loss = SoftLabelLoss(temperature=4.0)
+    value = value_of(loss, student, teacher)
+    soft, target = (student / 4).log_softmax(1), (teacher / 4).softmax(1)
+    expected = 16 * (target * (target.log() - soft)).sum(1).mean()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(one, student, retain_graph=True) for one in (value, expected)))
+    row = [one.T.reshape(1, 3, 1, 5) for one in (student, teacher)]
+    torch.testing.assert_close(value_of(loss, *row), value)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_a_sample_with_a_negative_class_is_left_out(shape: tuple[int, ...]) -> None:
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    label = torch.tensor([0, -1, 2, 1, -1]).view(shape)
+    kept = torch.tensor([0, 2, 3])
+    found = SoftLabelLoss()({"pred": student}, {"pred": teacher}, label)["logits"]
+    torch.testing.assert_close(found, value_of(SoftLabelLoss(), student[kept], teacher[kept]))
+    with pytest.raises(ValueError, match="`label` must be class indices below 3"):
+        SoftLabelLoss()({"pred": student}, {"pred": teacher}, label + 2)

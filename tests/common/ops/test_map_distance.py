@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances of normalized maps: known answers, masks as if what they hide were not there, and maps that show nothing."""
+"""Distances of normalized maps: known answers, what does not count, and maps that show nothing."""
 
 from __future__ import annotations
 
