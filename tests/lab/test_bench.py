@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from lab.bench import inter_resolution_attention
 
 KEYS = [
     "name", "subject", "reference", "subject_value", "reference_value", "ratio", "better", "goal", "reached", "unit",
@@ -37,6 +40,12 @@ def test_a_file_holds_rows_machine_and_versions(written: dict[str, dict[str, Any
         assert list(content) == ["rows", "machine", "versions"]
         assert content["machine"]["cores"] >= 1
         assert {"python", "torch", "monai", "medkd"} <= set(content["versions"])
+
+
+def test_the_network_of_the_histology_paper_has_its_number_of_parameters() -> None:
+    with torch.device("meta"):
+        network = inter_resolution_attention.Vgg(inter_resolution_attention.VGG16, 4)
+    assert sum(one.numel() for one in network.parameters()) == 14_716_740
 
 
 def test_rows_have_distinct_names_and_the_agreed_keys(written: dict[str, dict[str, Any]]) -> None:

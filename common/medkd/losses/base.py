@@ -89,7 +89,8 @@ class DistillationLoss(nn.Module, ABC):
         self._check_paths(student, teacher)
         device = student["pred"].device.type
         rank = max((value.dim() for value in student.values() if value.dim() > 2), default=4) - 2
-        label = None if label is None else as_map(label, rank)
+        if label is not None and student["pred"].dim() == 2:
+            label = as_map(label, rank)
         with torch.autocast(device, enabled=False):
             frozen = {path: value.detach() for path, value in teacher.items()}
             frozen = _as_maps(_widened(frozen), rank)

@@ -75,7 +75,7 @@ def class_attention(
             f"(B, C, {maps.shape[1]}), got {tuple(weight.shape)}; tap the layer whose mean the head reads."
         )
     dtype = torch.promote_types(at_least_float32(maps[:0]).dtype, at_least_float32(weight[:0]).dtype)
-    weight = weight.to(dtype)
+    weight = weight.to(dtype) / (maps[0, 0].numel() if pooled else 1)
     with torch.autocast(maps.device.type, enabled=False):
         if variant == "at_plus":
             flat: Tensor = _ProductAttention.apply(maps, weight)   # type: ignore[no-untyped-call]
@@ -83,8 +83,7 @@ def class_attention(
             factors = weight.relu() if variant == "positive_weight" else weight
             flat = torch.matmul(factors, maps.flatten(2).to(dtype))                    # (B, C, N)
         result = flat.view(len(maps), -1, *maps.shape[2:])
-        result = result.relu() if variant == "gradcam" else result
-    return result / maps[0, 0].numel() if pooled else result
+        return result.relu() if variant == "gradcam" else result
 
 
 class _ProductAttention(torch.autograd.Function):

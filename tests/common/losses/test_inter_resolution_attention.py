@@ -307,6 +307,17 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(
         assert all(slope is None or float(slope.abs().max()) < 1e-9 for slope in slopes), term
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("size", [(5, 4), (3, 1, 4)])
+def test_it_does_not_matter_whose_grid_it_is_where_both_are_one(size: tuple[int, ...], dense: bool) -> None:
+    torch.manual_seed(0)
+    task: Any = "segmentation" if dense else "classification"
+    student, teacher = leaves(random_network(size, dense=dense)), random_network(size, dense=dense)
+    first, second = (a_loss(grid=grid, task=task)(student, teacher) for grid in ("student", "teacher"))
+    assert first == second
+    assert all(value.item() > 0.01 for value in first.values())
+
+
 def test_attention_is_a_distance_between_0_and_1_that_no_scale_and_no_bias_changes() -> None:
     torch.manual_seed(0)
     student, teacher = random_network((7, 6)), random_network((7, 6))
