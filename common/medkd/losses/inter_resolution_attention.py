@@ -15,7 +15,7 @@ from medkd.losses.base import DistillationLoss, TapPair, pointwise_convolution, 
 from medkd.losses.predictions import Predictions
 from medkd.ops.class_attention import ClassAttention, class_attention, head_matrix, head_mismatch
 from medkd.ops.ignored import ignored_voxels, on_grid
-from medkd.ops.map_distance import Normalization, map_distance
+from medkd.ops.map_distance import Normalization, map_distance, root_mean_square
 from medkd.ops.prediction import Activation, TeacherOutput, hard_labels
 from medkd.ops.resample import pool_or_interpolate
 
@@ -33,7 +33,6 @@ _WEIGHTS: dict[str, dict[str, float]] = {
     "classification": {"attention": 10.0, "feature": 0.1, "regression": 0.0},          # of the released README
     "segmentation": {"attention": 1.0, "feature": 0.0, "regression": 0.0},
 }
-_ROOT = 1e-12              # under the root of a mean square, whose slope at 0 would be infinite
 _MISMATCH = 0.1            # of predictions and what the head makes of the features
 _LOOKS = 4                 # first batches, in which it is looked whether the head reads the layer
 _FEW = 64                  # positions; a map of fewer says little about where
@@ -74,6 +73,10 @@ teacher's entropy and has the same gradient |
     has NaN; a sample whose teacher's map is constant does not count; the teacher has no gradient; batches of one run.
     The released code teaches all classes where the abstract says the target's: `classes`. KL and binary cross entropy
     of maps, switched off there, are left out, and so is attention of layers that the head does not read directly.
+
+    MONAI's `tap` and `head` are of DenseNet `class_layers.relu`, `class_layers.out.weight`; ResNet `layer4`,
+    `fc.weight`; SENet `layer4`, `last_linear.weight`; BasicUNet `upcat_1`, `final_conv.weight`; DynUNet of three levels
+    `upsamples.1`, `output_block.conv.conv.weight`. SegResNet has one activation for all blocks: it cannot be tapped.
 
     Ignored voxels, those with a negative label, count in no term, and a cell of a coarser grid as much as the part of
     it that counts. A case without a label counts; where its class is asked for it is the teacher's.
@@ -218,11 +221,11 @@ teacher's entropy and has the same gradient |
         if self.active_terms & {"feature", "regression"}:
             mine = self._projected(mine, other.shape[1])
         if "feature" in self.active_terms:
-            values["feature"] = _root_mean_square(*self._on_one_grid(mine, other), ignored)
+            values["feature"] = self._difference(mine, other, ignored)
         if "regression" in self.active_terms:
             weight = head_matrix(f"teacher[{self.head[1]!r}]", teacher[self.head[1]])
             mine, other = (self._scores(maps, weight) for maps in (mine, other))
-            values["regression"] = _root_mean_square(*self._on_one_grid(mine, other), ignored)
+            values["regression"] = self._difference(mine, other, ignored)
         self._left = max(self._left - 1, 0)
         return values
 
@@ -303,6 +306,10 @@ teacher's entropy and has the same gradient |
         if self.task == "classification":
             maps = maps.mean(tuple(range(2, maps.dim())), keepdim=True)
         return class_attention(maps, weight, "signed", pooled=False)
+
+    def _difference(self, student: Tensor, teacher: Tensor, ignored: Tensor | None) -> Tensor:
+        student, teacher = self._on_one_grid(student, teacher)
+        return root_mean_square(student, teacher, _share(ignored, student))
 
     def _on_one_grid(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if self.grid == "student":
@@ -388,14 +395,3 @@ def _share(ignored: Tensor | None, maps: Tensor) -> Tensor | None:
         return None
     counted = (~on_grid(ignored, ignored.shape[2:])).to(maps.dtype)
     return pool_or_interpolate(counted, maps.shape[2:], "average")
-
-
-def _root_mean_square(student: Tensor, teacher: Tensor, ignored: Tensor | None) -> Tensor:
-    """Of the difference, over the whole batch; 0 where nothing counts."""
-    squares = (student - teacher.to(student.dtype)).square().mean(1, keepdim=True)     # (B, 1, *S)
-    weight = _share(ignored, squares)
-    if weight is None:
-        return (squares.mean() + _ROOT).sqrt()
-    total = weight.sum()
-    mean = (squares * weight).sum() / torch.where(total > 0, total, 1.0)
-    return (mean + _ROOT).sqrt() * (total > 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from medkd.checks import check_maps, check_same_grid
 from medkd.ops.precision import at_least_float32
 
-__all__ = ["Normalization", "map_distance", "normalized_maps"]
+__all__ = ["Normalization", "map_distance", "normalized_maps", "root_mean_square"]
 
 Normalization = Literal["minmax_joint", "minmax_class", "softmax", "l2", "none"]
 _FLAT = 1e-6               # of the largest magnitude: a range below it is rounding
@@ -137,6 +137,32 @@ def map_distance(
         distance = (mean + _ROOT).sqrt()
     counts = ~flat.flatten(1).all(1)
     return distance, counts if weight is None else counts & (weight.flatten(1) > 0).any(1)
+
+
+def root_mean_square(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Root of the mean squared difference of features, over channels, positions and the whole batch.
+
+    Args:
+        student: shape (B, C, *S), floating.
+        teacher: likewise.
+        weight: shape (B, 1, *S), non-negative; None for 1.
+
+    Returns:
+        A scalar, at least 1e-6, as 1e-12 is added to the mean; 0 without a gradient where all weights are 0.
+
+    Reference:
+        del Amor et al., arXiv 2401.06010, released code (feature matching, softmax regression).
+
+    Example:
+        >>> round(root_mean_square(torch.tensor([[[[3.0, 0.0]]]]), torch.tensor([[[[0.0, 0.0]]]])).item(), 4)
+        2.1213
+    """
+    squares = (student - teacher.to(student.dtype)).square().mean(1, keepdim=True)     # (B, 1, *S)
+    if weight is None:
+        return (squares.mean() + _ROOT).sqrt()
+    total = weight.sum()
+    mean = (squares * weight).sum() / torch.where(total > 0, total, 1.0)
+    return (mean + _ROOT).sqrt() * (total > 0)
 
 
 def _axes(maps: Tensor, normalization: str) -> tuple[int, ...]:

@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.networks.blocks.squeeze_and_excitation import SEResNetBottleneck
+from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.densenet import DenseNet
+from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.resnet import ResNet
+from monai.networks.nets.senet import SENet
 from torch import Tensor, nn
 
 from medkd.losses.inter_resolution_attention import InterResolutionAttentionLoss
 from medkd.losses.logits import SoftLabelLoss
+from medkd.ops.class_attention import class_attention, head_matrix, head_mismatch
 from medkd.ops.ignored import IGNORED, UNLABELED
 from medkd.ops.prediction import hard_labels
 from medkd.taps import FeatureTaps
@@ -179,8 +186,9 @@ class Net(nn.Module):
         return logits
 
 
-def run(net: nn.Module, image: Tensor) -> Maps:
-    taps = FeatureTaps(net, ["act", "head.weight"])
+def run(net: nn.Module, image: Tensor, *paths: str) -> Maps:
+    """What is tapped of a network, by default of one of these."""
+    taps = FeatureTaps(net, paths or ["act", "head.weight"])
     taps.open()
     pred = net(image)
     found = taps.close() | {"pred": pred}
@@ -210,6 +218,43 @@ def test_value_and_gradients_of_whole_networks_are_those_of_autograd(rank: int, 
         zero = torch.zeros(())
         torch.testing.assert_close(zero if one is None else one, zero if right is None else right,
                                    rtol=1e-6, atol=1e-9, check_dtype=False, msg=name)
+
+
+MONAI: dict[str, tuple[Any, str, str]] = {
+    "DenseNet": (
+        lambda rank: DenseNet(rank, 1, 3, 4, growth_rate=4, block_config=(1, 1)), "class_layers.relu",
+        "class_layers.out.weight",
+    ),
+    "ResNet": (
+        lambda rank: ResNet("basic", [1] * 4, [4, 4, 8, 8], rank, 1, conv1_t_stride=1, no_max_pool=True, num_classes=3),
+        "layer4", "fc.weight",
+    ),
+    "SENet": (
+        lambda rank: SENet(rank, 1, SEResNetBottleneck, [1] * 4, 1, 16, dropout_prob=None, inplanes=64,
+                           downsample_kernel_size=1, input_3x3=False, num_classes=3),
+        "layer4", "last_linear.weight",
+    ),
+    "BasicUNet": (lambda rank: BasicUNet(rank, 1, 3, (4,) * 6), "upcat_1", "final_conv.weight"),
+    "DynUNet": (
+        lambda rank: DynUNet(rank, 1, 3, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 6, 8]), "upsamples.1",
+        "output_block.conv.conv.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MONAI))
+@pytest.mark.parametrize("rank", [2, 3])
+def test_layers_and_heads_of_monais_networks_are_those_that_the_docstring_names(rank: int, name: str) -> None:
+    torch.manual_seed(0)
+    make, tap, head = MONAI[name]
+    assert f"`{tap}`, `{head}`" in " ".join(str(InterResolutionAttentionLoss.__doc__).split())
+    net = make(rank).eval().double()
+    maps = run(net, torch.randn(2, 1, *[32] * rank, dtype=torch.float64), tap, head)
+    dense = maps["pred"].dim() > 2
+    weight = head_matrix(head, maps[head])
+    assert head_mismatch(maps["pred"], maps[tap], weight, pooled=not dense) < 1e-9
+    found, expected = class_attention(maps[tap], weight, pooled=not dense), oracle.attention(maps["pred"], maps[tap])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("weight_grad", ["through", "detached"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medkd.ops.attention import attention_distance
 from medkd.ops.class_attention import class_attention
-from medkd.ops.map_distance import Normalization, map_distance, normalized_maps
+from medkd.ops.map_distance import Normalization, map_distance, normalized_maps, root_mean_square
 from medkd.ops.resample import pool_average, resize_linearly
 from oracles import inter_resolution_attention as oracle
 
@@ -186,6 +186,18 @@ def test_only_the_shape_of_maps_matters(normalization: Any, scale: float) -> Non
     if normalization != "l2":
         torch.testing.assert_close(map_distance(student + 2.0, teacher, normalization)[0], expected)
         assert bool((expected <= 1).all())
+
+
+def test_the_root_of_the_mean_square_is_over_the_whole_batch_and_weighted() -> None:
+    torch.manual_seed(0)
+    student, teacher, weight = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
+    torch.testing.assert_close(root_mean_square(student, teacher), (student - teacher).square().mean().sqrt())
+    expected = (weight * (student - teacher).square()).sum() / (3 * weight.sum())
+    torch.testing.assert_close(root_mean_square(student, teacher, weight), expected.sqrt())
+    leaf = student.requires_grad_()
+    nothing = root_mean_square(leaf, teacher, 0.0 * weight)
+    assert nothing.item() == 0.0
+    assert not torch.autograd.grad(nothing, leaf)[0].any()
 
 
 def test_errors_say_what_is_wrong() -> None:
