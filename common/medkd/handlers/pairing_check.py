@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether teacher and student see one tissue at the resolutions that were agreed, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+__all__ = ["PairingCheck"]
+
+Mode = Literal["native", "upsampled"]
+
+
+class PairingCheck:
+    """Raise in the first step unless the teacher's image has `scale` times the voxels of the student's.
+
+    Shapes tell a wrong factor, a chain that crops one image only, or a size that leaves a rest; that both show the same
+    tissue is up to the transform that makes both, `medkd.inference.degradation.PairResolutionsd`.
+
+    Args:
+        scale: voxels of the teacher per voxel of the student along each axis, or one number for all axes.
+        mode: "native", or "upsampled", where both images have the same grid.
+        student_key: key of the student's image in a batch, shape (B, C, *S).
+        teacher_key: key of the teacher's image.
+        stride: voxels of the student per cell of the layer that is compared, for all axes: its grid must have no rest.
+
+    Raises:
+        KeyError: in the first step, a key is not in the batch.
+        ValueError: in the first step, sizes do not fit; before, `mode`, `scale` or `stride` is none.
+    """
+
+    def __init__(
+        self, scale: int | Sequence[int], mode: Mode = "native", student_key: str = "image",
+        teacher_key: str = "teacher_image", stride: int = 1,
+    ) -> None:
+        self.scale = (scale,) if isinstance(scale, int) else tuple(scale)
+        if mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
+        for name, values in (("scale", self.scale), ("stride", (stride,))):
+            if not values or any(not isinstance(value, int) or value < 1 for value in values):
+                raise ValueError(f"`{name}` must be whole numbers of 1 or more, got {values!r}.")
+        self.mode, self.student_key, self.teacher_key, self.stride = mode, student_key, teacher_key, stride
+
+    def attach(self, engine: Engine) -> None:
+        """Register on a trainer."""
+        engine.add_event_handler(Events.ITERATION_STARTED(once=1), self)
+
+    def __call__(self, engine: Any) -> None:
+        """Look at the batch of the first step."""
+        batch = engine.state.batch
+        for key in (self.student_key, self.teacher_key):
+            if key not in batch:
+                raise KeyError(
+                    f"`{key}` must be in the batch, got the keys {sorted(map(str, batch))}; make both images by "
+                    "`PairResolutionsd` behind the random transforms."
+                )
+        student, teacher = batch[self.student_key], batch[self.teacher_key]
+        self._check_sizes(student, teacher)
+        if any(length % self.stride for length in student.shape[2:]):
+            raise ValueError(
+                f"`{self.student_key}` must be divisible by the stride {self.stride} of the layer that is compared, "
+                f"got {tuple(student.shape[2:])}; take another patch, or a network of smaller stride."
+            )
+
+    def _check_sizes(self, student: Tensor, teacher: Tensor) -> None:
+        own = tuple(student.shape[2:])
+        scale = self.scale * len(own) if len(self.scale) == 1 else self.scale
+        if len(scale) != len(own):
+            raise ValueError(f"`scale` must have a number for each of {len(own)} spatial axes, got {scale}.")
+        factor = scale if self.mode == "native" else (1,) * len(scale)
+        wanted = tuple(length * step for length, step in zip(own, factor, strict=True))
+        if tuple(teacher.shape[2:]) != wanted or len(teacher) != len(student):
+            relation = f"{scale} times" if self.mode == "native" else "the size of"
+            raise ValueError(
+                f"`{self.teacher_key}` must have {relation} `{self.student_key}`, {wanted} for {own} in a batch of "
+                f"{len(student)}, got {tuple(teacher.shape[2:])} in one of {len(teacher)}; give `scale` and `mode` "
+                "of the transform that makes both, and sizes that `scale` divides."
+            )
