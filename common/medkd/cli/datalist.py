@@ -51,7 +51,13 @@ def run(parser: Parser, words: Sequence[str]) -> None:
         help='of the label values from 0 on, such as "background,liver,spleen", or a JSON file of them')
     add("--label_components", action="store_true",
         help="the labels are masks: give each connected part a number of its own, in new files beside OUTPUT")
+    add("--class_folders", action="store_true",
+        help="IMAGES holds a folder per class, each image is of the class of its folder; --label_names gives their "
+        "order. Random splits give each list its share of every class")
     options = parser.parse(words)
+    if options.class_folders:
+        _write_classes(parser, options)
+        return
     if options.no_labels and (options.label_components or options.labels != parser.get_default("labels")):
         raise ValueError("--no_labels must come without --labels and --label_components, got both; leave one out.")
     from medkd.data.datalist import make_datalist
@@ -66,6 +72,21 @@ def run(parser: Parser, words: Sequence[str]) -> None:
 
         print(f"Wrote labels of instances to {label_components(path)}.")
     tell_written(path)
+
+
+def _write_classes(parser: Parser, options: Namespace) -> None:
+    others = ("labels", "more", "unlabeled", "no_labels", "few", "label_components")
+    given = [f"--{name}" for name in others if getattr(options, name) != parser.get_default(name)]
+    if given:
+        raise ValueError(
+            f"--class_folders must come without {', '.join(given)}, as the folder is the label; leave one out."
+        )
+    from medkd.data.datalist import make_class_datalist
+
+    tell_written(make_class_datalist(
+        options.source, options.output, _plan(options), options.images, options.label_names, options.patient,
+        options.exclude,
+    ))
 
 
 def _plan(options: Namespace) -> Any:

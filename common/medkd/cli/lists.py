@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["count_classes", "load_lists", "tell_written"]
 
 
-def load_lists(path: str | os.PathLike[str]) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+def load_lists(path: str | os.PathLike[str]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """Read all lists of a datalist, empty where absent, and the names of its label values.
 
     The file has to be there, and `training` in it, unless it has `unlabeled`.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from medkd.data.classes import class_problem, class_set_problems, has_classes, is_class
 from medkd.data.grid import Turning, grid_problems, turned
 from medkd.data.headers import HDF5, NIFTI, PICTURES, Header, ending, read_header
 from medkd.data.images import image_problems
@@ -57,6 +58,7 @@ class _Wanted:
     orientation: Turning | None
     allow_ignored: bool
     needs_labels: bool
+    by_case: bool
 
 
 def check_data(   # noqa: PLR0913 - options of a config, each with a default
@@ -75,10 +77,11 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
     masks in place of instances.
 
     Args:
-        training: items with the path of an image and of its label; other keys are ignored. The key of the label may
-            lack where other cases have one.
+        training: items with the path of an image and of its label, or the number of its class; other keys are ignored.
+            The key of the label may lack where other cases have one.
         validation: the same, each with a label.
-        num_classes: number of label values, background included; None does not bound them, as instances need it.
+        num_classes: number of label values, background included, or of classes of whole images; None does not bound
+            them, as instances need it.
         test: the same; the label may be missing.
         image_key: key of the image in an item.
         label_key: key of the label in an item.
@@ -103,13 +106,15 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
     Raises:
         DataError: anything is wrong; up to 20 problems are listed, the rest counted.
     """
+    lists = {"training": training, "validation": validation, "test": test}
+    lists |= {"unlabeled": unlabeled} if unlabeled else {}
     wanted = _Wanted(
         num_classes, spatial_dims, loading or default_loading(), spacing, intensity_range, patch_size, channels,
         orientation, num_classes is None if allow_ignored is None else allow_ignored, needs_labels,
+        has_classes(lists, label_key),
     )
-    lists = {"training": training, "validation": validation, "test": test}
-    lists |= {"unlabeled": unlabeled} if unlabeled else {}
     problems = [*label_list_problems(lists, image_key, label_key, needs_labels),
+                *class_set_problems(lists, label_key, num_classes, needs_labels),
                 *_shared(lists, image_key, allow_shared), *collisions(lists, image_key)]
     cases = _inspect_all(lists, [image_key, label_key], wanted)
     every = [case for group in cases.values() for case in group]
@@ -169,6 +174,11 @@ def _inspect(files: Sequence[object], where: str, labeled: bool, wanted: _Wanted
     case, headers = Case(), {}
     for key, value in zip(("image", "label"), files, strict=True):
         if value is None and key == "label" and not labeled:
+            continue
+        if key == "label" and wanted.by_case and is_class(value):
+            case.category = int(str(value))
+            problem = class_problem(case.category, files[0], wanted.num_classes)
+            case.problems += [problem] if problem else []
             continue
         if not is_path(value):
             name = f" ({files[0]})" if key == "label" and is_path(files[0]) else ""

@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from medkd.data.assigning import Plan, assign_images, assign_labeled
+from medkd.data.classes import assign_classes, find_class_folders, is_class, number_classes
 from medkd.data.label_rules import labeled_problem
 from medkd.data.left_out import excluded_cases, log_left_out
 from medkd.data.naming import quote, shorten, split_channel
 from medkd.data.pairs import Pairs, add_folders, find_files, find_images, find_pairs
 from medkd.data.splits import LISTS, RandomSplits, SplitsFile, read_json
 
-__all__ = ["LISTS", "RandomSplits", "SplitsFile", "load_datalist", "make_datalist", "shorten", "write_datalist"]
+__all__ = ["LISTS", "RandomSplits", "SplitsFile", "load_datalist", "make_class_datalist", "make_datalist", "shorten",
+           "write_datalist"]
 
 
 def load_datalist(
     path: str | Path, key: str, labeled: bool = False, missing_ok: bool = False
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Read one list of a `datalist.json`, with its paths made absolute.
 
     Paths of `image`, `label` and keys that end in them (`teacher_image`) are relative to `data_root` in the file, which
-    itself may be relative to the file; without it, to the folder of the file. Other keys stay as they are.
+    itself may be relative to the file; without it, to the folder of the file. Other keys stay as they are. A `label`
+    may also be the class of the whole image: its number from 0 on, or its name in `labels` of the file.
 
     Args:
         path: the file.
@@ -35,12 +38,12 @@ def load_datalist(
         missing_ok: give no items where there is no such file, or no such list in it.
 
     Returns:
-        The items, each with `image` and, where it is labeled, `label`.
+        The items, each with `image` and, where it is labeled, `label`: a path, or the number of a class.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, has no such list, an item has no image or one of `unlabeled` has a label, or what
-            `labeled` requires is missing.
+        ValueError: it is not JSON, has no such list, an item has no image or one of `unlabeled` has a label, some
+            labels are classes and others none, or what `labeled` requires is missing.
     """
     path = Path(path)
     if missing_ok and not path.exists():
@@ -55,7 +58,9 @@ def load_datalist(
             "add one, or write the file anew with `medkd datalist`."
         )
     root = path.parent.absolute() / str(content.get("data_root", ""))
-    items = [_absolute(item, root, f"{path}, {key}[{number}]") for number, item in enumerate(content[key])]
+    found = [_with_image(item, f"{path}, {key}[{number}]") for number, item in enumerate(content[key])]
+    found = number_classes(found, content.get("labels") or {}, f"{path}, {key}")
+    items = [_absolute(item, root, f"{path}, {key}[{number}]") for number, item in enumerate(found)]
     if labeled:
         _refuse_unlabeled_items(items, path, key)
     if key == "unlabeled" and (problem := labeled_problem(items, f"`{key}` of {path}")):
@@ -63,16 +68,17 @@ def load_datalist(
     return items
 
 
-def _refuse_unlabeled_items(items: Sequence[Mapping[str, str]], path: Path, key: str) -> None:
+def _refuse_unlabeled_items(items: Sequence[Mapping[str, Any]], path: Path, key: str) -> None:
     if not items:
         raise ValueError(f"`{key}` of {path} must have at least one case, got none; name the cases to evaluate there.")
-    lone = [item["image"] for item in items if not item.get("label")]
+    lone = [item["image"] for item in items if item.get("label") is None]
     if lone:
         raise ValueError(
             f"`{key}` of {path} must have a label for each image, as scores need them, got none for {len(lone)} of "
             f"{len(items)}: {shorten(lone)}; add them, or predict without scores by inference.json."
         )
-    missing = [item[name] for item in items for name in ("image", "label") if not os.path.exists(item[name])]
+    missing = [item[name] for item in items for name in ("image", "label")
+               if not is_class(item[name]) and not os.path.exists(item[name])]
     if missing:
         raise ValueError(
             f"`{key}` of {path} must name files that exist, got {len(missing)} that do not: {shorten(missing)}; "
@@ -80,12 +86,17 @@ def _refuse_unlabeled_items(items: Sequence[Mapping[str, str]], path: Path, key:
         )
 
 
-def _absolute(item: object, root: Path, where: str) -> dict[str, str]:
+def _with_image(item: object, where: str) -> dict[str, Any]:
     if not isinstance(item, dict) or not item.get("image"):
         raise ValueError(
             f"{where} must be an object with the path of its `image`, got {json.dumps(item)}; add it."
         )
+    return item
+
+
+def _absolute(item: dict[str, Any], root: Path, where: str) -> dict[str, Any]:
     files = [name for name in item if name.endswith(("image", "label"))]
+    files = [name for name in files if name != "label" or not is_class(item[name])]
     for name in files:
         if not isinstance(item[name], str) or not item[name]:
             raise ValueError(
@@ -154,12 +165,7 @@ def make_datalist(   # noqa: PLR0913 - options of a command, each with a default
             a case or patient is in two lists, there is no case to train on, `labeled_cases` is out of range, or `more`
             comes without labels or with names that are there already.
     """
-    source, target = Path(source), Path(output)
-    target = target if target.suffix == ".json" else target / "datalist.json"
-    if not source.is_dir():
-        raise FileNotFoundError(f"`source` must be a folder with images and labels, got {str(source)!r}.")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"`output` must lie outside `source`, which stays as it is, got {str(target)!r}.")
+    source, target = _places(source, output)
     has_labels = labels is not None
     pairs = find_images(source, images, unlabeled) if labels is None else find_pairs(source, images, labels, unlabeled)
     if more and labels is None:
@@ -175,6 +181,57 @@ def make_datalist(   # noqa: PLR0913 - options of a command, each with a default
     content["labels"] = _label_names(label_names)
     log_left_out(pairs, cases.lists, {*cases.unlabeled, *cases.left_out}, has_labels)
     return write_datalist(target, content)
+
+
+def make_class_datalist(
+    source: str | Path, output: str | Path, splits: SplitsFile | RandomSplits | None = None, images: str = "images",
+    label_names: str | Path | Sequence[str] | Mapping[str, str] | None = None, patient: str | None = None,
+    exclude: str | Path | Sequence[str] | None = None,
+) -> Path:
+    """Write a `datalist.json` for pictures in a folder per class, and return its path.
+
+    Args:
+        source: the data; nothing is written there. Its absolute path becomes `data_root`.
+        output: file to write if it ends in `.json`, else the folder for `datalist.json`.
+        splits: which case goes where, by names such as "polyp/a.png"; None draws `RandomSplits()`, so that each list
+            has its share of every class.
+        images: folder of the classes' folders, relative to `source`.
+        label_names: the folders in the order of their numbers from 0 on, as "benign,low,high"; also as `make_datalist`
+            takes them. None sorts them by name. Order matters where classes are grades.
+        patient: regular expression with one group, the patient, searched in "class/name"; no patient gets into two
+            lists. None takes each image as a patient of its own.
+        exclude: names to leave out, as `make_datalist`.
+
+    Raises:
+        FileNotFoundError: a folder or file does not exist.
+        ValueError: `output` lies in `source`, there are no classes, `label_names` are not those of the folders, or a
+            split does not fit; see `medkd.data.classes.assign_classes`.
+    """
+    source, target = _places(source, output)
+    pairs, classes = find_class_folders(source, images)
+    left_out = excluded_cases(exclude, source, pairs, {})
+    classes = {case: name for case, name in classes.items() if case not in left_out}
+    there = sorted(set(classes.values()))
+    names = _label_names(label_names) or {str(number): name for number, name in enumerate(there)}
+    if sorted(names.values()) != there:
+        got = quote(list(names.values()))
+        raise ValueError(f"`label_names` must be the folders of the classes, {quote(there)}, got {got}.")
+    lists = assign_classes(pairs, classes, splits, patient)
+    content: dict[str, Any] = {"data_root": str(source.resolve())}
+    for name, cases in lists.items():
+        content[name] = [{"image": pairs.images[case], "label": classes[case]} for case in cases if case in classes]
+    return write_datalist(target, {**content, "unlabeled": [], "labels": names})
+
+
+def _places(source: str | Path, output: str | Path) -> tuple[Path, Path]:
+    """Folder of the data, and the file to write, which must not lie in it."""
+    source, target = Path(source), Path(output)
+    target = target if target.suffix == ".json" else target / "datalist.json"
+    if not source.is_dir():
+        raise FileNotFoundError(f"`source` must be a folder with images and labels, got {str(source)!r}.")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"`output` must lie outside `source`, which stays as it is, got {str(target)!r}.")
+    return source, target
 
 
 def _item(pairs: Pairs, case: str) -> dict[str, str]:

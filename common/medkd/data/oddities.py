@@ -58,7 +58,7 @@ def log_oddities(
 
 
 def _log_missing_labels(cases: Mapping[str, Sequence[Case]], needs_labels: bool) -> None:
-    lone = {name: sum(case.label is None for case in cases[name]) for name in ("training", "validation", "test")}
+    lone = {name: sum(not case.is_labeled for case in cases[name]) for name in ("training", "validation", "test")}
     if lone["training"] and needs_labels:
         text = "%d of %d training cases have no label: without a teacher they are left out."
         logger.warning(text, lone["training"], len(cases["training"]))

@@ -30,6 +30,7 @@ class DataReport:
         intensity: smallest and largest value of all images.
         orientations: axis codes of volumes that occur, such as RAS.
         without_label: number of cases without a label by list, of those of `cases`.
+        by_case: labels are classes of whole images, and `voxels` counts cases.
     """
 
     cases: dict[str, int]
@@ -39,6 +40,7 @@ class DataReport:
     intensity: tuple[float, float]
     orientations: tuple[str, ...]
     without_label: dict[str, int] = field(default_factory=dict)
+    by_case: bool = False
 
     def table(self, names: Mapping[str, str] | None = None) -> str:
         """Lay the report out as text; `names` maps label values to names, as `labels` in a datalist does.
@@ -54,8 +56,9 @@ class DataReport:
         if len(values) > most:
             counted = ({value for value in counts if value >= 0} for counts in self.voxels.values())
             rows.append(["label values", *(f"{len(found):,}" for found in counted)])
+        counted_in = "cases" if self.by_case else "voxels"
         for value in values if len(values) <= most else []:
-            rows.append(self._row(f"voxels of {value} {names.get(str(value), '')}".rstrip(), value))
+            rows.append(self._row(f"{counted_in} of {value} {names.get(str(value), '')}".rstrip(), value))
         if any(-1 in counts for counts in self.voxels.values()):
             rows.append(self._row("voxels of -1 ignored", -1))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -77,6 +80,7 @@ def report(cases: Mapping[str, Sequence[Case]]) -> DataReport:
     for name, group in cases.items():
         for label in (case.label for case in group if case.label):
             voxels[name].update({int(value): count for value, count in label.counts.items()})
+        voxels[name].update(case.category for case in group if case.category is not None)
     images = [case.image for group in cases.values() for case in group if case.image]
     rank = min(len(image.shape) for image in images)
     return DataReport(
@@ -86,7 +90,8 @@ def report(cases: Mapping[str, Sequence[Case]]) -> DataReport:
         shapes=tuple((int(a), int(b)) for a, b in span([image.shape[:rank] for image in images])),
         intensity=(min(image.low for image in images), max(image.high for image in images)),
         orientations=tuple(sorted({image.orientation for image in images} - {""})),
-        without_label={name: sum(case.label is None for case in group) for name, group in cases.items()},
+        without_label={name: sum(not case.is_labeled for case in group) for name, group in cases.items()},
+        by_case=any(case.category is not None for group in cases.values() for case in group),
     )
 
 

@@ -260,19 +260,24 @@ class FillLabeld(MapTransform):
     Args:
         keys: of the label.
         image_key: whose grid the label gets.
-        dtype: that of the labels of other cases, such as `float32`.
+        dtype: that of the labels of other cases, such as `float32`; "class" where these are the numbers of classes of
+            whole images, which become tensors of shape (), int64.
     """
 
     def __init__(self, keys: str = "label", image_key: str = "image", dtype: str = "float32") -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.image_key = image_key
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.is_class = dtype == "class"
+        self.dtype: torch.dtype = getattr(torch, "int64" if self.is_class else dtype)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give a copy of `data`."""
         result = dict(data)
         for key in self.keys:
             label = result.get(key)
+            if self.is_class:
+                result[key] = torch.tensor(UNLABELED if label is None else int(label), dtype=self.dtype)
+                continue
             if isinstance(label, Tensor) and not bool((label == UNLABELED).any()):
                 continue
             image: Tensor = result[self.image_key]

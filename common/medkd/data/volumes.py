@@ -60,6 +60,12 @@ class Case:
     problems: list[str] = field(default_factory=list)
     image: Volume | None = None
     label: Volume | None = None
+    category: int | None = None               # class of the whole image, in place of a label of its voxels
+
+    @property
+    def is_labeled(self) -> bool:
+        """It has a label of its voxels, or of the whole image."""
+        return self.label is not None or self.category is not None
 
 
 @cache

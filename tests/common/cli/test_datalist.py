@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from medkd.cli import main
 from medkd.inference.cases import cases_to_predict
@@ -120,3 +122,39 @@ def test_datalist_takes_sets_as_they_are_downloaded(
     content = json.loads((tmp_path / "datalist.json").read_text())
     assert content["training"] == [{"image": listed[0], "label": listed[1]}]
     assert content["unlabeled"] == [{"image": listed[2]}]
+
+
+def pictures(folder: Path) -> Path:
+    """Six patients, each with a picture of both classes."""
+    for number in range(12):
+        path = folder / "images" / ("low", "high")[number % 2] / f"p{number // 2}-{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng(number).integers(0, 256, (8, 9, 3), np.uint8)
+        Image.fromarray(values).save(path)
+    return folder
+
+
+def test_datalist_takes_the_folder_of_a_picture_for_its_class(tmp_path: Path, capsys: Capture) -> None:
+    words = ["datalist", str(pictures(tmp_path / "data")), str(tmp_path / "out"), "--class_folders"]
+    words += ["--patient", "/p([0-9]+)-", "--fractions", "0.5,0.25,0.25"]
+    assert main([*words, "--label_names", "low,high"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"Next: medkd check-data {tmp_path / 'out' / 'datalist.json'} --num_classes 2\n")
+    content = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    assert content["labels"] == {"0": "low", "1": "high"}
+    assert all(item["label"] in item["image"] for item in content["training"])
+    assert main(["check-data", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "cases of 1 high" in said
+    assert "The data can be used." in said
+    training = [item | {"label": "low"} for item in content["training"] if item["label"] == "low"]
+    (tmp_path / "out" / "datalist.json").write_text(json.dumps(content | {"training": training}))
+    assert main(["check-data", str(tmp_path / "out")]) != 0
+    assert "`training` must have a case of each class, got none of 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--no_labels"], ["--labels", "masks"], ["--few", "3"], ["--label_components"]])
+def test_folders_of_classes_take_no_other_labels(tmp_path: Path, refused: Refused, words: list[str]) -> None:
+    given = ["datalist", str(pictures(tmp_path / "data")), str(tmp_path / "out"), "--class_folders", *words]
+    refused(given, f"--class_folders must come without {words[0]}, as the folder is the label; leave one out.")
+    assert not (tmp_path / "out").exists()
