@@ -64,6 +64,12 @@ KINDS = {kind.name: kind for kind in (
         "shape": ((256, 256), "pixels per axis, 64 to 4096 each; nuclei have a radius of 5 to 20 pixels"),
         "stained": (0.25, "share of each list that is stained tissue in RGB, 0 to 1; the rest is fluorescence in gray"),
     }),
+    Kind("histology", "microscopy", "Tissue in RGB as PNG, its class by the order in one gland; 0.1 MB per case.",
+         (120, 20, 40), {
+        "shape": ((128, 128), "pixels per axis, 64 to 4096 each; nuclei are 2.5 x 4.6 pixels"),
+        "pictures": (3, "pictures of each case, 1 to 20, of grades that follow each other"),
+        "grades": (3, "number of classes, 2 to 4, from orderly to disorderly"),
+    }),
 )}
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from medkd.data.datalist import LISTS, write_datalist
 
-__all__ = ["are_counts", "are_lengths", "check_seed", "is_whole", "write_set"]
+__all__ = ["are_counts", "are_lengths", "check_counts", "check_seed", "is_whole", "write_set"]
 
 
 def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
@@ -46,6 +46,15 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"`seed` must be an integer of 0 or more, or several of them, got {seed!r}.")
 
 
+def check_counts(counts: Sequence[int]) -> None:
+    """Raise unless `counts` are numbers of training, validation, test and unlabeled cases, at least one in all."""
+    for name, count in zip((*LISTS, "unlabeled"), counts, strict=True):
+        if not is_whole(count, 0):
+            raise ValueError(f"`{name}` must be a number of cases, 0 or more, got {count!r}.")
+    if not sum(counts):
+        raise ValueError("`training` must be 1 or more, got 0 in all lists.")
+
+
 def write_set(
     output_dir: str | Path, counts: Sequence[int], seed: int, draw: Callable[[tuple[int, int, int]], Any],
     title: str, labels: Mapping[str, str] | None = None, unit: str = "unknown",
@@ -67,12 +76,8 @@ def write_set(
     Raises:
         ValueError: a count is negative, or there is no case at all.
     """
+    check_counts(counts)
     lists: dict[str, list[dict[str, str]]] = {name: [] for name in (*LISTS, "unlabeled")}
-    for name, count in zip(lists, counts, strict=True):
-        if not is_whole(count, 0):
-            raise ValueError(f"`{name}` must be a number of cases, 0 or more, got {count!r}.")
-    if not sum(counts):
-        raise ValueError("`training` must be 1 or more, got 0 in all lists.")
     folder = Path(output_dir)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)

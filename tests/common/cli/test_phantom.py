@@ -89,6 +89,7 @@ def test_wrong_options_are_refused_before_any_work(
         (["ct_tumor", "--shape", "64"], "`shape` must be three voxel counts of 16 or more"),
         (["ct", "--healthy", "1"], "`--healthy` is no option of `medkd phantom ct`"),
         (["nuclei", "--shape", "256"], "`shape` must be two pixel counts of 64 to 4096, such as 256,256, got 256"),
+        (["histology", "--grades", "5"], "`grades` must be 2 to 4 classes, got 5"),
         (["nuclei", "--stained", "25"], "`stained` must be the share of stained pictures, 0 to 1, got 25"),
     ],
 )
@@ -106,6 +107,7 @@ def test_wrong_options_of_the_other_phantoms_are_refused(
         ("ct_tumor", ["(default: 2.25,2.25,3.0)", "(default: 0.25)", "without a tumor, 0 to 1", "(default: 16)"]),
         ("em", ["nm per voxel and axis", "(default: 30.0,6.0,6.0)", "(default: 48,128,128)", "0 to 0.5"]),
         ("nuclei", ["pixels per axis", "(default: 256,256)", "(default: 0.25)", "(default: 24)", "0 to 1"]),
+        ("histology", ["pixels per axis", "(default: 128,128)", "(default: 3)", "(default: 120)", "2 to 4"]),
     ],
 )
 def test_help_gives_units_and_defaults(capsys: Capture, kind: str, parts: list[str]) -> None:
@@ -138,10 +140,12 @@ def test_phantoms_for_a_bundle_are_of_its_kind(tmp_path: Path, kind: Kind, order
     words = [word.replace("BUNDLE", str(tmp_path / "bundle")).replace("OUT", str(tmp_path / "out")) for word in order]
     assert main(["phantom", *words, *few]) == 0
     assert main(["phantom", kind.name, str(tmp_path / "by_name"), *few]) == 0
-    for folder in ("images", "labels"):
-        (one,), (other,) = (list((tmp_path / name / folder).iterdir()) for name in ("out", "by_name"))
-        assert one.name == other.name
-        assert one.read_bytes() == other.read_bytes()
+    written = [
+        {file.relative_to(tmp_path / name): file.read_bytes() for file in sorted((tmp_path / name).rglob("*.*"))}
+        for name in ("out", "by_name")
+    ]
+    assert written[0] == written[1]
+    assert len(written[0]) >= 3                                     # an image, its label, and the list
 
 
 def test_phantoms_for_no_bundle_are_refused(tmp_path: Path, refused: Refused) -> None:
