@@ -41,8 +41,9 @@ _OF_THE_MACHINE = {
 }
 # handlers that watch, raise, or write what is no part of the result; all others are settings
 _WATCHERS = {
-    "CaseGuard", "CheckpointHandler", "CheckpointLoader", "CheckpointSaver", "CurvesHandler", "MLFlowHandler",
-    "MetricLogger", "MetricsSaver", "NanGuard", "ProgressBar", "ProgressFile", "StatsHandler",
+    "CaseGuard", "CheckpointHandler", "CheckpointLoader", "CheckpointSaver", "ConfusionMatrixSaver", "CurvesHandler",
+    "MLFlowHandler", "MetricLogger", "MetricsSaver", "NanGuard", "PairingCheck", "ProgressBar", "ProgressFile",
+    "StatsHandler",
     "TensorBoardImageHandler", "TensorBoardStatsHandler",
 }
 

@@ -21,7 +21,7 @@ Refused = Callable[[list[str], str], None]
     ("words", "message"),
     [
         (["phantm"], "`phantm` is no command of `medkd`, which has phantom, datalist, check-data"),
-        (["phantom", "mri", "x"], "`mri` is no command of `medkd phantom`, which has ct, ct_tumor, em, nuclei; see"),
+        (["phantom", "mri", "x"], "`mri` is no command of `medkd phantom`, which has ct, ct_tumor, em, nuclei, hist"),
         (["phantom", "ct"], "`medkd phantom ct` needs OUTPUT, got none; see `medkd phantom ct --help`."),
         (["check-data", "none.json"], "`path` must name a datalist, got 'none.json', which is no file"),
         (["check-data", "none.json", "--num_classes", "x"], "`path` must name a datalist"),
