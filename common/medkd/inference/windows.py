@@ -204,7 +204,8 @@ class AffinityInferer(Inferer):
         if list(result.shape[1:]) != [self.channels, *size]:
             raise ValueError(
                 f"`network` must give {self.channels} channels of {size} voxels for windows of "
-                f"{list(windows.shape[2:])}, got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground` and `from_embedding`."
+                f"{list(windows.shape[2:])}, got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground` and "
+                "`from_embedding`."
             )
         return result.float()
 
