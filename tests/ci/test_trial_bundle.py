@@ -19,7 +19,7 @@ import sync_bundles
 ROOT = Path(__file__).parents[2]
 BUNDLES = sorted(folder.name for folder in (ROOT / "bundles").glob("*/"))
 ADVERSARY = {
-    "_target_": "scripts.adversary.Adversary", "network": "@discriminator", "optimizer": "@discriminator_optimizer",
+    "_target_": "scripts.adversary.Adversary", "network": "@critic", "optimizer": "@critic_optimizer",
 }
 
 
@@ -27,15 +27,15 @@ def extend(train: dict[str, Any]) -> None:
     """Another input of the teacher, a handler with a network and an optimizer, more training cases, own keys."""
     train["teacher_input"] = "teacher_image"
     train["more_cases"] = "$@load_datalist(@datalist, 'more', missing_ok=True)"
-    train["discriminator"] = {"_target_": "scripts.adversary.Discriminator", "channels": "@out_channels"}
-    train["discriminator_optimizer"] = {
-        "_target_": "torch.optim.Adam", "params": "$@trainable_parameters(@discriminator)",
+    train["critic"] = {"_target_": "scripts.adversary.Critic", "channels": "@out_channels"}
+    train["critic_optimizer"] = {
+        "_target_": "torch.optim.Adam", "params": "$@trainable_parameters(@critic)",
     }
     train["train"]["dataset"]["data"] = "$@load_datalist(@datalist, 'training') + @more_cases"
     train["data_check"]["training"] = "$@load_datalist(@datalist, 'training')"
     train["adversary"] = ADVERSARY
     train["distill_handlers"].append("@adversary")
-    train["distill_state"] |= {"discriminator": "@discriminator", "discriminator_optimizer": "@discriminator_optimizer"}
+    train["distill_state"] |= {"critic": "@critic", "critic_optimizer": "@critic_optimizer"}
     train["train"]["teacher_transforms"] = [{"_target_": "LoadImaged", "keys": "teacher_image"}]
     train["validate"]["teacher_dataset"] = {"_target_": "Dataset", "transform": "@train#teacher_transforms"}
     train["validate"]["teacher_evaluator"] |= {
