@@ -103,7 +103,8 @@ class Expression(ast.NodeVisitor):
         except SyntaxError as error:
             return [f"must be a Python expression: {error.msg}."]
         stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        self.bound = {"_reference"} | (stored - vars(builtins).keys())
+        builtin = vars(builtins).keys() - {"_"}                    # what a prompt, or a doctest, showed last
+        self.bound = {"_reference"} | (stored - builtin)
         self.visit(tree)
         return list(dict.fromkeys(self.problems))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import builtins
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,12 @@ def test_an_expression_that_is_more_than_a_call_is_refused(
     bundle: Path, expression: str, message: str
 ) -> None:
     refuses(bundle, "train", TRAIN | {"rank": "$" + expression}, "rank", message)
+
+
+def test_a_name_that_is_not_used_may_be_an_underscore(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtins, "_", 3, raising=False)           # as a prompt, or a doctest in the same process, does
+    write(bundle, "train", TRAIN | {"rank": "$[1 for _ in range(2)][0]"})
+    assert lint_configs.lint_bundle(bundle) == []
 
 
 def test_an_expression_of_100_characters_passes(bundle: Path) -> None:
