@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from medkd.checks import suggest
+from medkd.data.left_out import log_left_out
 from medkd.data.naming import quote, shorten
 from medkd.data.pairs import Pairs, find_files
 from medkd.data.splits import LISTS, RandomSplits, SplitsFile, patients, read_splits
 
 __all__ = ["assign_classes", "class_problem", "class_set_problems", "find_class_folders", "has_classes", "is_class",
            "number_classes"]
-
-logger = logging.getLogger(__name__)
 
 Item = Mapping[str, Any]
 
@@ -147,10 +145,7 @@ def assign_classes(
     owner = patients(list(classes), patient, "image")
     if isinstance(splits, SplitsFile):
         lists = read_splits(splits, pairs, owner)
-        listed = {case for cases in lists.values() for case in cases}
-        rest = [case for case in pairs.images if case not in listed]
-        if rest:
-            logger.info("%d images are in no split, and left out: %s.", len(rest), shorten(rest))
+        log_left_out(pairs, lists, pairs.images.keys() - classes.keys(), has_labels=False)
     else:
         lists = _drawn(splits or RandomSplits(), classes, owner)
     if not lists["training"]:
@@ -160,10 +155,9 @@ def assign_classes(
 
 def _drawn(splits: RandomSplits, classes: Mapping[str, str], owner: Mapping[str, str]) -> dict[str, list[str]]:
     """Give patients, those with most images first, each to the list that lacks most of what they have."""
-    shares = {"training": 1 - splits.validation - splits.test, "validation": splits.validation, "test": splits.test}
-    for name, share in shares.items():
-        if not -1e-9 <= share <= 1:
-            raise ValueError(f"`{name}` must be a share of the patients, 0 to 1, got {share:g}.")
+    shares = {"training": 1 - splits.validation - splits.test, **splits.shares()}
+    if shares["training"] < -1e-9:
+        raise ValueError(f"`training` must be a share of the patients, 0 to 1, got {shares['training']:g}.")
     held: dict[str, Counter[str]] = {}
     for case, name in classes.items():
         held.setdefault(owner[case], Counter())[name] += 1

@@ -59,6 +59,18 @@ class RandomSplits:
     test: float = 0.2
     seed: int = 0
 
+    def shares(self) -> dict[str, float]:
+        """Give the shares of validation and test.
+
+        Raises:
+            ValueError: one is no share.
+        """
+        shares = {"validation": self.validation, "test": self.test}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"`{name}` must be a share of the patients, 0 to 1, got {share}.")
+        return shares
+
 
 def read_json(path: Path, argument: str, kind: str, way_out: str) -> dict[str, Any]:
     """Read a JSON object; `kind` says in messages what it is, and `way_out` how to get one."""
@@ -98,10 +110,7 @@ def draw_splits(
     splits: RandomSplits, cases: Sequence[str], owner: Mapping[str, str], what: str = "labeled patients"
 ) -> _Lists:
     """Draw which cases go to which list; all cases of an owner go to one. `what` names the owners in a message."""
-    shares = {name: getattr(splits, name) for name in ("validation", "test")}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"`{name}` must be a share of the patients, 0 to 1, got {share}.")
+    shares = splits.shares()
     names = sorted({owner[case] for case in cases})
     np.random.default_rng(splits.seed).shuffle(names)
     wanted = [share * len(names) for share in shares.values()]
