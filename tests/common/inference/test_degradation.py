@@ -148,11 +148,23 @@ def test_the_way_back_leads_through_the_steps_before() -> None:
     assert inverted[0, :, 0].tolist() == [1.5, 1.5, 5.5, 5.5]
 
 
+@pytest.mark.parametrize("shape", [(8, 6, 9), (7, 6, 8)])
+def test_what_is_on_the_full_grid_already_gets_its_place_and_its_extent(shape: tuple[int, ...]) -> None:
+    image = MetaTensor(torch.rand(1, *shape), affine=rotated())
+    transform = Compose([DegradeResolutiond("image", (2, 1, 3), pad=True)])
+    low = transform({"image": image})
+    covered = [step * length for step, length in zip((2, 1, 3), low["image"].shape[1:], strict=True)]
+    full = torch.randint(0, 5, (1, *covered), dtype=torch.uint8)
+    inverted = Invertd("pred", transform, "image")({**low, "pred": MetaTensor(full.clone())})["pred"]
+    assert torch.equal(inverted.as_tensor(), full[:, : shape[0], : shape[1], : shape[2]])
+    np.testing.assert_allclose(inverted.affine, rotated(), atol=1e-9)
+
+
 def test_a_result_of_another_grid_is_not_brought_back() -> None:
     transform = DegradeResolutiond("image", 2)
     low = transform({"image": torch.rand(1, 8, 8)})["image"]
     wrong = MetaTensor(torch.rand(2, 5, 4), applied_operations=low.applied_operations)
-    with pytest.raises(ValueError, match=r"must have the grid of the degraded image, \[4, 4\], .* got \[5, 4\]"):
+    with pytest.raises(ValueError, match=r"must have the grid of the degraded image, \[4, 4\], .*\[8, 8\], got \[5, 4\]"):
         transform.inverse({"image": wrong})
 
 
