@@ -25,7 +25,8 @@ class PairingCheck:
         mode: "native", or "upsampled", where both images have the same grid.
         student_key: key of the student's image in a batch, shape (B, C, *S).
         teacher_key: key of the teacher's image.
-        stride: voxels of the student per cell of the layer that is compared, for all axes: its grid must have no rest.
+        stride: voxels of the student per cell of a layer, along each axis or for all: the one that is compared, or the
+            deepest one of a network that cannot take a rest.
 
     Raises:
         KeyError: in the first step, a key is not in the batch.
@@ -34,15 +35,16 @@ class PairingCheck:
 
     def __init__(
         self, scale: int | Sequence[int], mode: Mode = "native", student_key: str = "image",
-        teacher_key: str = "teacher_image", stride: int = 1,
+        teacher_key: str = "teacher_image", stride: int | Sequence[int] = 1,
     ) -> None:
         self.scale = (scale,) if isinstance(scale, int) else tuple(scale)
+        self.stride = (stride,) if isinstance(stride, int) else tuple(stride)
         if mode not in get_args(Mode):
             raise ValueError(f"`mode` must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
-        for name, values in (("scale", self.scale), ("stride", (stride,))):
+        for name, values in (("scale", self.scale), ("stride", self.stride)):
             if not values or any(not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f"`{name}` must be whole numbers of 1 or more, got {values!r}.")
-        self.mode, self.student_key, self.teacher_key, self.stride = mode, student_key, teacher_key, stride
+        self.mode, self.student_key, self.teacher_key = mode, student_key, teacher_key
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
@@ -59,17 +61,17 @@ class PairingCheck:
                 )
         student, teacher = batch[self.student_key], batch[self.teacher_key]
         self._check_sizes(student, teacher)
-        if any(length % self.stride for length in student.shape[2:]):
+        own = tuple(student.shape[2:])
+        stride = self._per_axis("stride", self.stride, len(own))
+        if any(length % step for length, step in zip(own, stride, strict=True)):
             raise ValueError(
-                f"`{self.student_key}` must be divisible by the stride {self.stride} of the layer that is compared, "
-                f"got {tuple(student.shape[2:])}; take another patch, or a network of smaller stride."
+                f"`{self.student_key}` must be divisible by the stride {stride} of the layer, got {own}; take another "
+                "patch, or a network of smaller stride."
             )
 
     def _check_sizes(self, student: Tensor, teacher: Tensor) -> None:
         own = tuple(student.shape[2:])
-        scale = self.scale * len(own) if len(self.scale) == 1 else self.scale
-        if len(scale) != len(own):
-            raise ValueError(f"`scale` must have a number for each of {len(own)} spatial axes, got {scale}.")
+        scale = self._per_axis("scale", self.scale, len(own))
         factor = scale if self.mode == "native" else (1,) * len(scale)
         wanted = tuple(length * step for length, step in zip(own, factor, strict=True))
         if tuple(teacher.shape[2:]) != wanted or len(teacher) != len(student):
@@ -79,3 +81,10 @@ class PairingCheck:
                 f"{len(student)}, got {tuple(teacher.shape[2:])} in one of {len(teacher)}; give `scale` and `mode` "
                 "of the transform that makes both, and sizes that `scale` divides."
             )
+
+    @staticmethod
+    def _per_axis(name: str, values: tuple[int, ...], axes: int) -> tuple[int, ...]:
+        values = values * axes if len(values) == 1 else values
+        if len(values) != axes:
+            raise ValueError(f"`{name}` must have a number for each of {axes} spatial axes, got {values}.")
+        return values

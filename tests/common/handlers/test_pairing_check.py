@@ -48,7 +48,9 @@ def test_a_pair_of_the_transform_passes_and_is_distilled(mode: str) -> None:
         (PairingCheck((2, 1)), r"must have \(2, 1\) times `image`, \(12, 6\) for \(6, 6\)"),
         (PairingCheck(2, "upsampled"), r"`teacher_image` must have the size of `image`, \(6, 6\) .* got \(12, 12\)"),
         (PairingCheck((2, 2, 2)), r"`scale` must have a number for each of 2 spatial axes, got \(2, 2, 2\)"),
-        (PairingCheck(2, stride=4), r"`image` must be divisible by the stride 4 .* got \(6, 6\)"),
+        (PairingCheck(2, stride=4), r"`image` must be divisible by the stride \(4, 4\) .* got \(6, 6\)"),
+        (PairingCheck(2, stride=[3, 4]), r"`image` must be divisible by the stride \(3, 4\) .* got \(6, 6\)"),
+        (PairingCheck(2, stride=[3, 3, 3]), r"`stride` must have a number for each of 2 spatial axes"),
     ],
 )
 def test_sizes_that_do_not_fit_stop_the_run(check: PairingCheck, message: str) -> None:
