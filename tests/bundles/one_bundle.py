@@ -20,7 +20,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
-from monai.transforms import Compose, SpatialPadd
+from monai.transforms import Compose
 
 import toys
 from bundle_runs import (
@@ -42,6 +42,8 @@ TRAIN, EVALUATE, SMOKE = (
 SCORES, SCORE_COLUMNS = EVALUATE["validate#key_metric"], EVALUATE["score_columns"]
 METRIC = TRAIN["teacher_check"]["metric"]
 TERMS = {term for term, weight in TRAIN["distill_weights"].items() if weight}
+SCALE = TRAIN.get("scale", [1] * len(TRAIN["patch_size"]))         # voxels of the teacher per voxel of the student
+STUDENT_PATCH = [length // step for length, step in zip(TRAIN["patch_size"], SCALE, strict=True)]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 Run = Callable[..., Path]
 
@@ -252,9 +254,11 @@ def test_images_much_smaller_than_a_patch_are_filled_up(
         "label": MetaTensor(torch.ones(1, *size, dtype=torch.int64)),
     }
     fixed, random = (parser.get_parsed_content(f"train#{name}_transforms") for name in ("deterministic", "random"))
-    result = Compose([step for step in fixed if isinstance(step, SpatialPadd)] + random)(case)
+    shaping = [step for step in fixed if type(step).__name__ in ("SpatialPadd", "CopyItemsd", "PairResolutionsd")]
+    result = Compose(shaping + random)(case)
     for one in result if isinstance(result, list) else [result]:
-        assert list(one["image"].shape[1:]) == list(one["label"].shape[1:]) == patch
+        assert list(one["image"].shape[1:]) == STUDENT_PATCH
+        assert list(one[TRAIN["teacher_input"]].shape[1:]) == list(one["label"].shape[1:]) == patch
 
 
 def test_what_the_network_says_where_the_label_is_negative_does_not_count(
@@ -299,7 +303,7 @@ def test_files_are_read_and_prepared_once(bundle: Path, data: Path, tmp_path: Pa
     dataset = parser.get_parsed_content("train#dataset")
     shutil.rmtree(copy)
     crops = dataset[0]
-    assert (crops[0] if isinstance(crops, list) else crops)["image"].shape[1:] == tuple(TRAIN["patch_size"])
+    assert list((crops[0] if isinstance(crops, list) else crops)["image"].shape[1:]) == STUDENT_PATCH
 
 
 @pytest.mark.parametrize("names", [["multi_gpu_train", "teacher"], ["teacher", "multi_gpu_train"]])

@@ -138,7 +138,10 @@ def test_metadata_agrees_with_the_network(bundle: Path) -> None:
     else:
         assert pred["num_channels"] == train["out_channels"]
         assert channels["0"] == "background"
-    assert data_format["inputs"]["image"]["spatial_shape"] == config(bundle, "train")["patch_size"]
+    patch = train["patch_size"]
+    scale = train.get("scale", [1] * len(patch))                   # the teacher's voxels per voxel of the student
+    patch = [length // step for length, step in zip(patch, scale, strict=True)]
+    assert data_format["inputs"]["image"]["spatial_shape"] == patch
 
 
 def test_metadata_names_installed_versions(bundle: Path) -> None:
