@@ -30,10 +30,12 @@ from lab.execute import write_json
 from lab.measure import threads
 
 __all__ = [
-    "Built", "build_networks", "enter_bundle", "measure_networks", "program_words", "score_values", "time_networks",
+    "Built", "View", "build_networks", "enter_bundle", "measure_networks", "program_words", "score_values",
+    "time_networks",
 ]
 
 MOST_CASES = 8
+OWN_VIEW = "scale"     # key of the configs of networks that see one case in unlike resolutions, each by its training
 THREADS = 2        # as on a ward's workstation
 REPEATS = 2
 
@@ -79,14 +81,21 @@ def time_networks(networks: Mapping[str, nn.Module], inferer: Any, images: Seque
 
 
 @dataclass(frozen=True)
-class Built:
-    """Networks and what runs them on the test cases, built for the CPU."""
+class View:
+    """What a network sees of the test cases, and what is made of its predictions."""
 
-    networks: Mapping[str, nn.Module]      # as their trainings have them, the student last
     inferer: Any                           # the student's in training, as it is for what a network there gives
     dataset: Any                           # test cases with the preprocessing of inference.json
     decoding: list[Any]                    # transforms of its postprocessing before the file is written
     writing: list[Any]                     # that, and what comes after
+
+
+@dataclass(frozen=True)
+class Built:
+    """Networks and what runs them on the test cases, built for the CPU."""
+
+    networks: Mapping[str, nn.Module]      # as their trainings have them, the student last
+    views: Mapping[str, View]              # one for all, but where they see unlike resolutions
 
     @property
     def last(self) -> str:
@@ -107,13 +116,23 @@ def build_networks(request: Mapping[str, Any]) -> Built:
     for name in (name for name in networks if "weights" in told[name]):
         weights = torch.load(told[name]["weights"], map_location="cpu", weights_only=True)
         networks[name].load_state_dict(weights)
+    views = {name: _view(one, configs, options) for name, one in trainings.items() if OWN_VIEW in one}
+    last = list(trainings)[-1]
+    shared = views.get(last) or _view(trainings[last], configs, options)
+    return Built(networks, {name: views.get(name, shared) for name in networks})
+
+
+def _view(training: ConfigParser, configs: Sequence[str], options: Mapping[str, Any]) -> View:
+    """What a training's network sees in inference."""
     known = _parser(configs, {}).get()
-    parser = _parser(configs, {key: options[key] for key in options if key.split("#")[0] in known}, device="cpu")
+    chosen = {key: options[key] for key in options if key.split("#")[0] in known}
+    own = {OWN_VIEW: training[OWN_VIEW]} if OWN_VIEW in training else {}
+    parser = _parser(configs, {**chosen, **own}, device="cpu")
     steps = list(parser.get_parsed_content("postprocessing").transforms) if "postprocessing" in known else []
     saves = [number for number, step in enumerate(steps) if type(step).__name__.startswith("Save")]
     end = saves[0] if saves else len(steps)
-    inferer = list(trainings.values())[-1].get_parsed_content("validate#inferer")
-    return Built(networks, inferer, parser.get_parsed_content("dataset"), steps[:end], steps[end:])
+    inferer = training.get_parsed_content("validate#inferer")
+    return View(inferer, parser.get_parsed_content("dataset"), steps[:end], steps[end:])
 
 
 def measure_networks(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +140,8 @@ def measure_networks(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: `networks`, name -> configs and options of a training, and its `weights` if it has them, the student
-            last, whose inferer all take, as it is for what a network in training gives; `inference`, configs and
-            options; `predictions`, a list of options of inference runs that write label maps, if any.
+            last, whose inferer and images all take, as they are for what a network in training gives; `inference`,
+            configs and options; `predictions`, a list of options of inference runs that write label maps, if any.
     """
     configs = request["inference"]["configs"]
     files = BundleRun(Path(), "evaluating", configs).files
@@ -132,8 +151,9 @@ def measure_networks(request: Mapping[str, Any]) -> dict[str, Any]:
         workflow.run()
         workflow.finalize()
     built = build_networks(request)
-    images = [built.dataset[n]["image"].as_tensor()[None] for n in range(min(len(built.dataset), MOST_CASES))]
-    seconds = time_networks(built.networks, built.inferer, images)
+    view = built.views[built.last]
+    images = [view.dataset[n]["image"].as_tensor()[None] for n in range(min(len(view.dataset), MOST_CASES))]
+    seconds = time_networks(built.networks, view.inferer, images)
     return {
         "parameters": built.parameters(),
         "seconds_per_case": {name: round(median(values), 3) for name, values in seconds.items()},

@@ -67,30 +67,32 @@ def time_case(
     """Seconds of each stage for each network: stage -> network -> seconds."""
     found: dict[str, dict[str, float]] = {}
     for name, network in networks.items():
-        taken, item = _seconds(built.dataset.__getitem__, number)
+        view = built.views[name]
+        taken, item = _seconds(view.dataset.__getitem__, number)
         found.setdefault("load", {})[name] = taken
         image = item["image"].as_tensor()[None]
-        runs = [_seconds(built.inferer, image, network) for _ in range(REPEATS)]
+        runs = [_seconds(view.inferer, image, network) for _ in range(REPEATS)]
         found.setdefault("network", {})[name] = min(taken for taken, _ in runs)
         if name in compiled:
-            again = [_seconds(built.inferer, image, compiled[name]) for _ in range(REPEATS)]
+            again = [_seconds(view.inferer, image, compiled[name]) for _ in range(REPEATS)]
             found.setdefault("network_openvino", {})[name] = min(taken for taken, _ in again)
         decoded = {**item, "pred": MetaTensor(runs[0][1][0], meta=item["image"].meta)}
-        for stage, steps in (("decode", built.decoding), ("write", built.writing)):
+        for stage, steps in (("decode", view.decoding), ("write", view.writing)):
             taken, decoded = _seconds(_apply, steps, decoded)
             found.setdefault(stage, {})[name] = taken
     return found
 
 
-def _first_window(built: Built, image: Tensor) -> Tensor:
+def _first_window(built: Built, name: str) -> Tensor:
     """What a network is given, shape (1, C, *S)."""
+    view = built.views[name]
     seen: list[Tensor] = []
 
     def look(windows: Tensor) -> Any:
         seen.append(windows[:1].contiguous())
-        return built.networks[built.last](windows)
+        return built.networks[name](windows)
 
-    built.inferer(image, look)
+    view.inferer(view.dataset[0]["image"].as_tensor()[None], look)
     return seen[0]
 
 
@@ -111,13 +113,12 @@ def measure_stages(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     built = build_networks(request)
     with torch.no_grad(), threads(1):
-        window = _first_window(built, built.dataset[0]["image"].as_tensor()[None])
-        openvino = {name: openvino_network(network, window) for name, network in built.networks.items()}
+        openvino = {name: openvino_network(one, _first_window(built, name)) for name, one in built.networks.items()}
         compiled = {name: call for name, call in openvino.items() if call is not None}
         time_case(0, built, built.networks, compiled)              # warm up: what is imported and allocated only once
         cases = [
             time_case(number, built, built.networks, compiled)
-            for number in range(min(len(built.dataset), MOST_CASES))
+            for number in range(min(len(built.views[built.last].dataset), MOST_CASES))
         ]
     seconds = {
         stage: {name: round(median(case[stage][name] for case in cases), 4) for name in built.networks}

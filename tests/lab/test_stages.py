@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from lab.networks import build_networks
@@ -73,10 +74,46 @@ def test_each_stage_has_a_time_for_each_network_and_runs_on_its_trained_predicti
 
 def test_writing_begins_with_what_saves(request_of: dict[str, Any]) -> None:
     built = build_networks(request_of)
-    assert ([step.name for step in built.decoding], [step.name for step in built.writing]) == (
+    view = built.views["student"]
+    assert ([step.name for step in view.decoding], [step.name for step in view.writing]) == (
         ["decode"], ["write", "after"]
     )
+    assert built.views["teacher"] is view
     assert built.last == "student"
+
+
+def test_networks_of_unlike_resolution_see_a_case_each_in_its_own(request_of: dict[str, Any], bundle: Path) -> None:
+    def change(name: str, **content: Any) -> None:
+        file = bundle / "configs" / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | content))
+
+    grow = {"_target_": "tests.lab.test_stages.Repeated", "times": "@scale"}
+    loaded = {"_target_": "tests.lab.test_networks.Loaded"}
+    data = json.loads((bundle / "configs/inference.json").read_text())["dataset"]
+    data["transform"] = {"_target_": "Compose", "transforms": [loaded, grow]}
+    change("train", scale=[1])
+    change("teacher", scale=[2])
+    change("inference", scale=[1], dataset=data)
+    ORDER.clear()
+    built = build_networks(request_of)
+    shapes = {name: tuple(view.dataset[0]["image"].shape) for name, view in built.views.items()}
+    assert shapes == {"teacher": (1, 8, 8), "student": (1, 4, 4)}
+    measure_stages(request_of)
+    assert {step.split(")")[0] for step in ORDER} == {f"{name} ({size}" for name in ("decode", "write", "after")
+                                                      for size in ("5, 8, 8", "2, 4, 4")}
+
+
+class Repeated:
+    """A transform that repeats voxels: a stand-in for a finer resolution."""
+
+    def __init__(self, times: list[int]) -> None:
+        self.times = times[0]
+
+    def __call__(self, case: dict[str, Any]) -> dict[str, Any]:
+        image = case["image"].as_tensor()
+        for axis in (1, 2):
+            image = image.repeat_interleave(self.times, dim=axis)
+        return {"image": MetaTensor(image)}
 
 
 def test_openvino_is_given_one_thread_and_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

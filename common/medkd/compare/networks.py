@@ -21,7 +21,7 @@ __all__ = ["Kind", "Network", "check_comparable", "find_bundle"]
 Kind = Literal["classes", "instances"]
 
 _NEEDED = ("train", "evaluate")
-_SEEN = ("spacing", "intensity_range", "patch_size", "window_size")   # what a network is shown, of ours
+_SEEN = ("spacing", "scale", "intensity_range", "patch_size", "window_size")   # what a network is shown, of ours
 
 
 @dataclass(frozen=True)
