@@ -40,6 +40,7 @@ class FullGridInferer(Inferer):
     def __init__(self, inferer: Callable[..., Tensor], scale: Sequence[int]) -> None:
         super().__init__()
         self.inferer, self.scale = inferer, tuple(_whole(scale))
+        self.roi_size = getattr(inferer, "roi_size", None)         # who looks into a network asks for its windows
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Give logits (B, K, *(S * scale)) for images (B, C, *S); float32 where they are interpolated."""
