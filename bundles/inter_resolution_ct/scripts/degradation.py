@@ -38,12 +38,15 @@ def area_average(image: Tensor, scale: Sequence[int]) -> Tensor:
         scale: voxels per block along each axis, such as (2, 2, 2), or (1, 1, 4) for slices of four times the thickness.
 
     Returns:
-        Shape (C, *(S / scale)), float32, with the mean of `image`.
+        Shape (C, *(S / scale)), float32, with the mean of `image`; empty where `image` is.
 
     Example:
         >>> area_average(torch.tensor([[[0.0, 2.0, 1.0, 1.0], [4.0, 6.0, 1.0, 5.0]]]), (2, 2))
         tensor([[[3., 2.]]])
     """
+    if image.numel() == 0:                                           # air alone, cropped to the body
+        shape = [length // step for length, step in zip(image.shape[1:], scale, strict=True)]
+        return image.new_zeros((len(image), *shape), dtype=torch.float32)
     pooled: Tensor = _POOLS[len(scale)](image.float()[None], tuple(scale))[0]
     return pooled
 

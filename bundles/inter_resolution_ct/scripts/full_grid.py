@@ -50,7 +50,7 @@ class FullGridInferer(Inferer):
                 f"{list(self.scale)}."
             )
         logits = self.inferer(inputs, network, *args, **kwargs)    # (B, K, *S)
-        if max(self.scale) == 1:
+        if max(self.scale) == 1 or logits.numel() == 0:            # nothing is left of air, cropped to the body
             return logits
         size = [length * step for length, step in zip(logits.shape[2:], self.scale, strict=True)]
         return functional.interpolate(logits.float(), size, mode=_LINEAR[len(size)], align_corners=False)

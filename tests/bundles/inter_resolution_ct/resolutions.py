@@ -174,6 +174,20 @@ def test_an_exported_student_has_nothing_of_the_distillation(
     assert ("distill_loss" in content and bool(content["distill_loss"])) is (arm == "features")   # its projection
 
 
+def test_an_image_without_a_label_teaches_by_attention_at_both_resolutions(
+    run: Run, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    content = json.loads((data / "datalist.json").read_text())
+    first, second = content["training"]
+    content |= {"training": [first], "unlabeled": [{"image": second["image"]}], "data_root": str(data)}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    run("training", "train", "smoke", into=tmp_path, datalist=str(tmp_path / "list.json"), epochs=1)
+    told = scalars(tmp_path)
+    assert terms(tmp_path) == {"attention", "soft_target"}
+    assert all(np.isfinite(values).all() and min(values) > 0 for tag, values in told.items() if "kd/" in tag)
+    assert list((teacher.parent / "soft_labels").rglob("*.npz"))   # they tell where to cut crops from it
+
+
 def test_thick_slices_are_trained_evaluated_and_predicted(
     run: Run, bundle: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +256,19 @@ def test_what_is_found_lies_on_the_grid_of_a_file_of_either_resolution(
     assert overlap > least
     centers = [np.argwhere(one).mean(0) for one in (inside, pred == 1)]
     np.testing.assert_allclose(*centers, atol=0.25)                # voxels; half a block off would be 0.5 and more
+
+
+@pytest.mark.parametrize("is_high", [True, False])
+def test_a_volume_of_air_is_background(
+    run: Run, threshold: dict[str, Any], tmp_path: Path, is_high: bool
+) -> None:
+    nib.save(nib.Nifti1Image(np.full((20, 21, 22), -1000, np.int16), np.diag([3.0, 3, 3, 1])), tmp_path / "air.nii.gz")
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": [{"image": "air.nii.gz"}]}))
+    options = {"dataset_dir": str(tmp_path), "input_is_high_res": is_high, **threshold}
+    run("evaluating", "inference", into=tmp_path, **options)
+    pred, _ = read(tmp_path / "eval/air_seg.nii.gz")
+    assert pred.shape == (20, 21, 22)
+    assert not pred.any()
 
 
 def test_classes_are_chosen_between_the_voxels_of_the_small_image(

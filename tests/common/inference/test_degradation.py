@@ -160,6 +160,14 @@ def test_what_is_on_the_full_grid_already_gets_its_place_and_its_extent(shape: t
     np.testing.assert_allclose(inverted.affine, rotated(), atol=1e-9)
 
 
+def test_a_volume_that_was_cropped_to_nothing_passes_both_ways() -> None:
+    transform = Compose([DegradeResolutiond("image", (2, 1, 4))])
+    low = transform({"image": MetaTensor(torch.zeros(1, 0, 0, 0, dtype=torch.int16), affine=rotated())})
+    assert (low["image"].shape, low["image"].dtype) == ((1, 0, 0, 0), torch.float32)
+    classes = MetaTensor(torch.zeros(1, 0, 0, 0, dtype=torch.uint8))
+    assert Invertd("pred", transform, "image")({**low, "pred": classes})["pred"].shape == (1, 0, 0, 0)
+
+
 def test_a_result_of_another_grid_is_not_brought_back() -> None:
     transform = DegradeResolutiond("image", 2)
     low = transform({"image": torch.rand(1, 8, 8)})["image"]
