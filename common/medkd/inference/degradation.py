@@ -166,12 +166,11 @@ class DegradeResolutiond(MapTransform, InvertibleTransform):
                 f"`{key}` must have the grid of the degraded image, {covered}, to be brought back from it, or the full "
                 f"one, {full}, got {list(low.shape[1:])}; undo what changed the grid after that first."
             )
-        if list(low.shape[1:]) == full:
-            pass                                                     # an inferer has brought it there: only its place
-        elif trace[TraceKeys.EXTRA_INFO]["mode"] in _NEAREST or not low.is_floating_point():
+        is_nearest = trace[TraceKeys.EXTRA_INFO]["mode"] in _NEAREST or not low.is_floating_point()
+        if list(low.shape[1:]) != full and is_nearest:               # else an inferer has brought it there
             for axis, step in enumerate(scale, 1):
                 low = low.repeat_interleave(step, dim=axis)          # integers stay integers
-        else:
+        elif list(low.shape[1:]) != full:
             low = functional.interpolate(low[None].float(), full, mode=_LINEAR[len(size)], align_corners=False)[0]
         restored = MetaTensor(_cropped(low, size).contiguous(), meta=result.meta)
         restored.applied_operations = result.applied_operations
