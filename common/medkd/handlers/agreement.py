@@ -30,6 +30,8 @@ class TeacherAgreement:
     `val_mean_dice_with_teacher`, in the log, in `model.json` and in TensorBoard. It tells which student is the most
     like the teacher, not how good it is. Where cases have labels nothing is changed.
 
+    Of predictions of whole images, scores of the classes (K,) or a class (1,), what the teacher says is the class.
+
     Attach it to the evaluator of the student, as one of its handlers.
 
     Args:
@@ -95,7 +97,7 @@ class TeacherAgreement:
         self._judge()
 
     def _keep(self, engine: Any) -> None:
-        self._labels.append([_small(sample["pred"]) for sample in _samples(engine.state.output)])
+        self._labels.append([_small(_said(sample["pred"])) for sample in _samples(engine.state.output)])
 
     def _judge(self) -> None:
         found = set[int]().union(*(_values(label) for batch in self._labels for label in batch))
@@ -142,6 +144,11 @@ def _values(label: Tensor) -> set[int]:
     if len(label) > 1:
         return {place for place, channel in enumerate(label) if bool(channel.any())}
     return {int(value) for value in torch.unique(label)}
+
+
+def _said(pred: Tensor) -> Tensor:
+    """What a prediction says in place of a label: of scores of a whole image, (K,), the class, (1,); else itself."""
+    return pred.argmax(0, keepdim=True) if pred.dim() == 1 and len(pred) > 1 else pred
 
 
 def _small(pred: Tensor) -> Tensor:

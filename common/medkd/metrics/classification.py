@@ -137,7 +137,7 @@ class ClassificationMetric(IgniteMetricHandler):
     Args:
         output_transform: gives `(pred, label)` from the engine's output, each a list or a batch: scores of the classes,
             shape (K,), logits or probabilities, and the number of the class. Cases with a negative label, which
-            stands for none (`medkd.ops.ignored`), do not count.
+            stands for none (`medkd.ops.ignored`), do not count; the value is NaN where no case has one.
         save_details: keep a row per case for `MetricsSaver`: in the column of its class 1 where that has the highest
             score, else 0, and NaN in all others. The mean of a column is the share of a class that is found.
 
@@ -158,6 +158,7 @@ class ClassificationMetric(IgniteMetricHandler):
         """Add cases; `output` is `(pred, label)`."""
         for scores, label in _pairs(*output):
             self.metric_fn.append(scores, label)
+        self.metric_fn.is_updated = True
 
 
 class _Cases(CumulativeIterationMetric):
@@ -166,6 +167,12 @@ class _Cases(CumulativeIterationMetric):
     def __init__(self, grade: Callable[[Counts, Floats], float]) -> None:
         super().__init__()
         self.grade = grade
+        self.is_updated = False
+
+    def reset(self) -> None:
+        """Forget all cases."""
+        super().reset()   # type: ignore[no-untyped-call]
+        self.is_updated = False
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
         raise NotImplementedError("`ClassificationMetric` gives cases; this keeps them.")
@@ -178,15 +185,21 @@ class _Cases(CumulativeIterationMetric):
         scores, label = (side.cpu().numpy() for side in found)
         return label.astype(np.int64), _probabilities(scores.astype(np.float64))
 
-    def get_buffer(self) -> Tensor:
-        """Details; see `ClassificationMetric`."""
+    def get_buffer(self) -> Tensor | None:
+        """Details; see `ClassificationMetric`. None where no case has a label, as when a teacher stands for labels."""
+        if self._has_no_label():
+            return None
         label, scores = self.cases()
         details = np.full(scores.shape, np.nan)
         details[np.arange(len(label)), label] = scores.argmax(1) == label
         return torch.from_numpy(details)
 
     def aggregate(self) -> Tensor:
-        return torch.tensor(self.grade(*self.cases()), dtype=torch.float64)
+        value = math.nan if self._has_no_label() else self.grade(*self.cases())
+        return torch.tensor(value, dtype=torch.float64)
+
+    def _has_no_label(self) -> bool:
+        return self.is_updated and super().get_buffer() is None   # type: ignore[no-untyped-call]
 
 
 def _pairs(preds: Any, labels: Any) -> list[tuple[Tensor, Tensor]]:
@@ -312,7 +325,7 @@ class ConfusionMatrixSaver:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
     def _forget(self) -> None:
-        self._cases.reset()   # type: ignore[no-untyped-call]
+        self._cases.reset()
 
     def _add(self, engine: Engine) -> None:
         for scores, label in _pairs(*self._transform(engine.state.output)):

@@ -19,6 +19,7 @@ from monai.data.meta_tensor import MetaTensor
 from monai.engines.evaluator import SupervisedEvaluator
 from monai.engines.trainer import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.handlers import from_engine
 from monai.handlers.validation_handler import ValidationHandler
 from monai.networks.nets.densenet import DenseNet
 from monai.transforms.intensity.dictionary import RandGaussianNoised
@@ -40,6 +41,7 @@ from medkd.losses.ignoring import IgnoringLoss
 from medkd.losses.inter_resolution_attention import InterResolutionAttentionLoss
 from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.soft_target import SoftTargetLoss
+from medkd.metrics.classification import BalancedAccuracy
 from medkd.ops.ignored import IGNORED, UNLABELED
 
 TAP, HEAD = "class_layers.relu", "class_layers.out.weight"
@@ -290,6 +292,27 @@ def test_without_classes_the_student_is_chosen_by_its_agreement() -> None:
         evaluator.run()
         assert evaluator.state.metrics[METRIC] == expected
     assert list(agreement.named({METRIC: None})) == [f"{METRIC}_with_teacher"]
+
+
+def test_metrics_of_scores_compare_them_with_the_class_that_the_teacher_tells(caplog: pytest.LogCaptureFixture) -> None:
+    """Such a metric takes scores (K,) and a class, so nothing stands behind the network."""
+    data = cases(4, labeled=False)
+    options = {"postprocessing": None, "key_val_metric": {METRIC: BalancedAccuracy(from_engine(["pred", "label"]))}}
+
+    def evaluator(network: nn.Module, **more: Any) -> SupervisedEvaluator:
+        loader = DataLoader(Dataset(data, lambda case: {"label": UNLABELED, **case}), batch_size=2)
+        return SupervisedEvaluator("cpu", loader, network, **options, **more)
+
+    agreement = TeacherAgreement(evaluator(densenet(3, seed=1)), "teacher_image")
+    with caplog.at_level(logging.INFO, "medkd"):
+        agreement.predict(Striped())
+    assert "The teacher tells 2 classes" in caplog.text
+    for student, expected in ((Blank(2), 0.5), (Striped(-1.0, 0.25), 1.0)):
+        engine = evaluator(student, val_handlers=[agreement])
+        engine.run()
+        assert engine.state.metrics[METRIC] == expected
+    with pytest.raises(ValueError, match="The teacher must find something in the validation images, got one class"):
+        agreement.predict(Blank(2))
 
 
 @pytest.mark.parametrize(("label", "needed"), [(0, False), (1, False), (None, True), ("", True), ([], True)])

@@ -59,6 +59,13 @@ def test_the_metrics_are_those_of_the_specification(kind: type[ClassificationMet
         metric.compute()
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_cases_without_a_label_alone_have_no_value(kind: type[ClassificationMetric]) -> None:
+    metric = kind(save_details=False)
+    metric.update((one_hot(PRED[:2]), [-2, -1]))
+    assert np.isnan(metric.compute())
+
+
 def test_kappa_is_one_minus_the_mean_square_over_that_of_all_pairs() -> None:
     draw = np.random.default_rng(0)
     label, pred = draw.integers(0, 5, 60), draw.integers(0, 5, 60)
