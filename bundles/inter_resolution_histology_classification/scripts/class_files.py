@@ -36,8 +36,8 @@ def class_names_of(datalist: str, classes: int) -> list[str]:
     labels = ConfigParser.load_config_file(datalist).get("labels") or {}
     if labels and set(labels) != set(numbers):
         raise ValueError(
-            f"`labels` of {datalist} must name the classes {', '.join(numbers)}, got {', '.join(labels)}; correct them, "
-            "or give `out_channels` and weights for as many classes."
+            f"`labels` of {datalist} must name the classes {', '.join(numbers)}, got {', '.join(labels)}; correct "
+            "them, or give `out_channels` and weights for as many classes."
         )
     return [str(labels.get(number, number)) for number in numbers]
 

@@ -36,7 +36,9 @@ class CropRimd(MapTransform):
         for key in self.key_iterator(result) if self.rim else ():
             size = tuple(result[key].shape[1:])
             if min(size) <= 2 * self.rim:
-                raise ValueError(f"`{key}` must be larger than its rim of {self.rim} on each side, got {size}; lower `rim`.")
+                raise ValueError(
+                    f"`{key}` must be larger than its rim of {self.rim} pixels on each side, got {size}; lower `rim`."
+                )
             ends = [length - self.rim for length in size]
             result[key] = SpatialCrop(roi_start=[self.rim] * len(size), roi_end=ends)(result[key])
         return result

@@ -100,8 +100,8 @@ def with_backbone(network: nn.Module, path: str | None) -> nn.Module:
 
     Args:
         network: has `features`.
-        path: state dict with keys `features.0.weight` and so on, tensors only, such as torchvision's file of VGG16; keys
-            that the network does not have are left out. None leaves the network as it is.
+        path: state dict with keys `features.0.weight` and so on, tensors only, such as torchvision's file of VGG16;
+            keys that the network does not have are left out. None leaves the network as it is.
 
     Returns:
         The network.
