@@ -95,6 +95,13 @@ def write(file: Path, pixels: np.ndarray, affine: np.ndarray | None) -> None:
         nibabel.save(nibabel.Nifti1Image(pixels, affine), file)
 
 
+def student_patch(train: Mapping[str, Any]) -> list[int]:
+    """Voxels of the student's image along each axis, where `patch_size` is the teacher's and `scale` lies between."""
+    patch, scale = train["patch_size"], train.get("scale", 1)
+    steps = scale if isinstance(scale, list) else [scale] * len(patch)
+    return [length // step for length, step in zip(patch, steps, strict=True)]
+
+
 def without_distillation(handlers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The handlers of plain training."""
     own = ("medkd.handlers.distillation", "medkd.handlers.schedule", "medkd.handlers.several")
@@ -107,6 +114,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ct_tumor": {"shape": (64, 56, 40), "spacing": (4.5, 4.5, 6.0)},
     "em": {"shape": (16, 64, 56), "spacing": (15.0, 10.0, 10.0)},
     "nuclei": {"shape": (128, 112)},
+    "histology": {"shape": (80, 72)},
 }
 
 

@@ -28,6 +28,7 @@ from bundle_runs import (
     read,
     refused,
     scalars,
+    student_patch,
     weights,
     without_distillation,
     write,
@@ -41,10 +42,12 @@ TRAIN, EVALUATE, SMOKE = (
 )
 SCORES, SCORE_COLUMNS = EVALUATE["validate#key_metric"], EVALUATE["score_columns"]
 METRIC = TRAIN["teacher_check"]["metric"]
+TEACHER_INPUT = TRAIN["teacher_input"]
+CLASSIFIES = TRAIN["label_filling"]["dtype"] == "class"            # a case has one class, and no map of them
 TERMS = {term for term, weight in TRAIN["distill_weights"].items() if weight}
-SCALE = TRAIN.get("scale", [1] * len(TRAIN["patch_size"]))         # voxels of the teacher per voxel of the student
-STUDENT_PATCH = [length // step for length, step in zip(TRAIN["patch_size"], SCALE, strict=True)]
+STUDENT_PATCH = student_patch(TRAIN)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+no_map = pytest.mark.skipif(CLASSIFIES, reason="it classifies whole images, whose results are tested by itself")
 Run = Callable[..., Path]
 
 
@@ -172,21 +175,26 @@ def test_weights_of_zero_equal_plain_training_bit_for_bit(run: Run, teacher: Pat
 
 def columns(score: dict[str, Any], classes: int) -> int:
     """How many values a case has in the file of a score."""
-    counts = {"classes": classes - 1, "blocks": int(np.prod(score.get("blocks", 1))), "case": 1}
+    counts = {"classes": classes - (not CLASSIFIES), "blocks": int(np.prod(score.get("blocks", 1))), "case": 1}
     return counts[SCORE_COLUMNS]
 
 
 def test_evaluation_gives_all_metrics_per_case_and_class_or_block(
-    run: Run, bundle: Path, teacher: Path, tmp_path: Path
+    run: Run, bundle: Path, data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     configs = ("train", "smoke", "teacher", "evaluate")
     run("evaluating", *configs, ckpt_dir=str(teacher.parent), output_dir=str(tmp_path))
     classes = parsed(bundle, *configs)["out_channels"]
+    told = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert {name for name, value in told if np.isfinite(float(value))} == SCORES.keys()
     for metric, score in SCORES.items():
+        if CLASSIFIES and metric != METRIC:                        # one value of all cases
+            continue
         rows = (tmp_path / f"{metric}_raw.csv").read_text().splitlines()
-        assert len(rows) == 1 + 2
+        assert len(rows) == 1 + len(json.loads((data / "datalist.json").read_text())["test"])
         assert len(rows[1].split(",")) == 2 + columns(score, classes)
-        assert np.isfinite([float(value) for value in rows[1].split(",")[1:]]).all()
+        values = [float(value) for value in rows[1].split(",")[1:]]
+        assert np.isfinite(values).sum() == (2 if CLASSIFIES else len(values))   # that of its class, and the mean
 
 
 def test_evaluation_of_cases_without_a_label_is_refused_before_the_first(
@@ -195,7 +203,8 @@ def test_evaluation_of_cases_without_a_label_is_refused_before_the_first(
     content = json.loads((data / "datalist.json").read_text())
     del content["test"][-1]["label"]
     (tmp_path / "datalist.json").write_text(json.dumps(content | {"data_root": str(data)}))
-    with refused("`test` of .*datalist.json must have a label for each image, .* got none for 1 of 2: "):
+    count = len(content["test"])
+    with refused(f"`test` of .*datalist.json must have a label for each image, .* got none for 1 of {count}: "):
         run("evaluating", "train", "smoke", "evaluate", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -207,6 +216,7 @@ def predictions(folder: Path, data: Path) -> Iterator[tuple[Path, Path]]:
         yield data / case["image"], folder / f"{name}_seg{dot}{ending}"
 
 
+@no_map
 def test_prediction_has_the_geometry_of_its_image(run: Run, bundle: Path, data: Path, tmp_path: Path) -> None:
     run("evaluating", "inference", output_dir=str(tmp_path))
     classes = parsed(bundle, "inference")["out_channels"]
@@ -220,6 +230,7 @@ def test_prediction_has_the_geometry_of_its_image(run: Run, bundle: Path, data: 
         assert pred.dtype == (np.uint8 if SCORE_COLUMNS == "classes" else instances)
 
 
+@no_map
 def test_image_smaller_than_the_window_is_handled(run: Run, data: Path, tmp_path: Path) -> None:
     file, _ = next(predictions(tmp_path, data))
     image, affine = read(file)
@@ -251,16 +262,19 @@ def test_images_much_smaller_than_a_patch_are_filled_up(
     channels = parsed(bundle, "metadata")["network_data_format#inputs#image#num_channels"]
     case = {
         "image": MetaTensor(torch.rand(channels, *size)),
-        "label": MetaTensor(torch.ones(1, *size, dtype=torch.int64)),
+        "label": 1 if CLASSIFIES else MetaTensor(torch.ones(1, *size, dtype=torch.int64)),
     }
+    case.setdefault(TEACHER_INPUT, case["image"])
     fixed, random = (parser.get_parsed_content(f"train#{name}_transforms") for name in ("deterministic", "random"))
     shaping = [step for step in fixed if type(step).__name__ in ("SpatialPadd", "CopyItemsd", "PairResolutionsd")]
     result = Compose(shaping + random)(case)
     for one in result if isinstance(result, list) else [result]:
         assert list(one["image"].shape[1:]) == STUDENT_PATCH
-        assert list(one[TRAIN["teacher_input"]].shape[1:]) == list(one["label"].shape[1:]) == patch
+        assert list(one[TEACHER_INPUT].shape[1:]) == patch
+        assert CLASSIFIES or list(one["label"].shape[1:]) == patch
 
 
+@no_map
 def test_what_the_network_says_where_the_label_is_negative_does_not_count(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

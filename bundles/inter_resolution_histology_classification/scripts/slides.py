@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,18 @@ class LoadSlided(MapTransform):
                 f"{path} needs {self.backend}, which is not installed; pip install {packages}, or give another "
                 "--slide#backend."
             ) from error
+        with closing(slide):
+            return self._picture(reader, slide, path)
+
+    def _picture(self, reader: WSIReader, slide: Any, path: str) -> MetaTensor:
         level, own = self._level(reader, slide, path)
         ratio = 1.0 if abs(own / self.mpp - 1) <= _TOLERANCE else self.mpp / own     # pixels of the level per pixel
         size = _level_size(reader, slide, level)
         strips = [_averaged(strip, ratio) for strip in _strips(reader, slide, level, size, ratio)]
         picture = torch.cat(strips, 1)                                               # (3, H, W)
         step = self.mpp / 1000.0                                                     # mm
-        return MetaTensor(picture, torch.diag(torch.tensor([step, step, 1.0])), {"filename_or_obj": path})
+        meta = {"filename_or_obj": path, "original_channel_dim": 0}
+        return MetaTensor(picture, torch.diag(torch.tensor([step, step, 1.0])), meta)
 
     def _level(self, reader: WSIReader, slide: Any, path: str) -> tuple[int, float]:
         """The coarsest level that is fine enough, and its microns per pixel."""
