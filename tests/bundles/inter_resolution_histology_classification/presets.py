@@ -17,11 +17,11 @@ import torch
 import bundle_runs
 from bundle_runs import parsed, scalars, weights
 
-BUNDLE = Path(os.environ["MEDKD_BUNDLE"])
-sys.path.insert(0, str(BUNDLE))
+sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
 
 from scripts import networks
 
+BUNDLE = Path(os.environ["MEDKD_BUNDLE"])
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 Run = Callable[..., Path]
 SMALL: dict[str, Any] = {"patch_size": [64, 64], "out_channels": 3, "epochs": 1, "teacher_check#mode": "warn"}
