@@ -63,7 +63,7 @@ class Row:
     arms: Mapping[str, Arm] = field(default_factory=dict)              # what differs in this row; here complete
     test: str | None = None                # regular expression: only test cases whose name it is found in count
     patient: str | None = None             # regular expression: cases with the same group are averaged to one
-    datalist: Mapping[str, Any] = field(default_factory=dict)          # arguments of `make_datalist`
+    datalist: Mapping[str, Any] = field(default_factory=dict)          # arguments of `make_datalist`; `class_folders`
     ship: bool = False                                                 # copy the student into the bundle
     calibrate: Mapping[str, Sequence[Any]] = field(default_factory=dict)   # option of the evaluation -> values; told
     #                                        about every network is the one that is best on validation

@@ -23,7 +23,7 @@ METRICS = {
     "val_lesion_sensitivity": "lesion sensitivity", "val_false_positive_lesions": "false lesions per case",
     "val_relative_volume_difference": "\\|RVD\\|", "val_voi": "VOI", "val_voi_split": "VOI split",
     "val_voi_merge": "VOI merge", "val_arand": "ARAND", "val_pq": "PQ", "val_aji": "AJI", "val_sbd": "SBD",
-    "val_dic": "\\|DiC\\|",
+    "val_dic": "\\|DiC\\|", "val_balanced_accuracy": "accuracy",   # of cases: balanced where classes have as many
 }
 AGREEMENT = "_with_teacher"       # how the name of a metric ends that takes the teacher's prediction for the label
 DRAWS = 10_000

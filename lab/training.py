@@ -21,7 +21,7 @@ from lab.networks import program_words
 from lab.recipe import Recipe, Row
 from lab.regimes import ALL_LABELS, Regime, regime_list, supervised_list
 from lab.score import AGREEMENT, columns_of, read_scores
-from medkd.data.datalist import SplitsFile, make_datalist, write_datalist
+from medkd.data.datalist import SplitsFile, make_class_datalist, make_datalist, write_datalist
 
 __all__ = [
     "Run", "Study", "Trained", "check_model", "check_test_list", "evaluate", "find_datalist", "ranked", "train",
@@ -113,7 +113,10 @@ class Study:
 
 
 def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
-    """The data's own datalist.json, or one made in `folder` by `make_datalist`, with `options`, from its folders."""
+    """The data's own datalist.json, or one made in `folder` by `make_datalist`, with `options`, from its folders.
+
+    With the option `class_folders` true it is made by `make_class_datalist`, from a folder per class.
+    """
     if (data / "datalist.json").is_file():
         return (data / "datalist.json").resolve()
     if not (data / "splits.json").is_file():
@@ -122,7 +125,9 @@ def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
             "`medkd datalist` makes one."
         )
     target = folder / content_hash([str(data), options])[:12]
-    return make_datalist(data, target, **{"splits": SplitsFile(data / "splits.json"), **options}).resolve()
+    told = {"splits": SplitsFile(data / "splits.json"), **options}
+    make = make_class_datalist if told.pop("class_folders", False) else make_datalist
+    return make(data, target, **told).resolve()
 
 
 def check_test_list(datalist: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lab.classical import headneck, liver, priors, sarcoma, target
+from lab.classical import headneck, liver, priors, sarcoma, target, texture
 from lab.classical.case import Rule
 
 __all__ = ["RULES", "Rule"]
@@ -21,4 +21,5 @@ RULES: Mapping[str, Rule] = {
     "sarcoma_muscle": sarcoma.RULE,
     "inset_ellipsoid": sarcoma.ELLIPSOID,
     "mean_label": priors.RULE,
+    "texture": texture.RULE,
 }

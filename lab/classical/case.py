@@ -19,17 +19,17 @@ Box = tuple[slice, ...]
 class Case:
     """An image with its axes along right to left, back to front, feet to head (RAS); a picture as it lies."""
 
-    image: NDArray[np.float32]             # (*S), HU or gray values
+    image: NDArray[np.float32]             # (*S), HU or gray values; (3, H, W), 0 to 1, where its class is asked for
     spacing: tuple[float, ...]             # mm
-    label: NDArray[np.int16] | None        # (*S); only training cases have theirs
+    label: NDArray[np.int16] | None        # (*S), or () of a class; only training cases have theirs
 
 
-Segment = Callable[..., NDArray[np.uint8]]   # of a case and its parameters by name
+Segment = Callable[..., NDArray[Any]]      # of a case and its parameters by name: uint8 (*S), or scores of classes (K,)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A way to segment without training.
+    """A way to segment, or to classify whole images, without a network.
 
     `prepare` is given the training cases and the number of classes, and gives the function that segments a case, with
     a keyword for each key of `grid`; a rule of filters knows what it does and looks at no training case.

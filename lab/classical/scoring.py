@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +21,7 @@ from ignite.engine import Engine
 from monai.bundle.config_parser import ConfigParser
 from monai.data.meta_tensor import MetaTensor
 from monai.handlers.metrics_saver import MetricsSaver
+from monai.transforms import Compose
 from numpy.typing import NDArray
 from skimage import io
 from torch import Tensor
@@ -35,7 +36,7 @@ from medkd.data.datalist import load_datalist
 from medkd.handlers.records import case_meta
 from medkd.metrics.ignored import IgnoredAsBackgroundd
 
-__all__ = ["Loaded", "choose", "measure_rules", "to_case", "to_file_axes"]
+__all__ = ["Loaded", "choose", "measure_rules", "to_case", "to_file_axes", "to_picture"]
 
 orientations: Any = nibabel.orientations   # untyped
 
@@ -50,6 +51,12 @@ def to_case(image: Tensor, label: Tensor | None = None) -> Case:
     spacing = spacing if turn is None else spacing[np.argsort(turn[:, 0])]
     pixels = np.asarray(values[0], np.float32)
     return Case(pixels, tuple(map(float, spacing)), None if values[1] is None else np.asarray(values[1], np.int16))
+
+
+def to_picture(image: Tensor, label: int | None = None) -> Case:
+    """Take a picture (3, H, W) whose class is asked for, as a student sees it."""
+    pixels = np.asarray(image, np.float32)
+    return Case(pixels, (1.0,) * (pixels.ndim - 1), None if label is None else np.asarray(label, np.int16))
 
 
 def to_file_axes(found: NDArray[np.uint8], image: Tensor) -> NDArray[np.uint8]:
@@ -110,8 +117,10 @@ class _Scorer:
         self._parser.parse(reset=True)                             # or the next engine would get the same objects
         return metrics
 
-    def _item(self, case: Loaded, found: NDArray[np.uint8]) -> Loaded:
+    def _item(self, case: Loaded, found: NDArray[Any]) -> Loaded:
         label = case["label"]
+        if found.ndim == 1:                                        # scores of classes
+            return {"image": case["image"], "label": torch.as_tensor(label), "pred": torch.as_tensor(found)}
         told = {"image": case["image"], "label": label, "pred": torch.as_tensor(found)[None]}
         mask: Any = IgnoredAsBackgroundd("pred", kind="classes")
         item: Loaded = mask(told)
@@ -122,9 +131,9 @@ class _Scorer:
 
 
 def choose(rule: Rule, segment: Segment, cases: Sequence[Loaded], scorer: Any, metric: str,
-           higher_is_better: bool) -> tuple[dict[str, Any], float]:
+           higher_is_better: bool, view: Callable[..., Case] = to_case) -> tuple[dict[str, Any], float]:
     """The parameters of a rule that are best on cases, the first of equal ones, and the score there."""
-    views = [to_case(case["image"]) for case in cases]
+    views = [view(case["image"]) for case in cases]
     scores = []
     for values in _values(rule.grid):
         found = [to_file_axes(segment(view, **values), case["image"]) for view, case in zip(views, cases, strict=True)]
@@ -146,18 +155,22 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
     config = BundleRun(Path(), "", request["configs"], {**request["options"], "bundle_root": "."}).config
     parser = ConfigParser(config)
     lists = {name: load_datalist(config["datalist"], name) for name in ("training", "validation", "test")}
+    classifies = config["label_filling"]["dtype"] == "class" if "label_filling" in config else False
+    view: Callable[..., Case] = to_picture if classifies else to_case
     loading = parser.get_parsed_content("loading")
+    if classifies:                                                 # what the student sees, at its resolution
+        loading = Compose(parser.get_parsed_content("train#deterministic_transforms"))
     loaded = {name: [loading(case) for case in lists[name]] for name in ("validation", "test")}
     classes, scorer = int(parser.get_parsed_content("out_channels")), _Scorer(parser)
     answer = {}
     for name in request["rules"]:
         rule = RULES[name]
         known = (loading(case) for case in lists["training"]) if rule.uses_training else ()
-        segment = rule.prepare([to_case(case["image"], case["label"]) for case in known], classes)
-        tuned = request["metric"], request["higher_is_better"]
+        segment = rule.prepare([view(case["image"], case["label"]) for case in known], classes)
+        tuned = request["metric"], request["higher_is_better"], view
         parameters, validation = choose(rule, segment, loaded["validation"], scorer, *tuned)
         found = [
-            to_file_axes(segment(to_case(case["image"]), **parameters), case["image"]) for case in loaded["test"]
+            to_file_axes(segment(view(case["image"]), **parameters), case["image"]) for case in loaded["test"]
         ]
         folder = Path(request["output"]) / name
         scorer.run(loaded["test"], found, None, folder / "scores")
@@ -173,8 +186,10 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _write(found: NDArray[np.uint8], image: Any, folder: Path) -> None:
-    """Write a label map beside no other file: NIfTI as its image lies, or a picture."""
+def _write(found: NDArray[Any], image: Any, folder: Path) -> None:
+    """Write a label map beside no other file: NIfTI as its image lies, or a picture; scores of classes have no map."""
+    if found.ndim == 1:
+        return
     source = Path(str(image.meta["filename_or_obj"]))
     if source.name.endswith((".nii", ".nii.gz")):
         volume: Any = nibabel.Nifti1Image

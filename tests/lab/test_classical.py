@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from monai.data.meta_tensor import MetaTensor
 from numpy.typing import NDArray
+from PIL import Image
 
 from lab.classical import RULES
 from lab.classical.case import Case, Rule, body_box
@@ -21,6 +24,7 @@ from lab.classical.priors import mean_label
 from lab.classical.sarcoma import ELLIPSOID, ellipsoid
 from lab.classical.scoring import choose, measure_rules, to_case, to_file_axes
 from lab.classical.target import larger_side
+from lab.classical.texture import features
 from lab.recipe import Row, read_recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -192,6 +196,54 @@ def test_rules_are_scored_by_the_metrics_of_the_bundle_and_write_label_maps(
     assert muscle["metrics"].keys() >= {"val_hd95", "val_assd", "val_surface_dice", "val_wrong_volume"}
     assert set(muscle["parameters"]) == {"low", "high", "radius"}
     assert 0 < found["mean_label"]["mean"] <= 1
+
+
+@pytest.fixture
+def without_scripts() -> Iterator[None]:
+    """Bundles share the name `scripts`: that of another one is forgotten, before and after."""
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
+            del sys.modules[name]
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("without_scripts")
+@pytest.mark.parametrize("scale", [1, 8])
+def test_texture_tells_classes_apart_at_the_resolution_of_the_student(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: int
+) -> None:
+    """Stripes of two or of four pixels, of any color: averages of eight pixels hide them."""
+    monkeypatch.chdir(repository / "bundles" / "inter_resolution_histology_classification")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    draws = np.random.default_rng(0)
+    content: dict[str, Any] = {"labels": {"0": "fine", "1": "coarse", "2": "even"}}
+    for name, count in {"training": 18, "validation": 9, "test": 9}.items():
+        content[name] = []
+        for number in range(count):
+            width = (2, 4, 8)[number % 3]
+            stripes = (np.arange(66) // (width // 2)) % 2 * 80 if number % 3 < 2 else np.full(66, 40)
+            pixels = draws.integers(60, 160, 3) + stripes[:, None, None] + draws.normal(0, 4, (66, 66, 3))
+            file = tmp_path / f"{name}_{number}.png"
+            Image.fromarray(np.uint8(pixels.clip(0, 255))).save(file)
+            content[name].append({"image": str(file), "label": content["labels"][str(number % 3)]})
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    found = measure_rules({
+        "rules": ["texture"], "configs": ["train", "evaluate"],
+        "options": {"datalist": str(tmp_path / "datalist.json"), "scale": scale}, "metric": "val_balanced_accuracy",
+        "higher_is_better": True, "patient": None, "test": None, "output": str(tmp_path / "out"),
+    })["texture"]
+    assert len(found["per_case"]) == 9
+    assert set(found["per_case"].values()) <= {0.0, 1.0}
+    assert found["mean"] == pytest.approx(np.mean(list(found["per_case"].values())), abs=1e-4)
+    assert (found["mean"] == 1.0) is (scale == 1)
+    assert list(found["parameters"]) == ["penalty"]
+
+
+def test_a_picture_without_any_texture_has_features() -> None:
+    assert np.isfinite(features(np.full((3, 6, 5), 0.5, np.float32))).all()
 
 
 @pytest.mark.parametrize("told", [{"classical": "magic"}, {"leaks": ["magic"]}])

@@ -46,6 +46,20 @@ def test_lists_that_are_made_lie_apart_by_their_data_and_options(tmp_path: Path)
     assert find_datalist(data, lists, {}) == data / "datalist.json"
 
 
+def test_a_folder_per_class_becomes_a_list_of_classes(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("benign", "severe"):
+        (data / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            (data / "images" / name / f"{number}.png").touch()
+    splits = {"train": ["benign/0.png", "severe/0.png"], "val": ["benign/1.png"], "test": ["severe/1.png"]}
+    (data / "splits.json").write_text(json.dumps(splits))
+    made = find_datalist(data, tmp_path / "lists", {"class_folders": True, "label_names": "severe,benign"})
+    content = json.loads(made.read_text())
+    assert content["labels"] == {"0": "severe", "1": "benign"}
+    assert [item["label"] for item in content["training"]] == ["benign", "severe"]
+
+
 @pytest.mark.parametrize(("higher", "chosen"), [(True, 0.4), (False, 0.3)])
 def test_the_best_value_on_validation_is_chosen_and_evaluated_with(
     make_study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, higher: bool, chosen: float
