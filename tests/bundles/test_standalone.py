@@ -39,8 +39,11 @@ def work(root, data):
     train, smoke = (f"{root}/configs/{name}.json" for name in ("train", "smoke"))
     options = {key: value for key, value in json.load(open(smoke)).items() if key not in ("ckpt_dir", "output_dir")}
     cases = json.load(open(f"{data}/datalist.json"))
+    classes = {name: int(number) for number, name in cases["labels"].items()}   # of whole images
     for part, key in (("train", "training"), ("validate", "validation")):
-        options[f"{part}#dataset#data"] = [{k: f"{data}/{v}" for k, v in case.items()} for case in cases[key]]
+        options[f"{part}#dataset#data"] = [
+            {k: classes.get(v, f"{data}/{v}") for k, v in case.items()} for case in cases[key]
+        ]
     files = {"meta_file": f"{root}/configs/metadata.json", "config_file": train}
     sys.path.insert(0, root)
     run(run_id="run", init_id=None, final_id=None, **files, bundle_root=root, device="cpu", **options)
