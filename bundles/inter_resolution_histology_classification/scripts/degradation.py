@@ -38,12 +38,15 @@ def area_average(image: Tensor, scale: Sequence[int]) -> Tensor:
         scale: voxels per block along each axis, such as (2, 2, 2), or (1, 1, 4) for slices of four times the thickness.
 
     Returns:
-        Shape (C, *(S / scale)), float32, with the mean of `image`.
+        Shape (C, *(S / scale)), float32, with the mean of `image`; empty where `image` is.
 
     Example:
         >>> area_average(torch.tensor([[[0.0, 2.0, 1.0, 1.0], [4.0, 6.0, 1.0, 5.0]]]), (2, 2))
         tensor([[[3., 2.]]])
     """
+    if image.numel() == 0:                                           # air alone, cropped to the body
+        shape = [length // step for length, step in zip(image.shape[1:], scale, strict=True)]
+        return image.new_zeros((len(image), *shape), dtype=torch.float32)
     pooled: Tensor = _POOLS[len(scale)](image.float()[None], tuple(scale))[0]
     return pooled
 
@@ -55,8 +58,9 @@ class DegradeResolutiond(MapTransform, InvertibleTransform):
     where the volume is rotated; an image without an affine gets one on a grid of unit voxels. The result is float32.
 
     `Invertd` brings what a network gives for the low grid back to the full one, its true extent: floating maps by
-    linear interpolation, classes or with `nearest_interp` by the nearest voxel. With `mode` "upsampled" the grid never
-    changes, so that there is nothing to bring back.
+    linear interpolation, classes or with `nearest_interp` by the nearest voxel. What is on the full grid already, as an
+    inferer may leave it, only gets its place and its extent. With `mode` "upsampled" the grid never changes, so that
+    there is nothing to bring back.
 
     Args:
         keys: images of shape (C, *S) in their own units (HU, 0 to 255), before windowing; every channel is averaged.
@@ -156,16 +160,17 @@ class DegradeResolutiond(MapTransform, InvertibleTransform):
         scale = self.scale * len(size) if len(self.scale) == 1 else self.scale
         low = result.as_tensor()
         covered = [-(-length // step) for length, step in zip(size, scale, strict=True)]
-        if list(low.shape[1:]) != covered:
+        full = [length * step for length, step in zip(covered, scale, strict=True)]
+        if list(low.shape[1:]) not in (covered, full):
             raise ValueError(
-                f"`{key}` must have the grid of the degraded image, {covered}, to be brought back from it, got "
-                f"{list(low.shape[1:])}; undo what changed the grid after that first."
+                f"`{key}` must have the grid of the degraded image, {covered}, to be brought back from it, or the full "
+                f"one, {full}, got {list(low.shape[1:])}; undo what changed the grid after that first."
             )
-        if trace[TraceKeys.EXTRA_INFO]["mode"] in _NEAREST or not low.is_floating_point():
+        is_nearest = trace[TraceKeys.EXTRA_INFO]["mode"] in _NEAREST or not low.is_floating_point()
+        if list(low.shape[1:]) != full and is_nearest:               # else an inferer has brought it there
             for axis, step in enumerate(scale, 1):
                 low = low.repeat_interleave(step, dim=axis)          # integers stay integers
-        else:
-            full = [length * step for length, step in zip(covered, scale, strict=True)]
+        elif list(low.shape[1:]) != full:
             low = functional.interpolate(low[None].float(), full, mode=_LINEAR[len(size)], align_corners=False)[0]
         restored = MetaTensor(_cropped(low, size).contiguous(), meta=result.meta)
         restored.applied_operations = result.applied_operations
