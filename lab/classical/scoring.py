@@ -155,11 +155,11 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
     config = BundleRun(Path(), "", request["configs"], {**request["options"], "bundle_root": "."}).config
     parser = ConfigParser(config)
     lists = {name: load_datalist(config["datalist"], name) for name in ("training", "validation", "test")}
-    classifies = config["label_filling"]["dtype"] == "class" if "label_filling" in config else False
-    view: Callable[..., Case] = to_picture if classifies else to_case
-    loading = parser.get_parsed_content("loading")
-    if classifies:                                                 # what the student sees, at its resolution
-        loading = Compose(parser.get_parsed_content("train#deterministic_transforms"))
+    view: Callable[..., Case]
+    if config.get("label_filling", {}).get("dtype") == "class":    # what the student sees, at its resolution
+        view, loading = to_picture, Compose(parser.get_parsed_content("train#deterministic_transforms"))
+    else:
+        view, loading = to_case, parser.get_parsed_content("loading")
     loaded = {name: [loading(case) for case in lists[name]] for name in ("validation", "test")}
     classes, scorer = int(parser.get_parsed_content("out_channels")), _Scorer(parser)
     answer = {}
@@ -167,8 +167,9 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
         rule = RULES[name]
         known = (loading(case) for case in lists["training"]) if rule.uses_training else ()
         segment = rule.prepare([view(case["image"], case["label"]) for case in known], classes)
-        tuned = request["metric"], request["higher_is_better"], view
-        parameters, validation = choose(rule, segment, loaded["validation"], scorer, *tuned)
+        parameters, validation = choose(
+            rule, segment, loaded["validation"], scorer, request["metric"], request["higher_is_better"], view
+        )
         found = [
             to_file_axes(segment(view(case["image"]), **parameters), case["image"]) for case in loaded["test"]
         ]
