@@ -18,15 +18,16 @@ from medkd.compare.frames import Frame, frame_of
 from medkd.compare.networks import Network
 from medkd.data.bundle_check import scripts_of
 from medkd.data.check import AFFINE_TOLERANCE
+from medkd.data.classes import class_problem, is_class
 from medkd.data.volumes import largest_shift
 from medkd.inference.cases import told_cause
 from medkd.inference.picture_files import PICTURES
 from medkd.outputs import plain_tensor
 
-__all__ = ["Case", "Files", "choose_cases", "read_case"]
+__all__ = ["Case", "Files", "check_labels", "choose_cases", "read_case"]
 
 Array = NDArray[Any]
-Files = Mapping[str, str]      # `image`, and `label` if there is one
+Files = Mapping[str, Any]      # `image`, a path, and `label` if there is one: a path, or the number of a class
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def choose_cases(items: Sequence[Files], names: Sequence[str] = ()) -> dict[str,
             "There must be a case that all networks can be run on, got none; name a list of the datalist that has "
             "some (--list), or an image (--image)."
         )
-    missing = [path for item in items for path in item.values() if not os.path.exists(path)]
+    missing = [path for item in items for path in item.values() if not is_class(path) and not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(f"Cases must have files that exist, got {missing[0]}, which does not.")
     found = dict(zip(_names([item["image"] for item in items]), items, strict=True))
@@ -65,6 +66,30 @@ def choose_cases(items: Sequence[Files], names: Sequence[str] = ()) -> dict[str,
         if name not in found:
             raise ValueError(f"--case must name a case of the list, got {name!r}; {suggest(name, found)}")
     return {name: item for name, item in found.items() if not names or name in names}
+
+
+def check_labels(network: Network, cases: Mapping[str, Files]) -> None:
+    """Raise unless labels are of the kind that the network gives: the class of a whole image, or a file.
+
+    Raises:
+        ValueError: naming the first case that has another one, or the number of no class.
+    """
+    for name, files in cases.items():
+        label = files.get("label")
+        if label is None:
+            continue
+        if network.kind != "whole images" and is_class(label):
+            raise ValueError(
+                f"The label of {name} must be a file, as `{network.name}` finds {network.kind} in an image, got the "
+                f"class {label}; take a list with maps as labels, or networks that classify whole images."
+            )
+        if network.kind == "whole images" and not is_class(label):
+            raise ValueError(
+                f"The label of {name} must be a class, as `{network.name}` classifies whole images, got {label}; "
+                "write the list by `medkd datalist --class_folders`, or leave labels out."
+            )
+        if network.kind == "whole images" and (problem := class_problem(label, name, network.classes)):
+            raise ValueError(problem)
 
 
 def _names(files: Sequence[str]) -> list[str]:
@@ -95,10 +120,13 @@ def read_case(network: Network, name: str, files: Files) -> Case:
             raise ValueError(f"Case {name} cannot be read: {told_cause(error)}") from error
     image, label = data["image"], data.get("label")
     affine = np.asarray(image.affine, dtype=np.float64)
-    frame = frame_of(tuple(image.shape[1:]), affine, network.config.get("unit"), _is_picture(files["image"]))
+    is_picture = _is_picture(files["image"])
+    frame = frame_of(tuple(image.shape[1:]), affine, network.config.get("unit"), is_picture)
     if label is not None:
         _check_label(network, name, image, label)
-    return Case(name, _looked_at(plain_tensor(image).numpy()), None if label is None else _whole(label), frame)
+    pixels = plain_tensor(image).numpy()
+    looked_at = _looked_at(pixels[:3] if is_picture and len(pixels) == 4 else pixels)   # without transparency
+    return Case(name, looked_at, None if label is None else _whole(label), frame)
 
 
 def _is_picture(file: str) -> bool:

@@ -4,23 +4,25 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medkd.compare.cases import Files
 from medkd.compare.errors import agreement
+from medkd.compare.evaluating import Measured
 from medkd.compare.frames import on_other_grid
 from medkd.compare.levels import Row
 from medkd.compare.networks import Network
 from medkd.compare.running import AFFINITY, Outcome
 
-__all__ = ["METRICS", "Comparison", "Metric", "number"]
+__all__ = ["METRICS", "Compared", "Comparison", "Metric", "number"]
 
 Array = NDArray[Any]
 
@@ -48,15 +50,17 @@ METRICS = {
 }
 
 
+Kept = TypeVar("Kept", bound=Measured)
+
+
 @dataclass(frozen=True)
-class Comparison:
+class Compared(ABC, Generic[Kept]):
     """Networks, cases and what came of them."""
 
     networks: Sequence[Network]
-    outcomes: Mapping[str, Outcome]        # of each network, by its name
+    outcomes: Mapping[str, Kept]           # of each network, by its name
     cases: Mapping[str, Files]
-    rows: Sequence[Row]                    # levels that belong together
-    class_names: Mapping[int, str] = field(default_factory=dict)
+    class_names: Mapping[int, str]
 
     @property
     def names(self) -> list[str]:
@@ -72,6 +76,38 @@ class Comparison:
     def labeled(self) -> list[str]:
         """Cases with a label."""
         return [case for case, files in self.cases.items() if "label" in files]
+
+    def seconds(self, name: str) -> float:
+        """Mean over the cases."""
+        return fmean(self.outcomes[name].seconds.values())
+
+    def class_name(self, value: int) -> str:
+        """Name of a label value."""
+        return self.class_names.get(value) or f"class {value}"
+
+    @abstractmethod
+    def summary(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the first table: a row per network."""
+
+    @abstractmethod
+    def verdict(self) -> str:
+        """One or two sentences: who is best, by how much, at what price."""
+
+    def price(self, digits: int = 2) -> str:
+        """What the smallest network saves, a sentence behind a space; empty where all are of one size."""
+        sizes = {name: self.outcomes[name].parameters for name in self.names}
+        small, large = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
+        if sizes[small] == sizes[large]:
+            return ""
+        return (f" {small} has {100 * sizes[small] / sizes[large]:.2g} % of the parameters of {large} and takes "
+                f"{self.seconds(small):.{digits}f} s per case instead of {self.seconds(large):.{digits}f} s.")
+
+
+@dataclass(frozen=True)
+class Comparison(Compared[Outcome]):
+    """Networks that segment, cases and what came of them."""
+
+    rows: Sequence[Row]                    # levels that belong together
 
     @property
     def metrics(self) -> list[str]:
@@ -96,10 +132,6 @@ class Comparison:
         far = {name: abs(self.outcomes[name].score(metric, case) - METRICS[metric].best) for name in self.names}
         least = min((value for value in far.values() if not math.isnan(value)), default=math.nan)
         return [name for name, value in far.items() if value <= least + 1e-9]
-
-    def seconds(self, name: str) -> float:
-        """Mean over the cases."""
-        return fmean(self.outcomes[name].seconds.values())
 
     # ---- tables: head, rows ----------------------------------------------------------------------------------------
 
@@ -183,10 +215,6 @@ class Comparison:
                 values[place, name] = float(attention[inside].mean()) / mean if inside.any() and mean > 0 else math.nan
         return values
 
-    def class_name(self, value: int) -> str:
-        """Name of a label value."""
-        return self.class_names.get(value) or f"class {value}"
-
     # ---- words -----------------------------------------------------------------------------------------------------
 
     def verdict(self) -> str:
@@ -208,11 +236,7 @@ class Comparison:
         wins = sum(best in self.best(key, case) for case in self.labeled)
         text = (f"{best} is nearest to the labels: mean {METRICS[key].name} {number(known[best])}, against {others}; "
                 f"it is the best in {wins} of {cases} case(s).")
-        sizes = {name: self.outcomes[name].parameters for name in self.names}
-        small, large = min(sizes, key=lambda name: sizes[name]), max(sizes, key=lambda name: sizes[name])
-        if sizes[small] < sizes[large]:
-            text += (f" {small} has {100 * sizes[small] / sizes[large]:.2g} % of the parameters of {large} and takes "
-                     f"{self.seconds(small):.2f} s per case instead of {self.seconds(large):.2f} s.")
+        text += self.price()
         return text if cases >= 5 else f"{text} So few cases say little about others."
 
 

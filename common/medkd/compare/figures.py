@@ -14,16 +14,36 @@ from numpy.typing import NDArray
 from medkd.compare.cases import Case
 from medkd.compare.comparison import Comparison
 from medkd.compare.errors import differ, wrong
+from medkd.compare.networks import Network
 from medkd.compare.running import AFFINITY
 from medkd.report import canvas, page
 from medkd.report.pictures import DIFFERENT, class_color
 
-__all__ = ["INSTANCES", "CaseFigures", "Slice"]
+__all__ = ["INSTANCES", "SMALL", "CaseFigures", "Slice", "gray_window", "slice_canvas"]
 
 Array = NDArray[Any]
 
 INSTANCES = "#4cc9f0"
-_SMALL = 300              # pixels of a picture of attention
+SMALL = 300              # pixels of a picture of attention
+
+
+def gray_window(network: Network, case: Case) -> tuple[float, float]:
+    """Level and width of the gray values that a network is shown, else of those that the case has."""
+    seen = network.value("intensity_range")
+    low, high = seen or np.percentile(case.image[::2, ::2], (0.5, 99.5))
+    return (low + high) / 2, max(high - low, 1e-6)
+
+
+def slice_canvas(
+    case: Case, position: int, gray: tuple[float, float], width: int, view: tuple[slice, slice] | None = None
+) -> Any:
+    """Axes with a slice of a case, in its colors or in a window of gray values; see `medkd.report.canvas`."""
+    frame, image = case.frame, case.image
+    if image.ndim > len(frame.shape):                              # colors
+        pixels = np.stack([frame.cut(image[..., channel], position) for channel in range(3)], -1)
+    else:
+        pixels = frame.cut(image, position)
+    return canvas.canvas(pixels, frame.pixel, gray, frame.letters, width, view)
 
 
 @dataclass(frozen=True)
@@ -70,11 +90,7 @@ class CaseFigures:
     @cached_property
     def gray(self) -> tuple[float, float]:
         """Level and width of the window."""
-        if self.window is not None:
-            return self.window
-        seen = self.found.first.value("intensity_range")
-        low, high = seen or np.percentile(self.case.image[::2, ::2], (0.5, 99.5))
-        return (low + high) / 2, max(high - low, 1e-6)
+        return self.window or gray_window(self.found.first, self.case)
 
     @cached_property
     def foreground(self) -> Array | None:
@@ -185,12 +201,7 @@ class CaseFigures:
         return canvas.png(axes)
 
     def _canvas(self, position: int, width: int = 460) -> Any:
-        frame, image = self.case.frame, self.case.image
-        if image.ndim > len(frame.shape):                          # colors
-            pixels = np.stack([frame.cut(image[..., channel], position) for channel in range(3)], -1)
-        else:
-            pixels = frame.cut(image, position)
-        return canvas.canvas(pixels, frame.pixel, self.gray, frame.letters, width, self.view)
+        return slice_canvas(self.case, position, self.gray, width, self.view)
 
     def attention(self) -> list[str]:
         """A row per level, a picture per network, on one slice; colors mean the same in a row."""
@@ -219,8 +230,8 @@ class CaseFigures:
     def _map(self, plane: Array, position: int, top: float, path: str) -> bytes:
         frame = self.case.frame
         if path == AFFINITY:
-            return canvas.png(canvas.canvas(plane, frame.pixel, (0.5, 1.0), frame.letters, _SMALL, self.view))
-        axes = self._canvas(position, _SMALL)
+            return canvas.png(canvas.canvas(plane, frame.pixel, (0.5, 1.0), frame.letters, SMALL, self.view))
+        axes = self._canvas(position, SMALL)
         canvas.heat(axes, plane, top)
         if self.found.first.kind == "classes" and self.foreground is not None:
             canvas.outline(axes, frame.cut(self.foreground, position), frame.pixel, "#ffffff", 0.9)

@@ -68,17 +68,41 @@ class Frame:
 
     def cut_other(self, volume: Array, affine: Array, position: int) -> Array:
         """What a volume on another grid has at the places of a slice, linearly interpolated; 0 outside of it."""
-        places = [np.array([position]) if axis == self.across else np.arange(length)
-                  for axis, length in enumerate(self.shape)]
-        own = np.stack(np.meshgrid(*places, indexing="ij"), -1)     # (*S, axes), 1 for the axis that is sliced
+        places = self._places(affine, position)
+        values = ndimage.map_coordinates(volume.astype(np.float32), places, order=1, mode="grid-constant")
+        return self._turned(values)
+
+    def cut_cells(
+        self, cells: Array, affine: Array, image_affine: Array, shape: Sequence[int], position: int
+    ) -> Array:
+        """What the cells of a network tell of the places of a slice, linearly interpolated; NaN where it sees nothing.
+
+        Args:
+            cells: shape (*s). Up to the border of the image its outermost cells count.
+            affine: of the centers of the cells.
+            image_affine: of the image that the network sees, which may be coarser than the file, and a part of it.
+            shape: of that image.
+            position: of the slice.
+        """
+        values = ndimage.map_coordinates(cells.astype(np.float32), self._places(affine, position), order=1,
+                                         mode="nearest")
+        seen = self._places(image_affine, position)                 # (axes, .., ..), voxels of the network's image
+        ends = np.asarray(shape).reshape(-1, *[1] * (seen.ndim - 1)) - 0.5
+        return self._turned(np.where(((seen >= -0.5) & (seen <= ends)).all(0), values, np.nan))
+
+    def _places(self, affine: Array, position: int) -> Array:
+        """Where the voxels of a slice lie on another grid: (axes, .., ..), in its voxels."""
+        lengths = [np.array([position]) if axis == self.across else np.arange(length)
+                   for axis, length in enumerate(self.shape)]
+        own = np.stack(np.meshgrid(*lengths, indexing="ij"), -1)    # (*S, axes), 1 for the axis that is sliced
         if self.across is not None:
             own = own.squeeze(self.across)
         to_other = np.linalg.inv(affine) @ self.affine
-        other = own @ to_other[:-1, :-1].T + to_other[:-1, -1]     # (.., .., axes)
-        places_first = np.moveaxis(other, -1, 0)
-        values = ndimage.map_coordinates(volume.astype(np.float32), places_first, order=1, mode="grid-constant")
-        flat = Frame(values.shape, np.eye(3), None, *self._in_plane())
-        return flat.cut(values, 0)
+        return np.moveaxis(own @ to_other[:-1, :-1].T + to_other[:-1, -1], -1, 0)
+
+    def _turned(self, values: Array) -> Array:
+        """A slice as it is looked at, with rows and columns as they are when the sliced axis is gone."""
+        return Frame(values.shape, np.eye(3), None, *self._in_plane()).cut(values, 0)
 
     def _in_plane(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
         """Rows and columns when the sliced axis is gone."""

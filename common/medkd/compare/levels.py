@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medkd.taps import FeatureTaps
 
-__all__ = ["Level", "Row", "align_levels", "find_levels", "named_levels"]
+__all__ = ["Level", "Row", "align_levels", "empty_image", "find_levels", "named_levels"]
 
 Side = Literal["encoder", "decoder", "tap"]
 
@@ -186,11 +186,20 @@ def _run(network: nn.Module, taps: FeatureTaps, size: Sequence[int]) -> tuple[di
 
 
 def _forward(network: nn.Module, size: Sequence[int]) -> Any:
+    with torch.no_grad():
+        return network(empty_image(network, size))
+
+
+def empty_image(network: nn.Module, size: Sequence[int]) -> Tensor:
+    """Zeros that a network takes, shape (1, C, *size).
+
+    Raises:
+        ValueError: no convolution tells how many channels the image has.
+    """
     weight = next((one for one in network.parameters() if one.dim() == len(size) + 2), None)
     if weight is None:
         raise ValueError(f"{type(network).__name__} must have a convolution of {len(size)} axes, got none")
-    with torch.no_grad():
-        return network(torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device))
+    return torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
 
 
 def _is_same(output: Tensor, last: Any) -> bool:

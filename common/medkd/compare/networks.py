@@ -18,7 +18,7 @@ from medkd.inference.cases import told_cause
 
 __all__ = ["Kind", "Network", "check_comparable", "find_bundle"]
 
-Kind = Literal["classes", "instances"]
+Kind = Literal["classes", "instances", "whole images"]
 
 _NEEDED = ("train", "evaluate")
 _SEEN = ("spacing", "scale", "intensity_range", "patch_size", "window_size")   # what a network is shown, of ours
@@ -76,7 +76,9 @@ class Network:
 
     @cached_property
     def kind(self) -> Kind:
-        """What a label is: numbers of classes, or of instances."""
+        """What a label has numbers of: classes, instances, or one class of a whole image."""
+        if self.value("label_filling#dtype") == "class":
+            return "whole images"
         return "classes" if self.config.get("score_columns") == "classes" else "instances"
 
     def value(self, key: str) -> Any:
@@ -99,7 +101,7 @@ class Network:
 
     @cached_property
     def classes(self) -> int:
-        """Number of classes with the background; for instances that of channels."""
+        """Number of classes, with the background where there is one; for instances that of channels."""
         return int(self.value("out_channels"))
 
     @cached_property
@@ -216,7 +218,7 @@ def check_comparable(networks: Sequence[Network]) -> None:
                     f"Networks must have the same task, got {text} {pair[0]} for `{first.name}` and {pair[1]} for "
                     f"`{other.name}`; compare those of one task."
                 )
-        if first.kind == "classes" and first.classes != other.classes:
+        if first.kind != "instances" and first.classes != other.classes:
             raise ValueError(
                 f"Networks must have the same number of classes, got {first.classes} for `{first.name}` and "
                 f"{other.classes} for `{other.name}`; if that is how they were trained they cannot be compared, else "

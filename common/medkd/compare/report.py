@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from medkd.compare.cases import read_case
-from medkd.compare.comparison import METRICS, Comparison, number
+from medkd.compare.comparison import METRICS, Compared, Comparison, number
 from medkd.compare.figures import INSTANCES, CaseFigures
 from medkd.report import page
 from medkd.report.pictures import DIFFERENT, class_color
 
-__all__ = ["write_report"]
+__all__ = ["network_parts", "time_meaning", "write_parts", "write_report"]
 
 
 def write_report(
@@ -45,12 +46,21 @@ def write_report(
             focus.append(found.focus(case, figures.foreground, figures.case.frame.affine))
     if len(found.cases) > shown:
         left_out.append(f"Pictures of {len(found.cases) - shown} more case(s); --pictures N draws those of N.")
-    title = "Comparison of networks: " + ", ".join(found.names)
-    page.write_page(path, title, [
-        f"<h1>{escape(title)}</h1>", *_summary(found), *_networks(found), *_scores(found),
+    write_parts(path, found, [
+        *_summary(found), *network_parts(found), *_scores(found),
         *(["<h2>What the networks find</h2>", *_legend(found, slices), *overlays] if overlays else []),
         *(["<h2>Where the networks look</h2>", _attention_words(found, exponent), *_focus(found, focus), *attention]
           if found.rows and attention else []),
+    ], left_out, command)
+
+
+def write_parts(
+    path: Path, found: Compared[Any], parts: Sequence[str], left_out: Sequence[str], command: str
+) -> None:
+    """Write a page of parts, between its title and what is left out."""
+    title = "Comparison of networks: " + ", ".join(found.names)
+    page.write_page(path, title, [
+        f"<h1>{escape(title)}</h1>", *parts,
         *(["<h2>What is left out</h2>", "<ul>", *(f"<li>{escape(one)}</li>" for one in left_out), "</ul>"]
           if left_out else []),
         "<h2>Repeat it</h2>", f"<pre>{escape(command)}</pre>",
@@ -69,9 +79,7 @@ def _summary(found: Comparison) -> list[str]:
     meanings = [(found.title(metric), METRICS[metric].about) for metric in found.metrics]
     meanings += [("best in cases", f"cases in which no other network has a better {METRICS[found.metrics[0]].name}")
                  ] if found.metrics else []
-    devices = ", ".join(sorted({outcome.device for outcome in found.outcomes.values()}))
-    meanings.append(("s per case", "of the network with its windows, without reading and writing; device "
-                     f"{devices}, one CPU thread, measured once per case: rough"))
+    meanings.append(time_meaning(found))
     labeled = len(found.labeled)
     cases = f"{len(found.cases)} case(s), {labeled} of them with a label" if labeled < len(found.cases) else (
         f"{labeled} case(s), each with a label")
@@ -82,7 +90,15 @@ def _summary(found: Comparison) -> list[str]:
     ]
 
 
-def _networks(found: Comparison) -> list[str]:
+def time_meaning(found: Compared[Any]) -> tuple[str, str]:
+    """How the time of a case is measured."""
+    devices = ", ".join(sorted({outcome.device for outcome in found.outcomes.values()}))
+    return "s per case", ("of the network with its windows, without reading and writing; device "
+                          f"{devices}, one CPU thread, measured once per case: rough")
+
+
+def network_parts(found: Compared[Any]) -> list[str]:
+    """What each network is."""
     parts = ["<h2>What each network is</h2>"]
     for network in found.networks:
         outcome, others = found.outcomes[network.name], [one for one in found.networks if one is not network]

@@ -26,7 +26,8 @@ from medkd.taps import plain_tensor
 
 __all__ = [
     "Accuracy", "BalancedAccuracy", "ClassificationMetric", "ConfusionMatrixSaver", "MacroAUC", "MacroF1",
-    "QuadraticKappa", "balanced_accuracy", "confusion_matrix", "macro_auc", "macro_f1", "quadratic_kappa",
+    "QuadraticKappa", "balanced_accuracy", "class_probabilities", "confusion_matrix", "macro_auc", "macro_f1",
+    "quadratic_kappa",
 ]
 
 Counts = NDArray[np.int64]
@@ -183,7 +184,7 @@ class _Cases(CumulativeIterationMetric):
         if found is None:
             raise NotComputableError("The metric must be updated with a case before it is computed, got none.")
         scores, label = (side.cpu().numpy() for side in found)
-        return label.astype(np.int64), _probabilities(scores.astype(np.float64))
+        return label.astype(np.int64), class_probabilities(scores.astype(np.float64))
 
     def get_buffer(self) -> Tensor | None:
         """Details; see `ClassificationMetric`. None where no case has a label, as when a teacher stands for labels."""
@@ -224,8 +225,16 @@ def _pairs(preds: Any, labels: Any) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _probabilities(scores: Floats) -> Floats:
-    """Rows that sum to 1: logits are not comparable between cases, as they have no common zero."""
+def class_probabilities(scores: Floats) -> Floats:
+    """Rows that sum to 1: logits are not comparable between cases, as they have no common zero.
+
+    Args:
+        scores: logits of all cases, or probabilities of all, which stay as they are. Shape (N, K).
+
+    Example:
+        >>> class_probabilities(np.array([[2.0, 2.0], [0.0, 0.0]])).tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
+    """
     if (scores >= 0).all() and np.allclose(scores.sum(1), 1.0, atol=1e-3):   # float16 in autocast
         return scores
     powers = np.exp(scores - scores.max(1, keepdims=True))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["ATTENTION", "canvas", "edges", "heat", "mark", "outline", "png"]
+__all__ = ["ATTENTION", "border", "canvas", "edges", "heat", "mark", "outline", "png"]
 
 Array = NDArray[Any]
 Pixel = tuple[float, float]
@@ -94,6 +94,14 @@ def heat(axes: Any, values: Array, top: float) -> None:
     colors = colormaps[ATTENTION](0.25 + 0.75 * share)             # (H, W, 4); the dark end would look like the image
     colors[..., 3] = 0.9 * np.sqrt(share)
     axes.imshow(colors, extent=axes.images[0].get_extent(), interpolation="bilinear", aspect="auto")
+
+
+def border(axes: Any, color: str, dashed: bool = False, width: float = 9.0) -> None:
+    """Draw a border inside of the picture, `width` points wide; half of it lies outside and is not seen."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=color, linewidth=width,
+                             linestyle=(0, (2, 1.5)) if dashed else "-"))
 
 
 def png(axes: Any) -> bytes:

@@ -35,6 +35,8 @@ pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .82r
 @media (max-width: 34rem) { th, td { padding: .2rem .28rem; font-size: .8rem; } }
 """
 
+_MARK = " style='background:#ff2fd040'"       # of cells; see-through, for light and dark
+
 
 def figure(png: bytes, caption: str) -> str:
     """Show a picture with its caption."""
@@ -71,7 +73,7 @@ def legend(colors: Mapping[str, str]) -> str:
 
 def table(
     rows: Sequence[Sequence[str]], head: Sequence[str], groups: Sequence[tuple[str, int]] = (),
-    strong: Collection[str] = (),
+    strong: Collection[str] = (), marked: Collection[tuple[int, int]] = (),
 ) -> str:
     """Set numbers in columns.
 
@@ -80,12 +82,15 @@ def table(
         head: title of each column.
         groups: title and number of columns of what stands together after the first column, as a line above `head`.
         strong: names of the rows that are emphasized.
+        marked: row and column, from 0 on, of the cells that are to be seen first.
     """
     edges = {1 + sum(size for _, size in groups[:number]) for number in range(1, len(groups))}
     above = "".join(f"<th colspan={size}{_edge(number > 0)}>{escape(title)}</th>"
                     for number, (title, size) in enumerate(groups))
     titles = (f"<tr><th></th>{above}</tr>" if groups else "") + f"<tr>{_cells('th', head, edges)}</tr>"
-    lines = (f"<tr{' class=strong' if row[0] in strong else ''}>{_cells('td', row, edges)}</tr>" for row in rows)
+    places = [{column for line, column in marked if line == number} for number in range(len(rows))]
+    lines = (f"<tr{' class=strong' if row[0] in strong else ''}>{_cells('td', row, edges, there)}</tr>"
+             for row, there in zip(rows, places, strict=True))
     return f"<div class=wide><table><thead>{titles}</thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
@@ -100,8 +105,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<div class=wide><table class=facts>{rows}</table></div>"
 
 
-def _cells(tag: str, texts: Sequence[str], edges: Collection[int] = ()) -> str:
-    return "".join(f"<{tag}{_edge(n in edges)}>{escape(text)}</{tag}>" for n, text in enumerate(texts))
+def _cells(tag: str, texts: Sequence[str], edges: Collection[int] = (), marked: Collection[int] = ()) -> str:
+    return "".join(
+        f"<{tag}{_edge(n in edges)}{_MARK if n in marked else ''}>{escape(text)}</{tag}>"
+        for n, text in enumerate(texts)
+    )
 
 
 def _edge(there: bool) -> str:

@@ -74,3 +74,14 @@ def test_labels_keep_their_numbers_on_another_grid() -> None:
     fine = on_other_grid(label, np.eye(3), np.diag([0.5, 0.5, 1.0]), (12, 12))
     assert set(np.unique(fine)) == {0, 7}
     assert np.array_equal(fine[::2, ::2], label)
+
+
+def test_cells_of_a_network_lie_where_it_sees_them_and_nowhere_else() -> None:
+    """Of 10 x 8 pixels a network sees all but a rim of one, in blocks of 4, the last of them half outside."""
+    frame = frame_of((10, 8), np.eye(3), None, is_picture=True)
+    image = np.array([[4.0, 0, 2.5], [0, 4.0, 2.5], [0, 0, 1]])
+    plane = frame.cut_cells(np.array([[0.0, 0], [8, 8]]), image, image, (2, 2), 0)   # columns, rows
+    assert plane.shape == (8, 10)
+    assert np.isnan(plane[0]).all()
+    assert np.isnan(plane[:, [0, 9]]).all()
+    assert plane[3, 1:9].tolist() == [0.0, 0.0, 1.0, 3.0, 5.0, 7.0, 8.0, 8.0]        # centers at 2.5 and 6.5

@@ -31,6 +31,20 @@ def test_a_view_shows_its_rows_and_columns_alone_and_marks_stay_in_place() -> No
     assert (seen[10:90, 110:190] > 200).all()
 
 
+def test_a_border_lies_inside_of_the_picture_and_may_have_gaps() -> None:
+    shares = []
+    for dashed in (False, True):
+        axes = canvas.canvas(np.zeros((50, 100)), (1.0, 1.0), (0.5, 1.0), width=200)
+        canvas.border(axes, "#ff0000", dashed)
+        seen = np.asarray(Image.open(io.BytesIO(canvas.png(axes))).convert("RGB"))
+        is_red = seen[..., 0] > 200
+        assert seen.shape == (100, 200, 3)
+        assert not is_red[10:-10, 10:-10].any()
+        shares.append(np.concatenate([is_red[1], is_red[-2], is_red[:, 1], is_red[:, -2]]).mean())
+    assert shares[0] == 1.0
+    assert 0.4 < shares[1] < 0.8
+
+
 def test_a_case_is_seen_where_the_slices_that_are_shown_are_brighter_than_air(monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.full((64, 64, 4), -1000.0)
     image[20:30, 40:60, 2] = 50.0
