@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from medkd.compare.networks import Network, find_bundle
 __all__ = ["read_network", "read_settings"]
 
 _WEIGHTS = (".pt", ".pth", ".safetensors")
+_OF_STUDENTS = {"scale"}       # how much less a student sees than its teacher, whose config says that it sees all
 
 
 def read_network(
@@ -27,7 +29,8 @@ def read_network(
             the bundle that it was trained with, without ending, or weights in the bundle; KEY=VALUE an option.
         folder: where zips are unpacked to.
         bundle: folder of the bundle for weights that lie in none.
-        common: settings of all networks; those of the word win.
+        common: settings of all networks; those of the word win. `scale` is that of students: a config of the word
+            that sets it, as a teacher's, wins too.
 
     Raises:
         ValueError: nothing at the path, no bundle around the weights, two files of weights, a zip that is not as it
@@ -36,7 +39,7 @@ def read_network(
     parts = word.split("+")
     named = re.match(r"([^=/\\]+)=(.+)", parts[0]) if not Path(parts[0]).exists() else None
     path, rest = _longest_path([named[2] if named else parts[0], *parts[1:]], word)
-    settings = dict(common or {}) | read_settings([part for part in rest if "=" in part], f"{word!r}")
+    own = read_settings([part for part in rest if "=" in part], f"{word!r}")
     inner = [part for part in rest if "=" not in part and part.endswith(_WEIGHTS)]
     given = [*([path.name] if not path.is_dir() and path.suffix != ".zip" else []), *inner]
     if len(given) > 1:
@@ -44,7 +47,15 @@ def read_network(
     configs = [part.removesuffix(".json") for part in rest if "=" not in part and part not in inner]
     root, weights = _places(path, folder, bundle)
     weights = root / inner[0] if inner else weights
+    kept = _OF_STUDENTS & _keys(root, configs)
+    settings = {key: value for key, value in (common or {}).items() if key not in kept} | own
     return Network(named[1] if named else _name(path, root, configs), root, tuple(configs), settings, weights)
+
+
+def _keys(root: Path, configs: Sequence[str]) -> set[str]:
+    """What some configs of a bundle set; whether they are there is checked with the network."""
+    files = [root / f"configs/{name}.json" for name in configs]
+    return {key for file in files if file.is_file() for key in json.loads(file.read_text(encoding="utf-8"))}
 
 
 def read_settings(pairs: Sequence[str], where: str) -> dict[str, Any]:

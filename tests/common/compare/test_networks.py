@@ -20,6 +20,7 @@ from medkd.data.bundle_check import scripts_of
 BUNDLES = Path(__file__).parents[3] / "bundles"
 CT, NUCLEI = BUNDLES / "boundary_relation_ct_organs", BUNDLES / "graph_relation_nuclei"
 TUMOR = BUNDLES / "layer_feedback_ct_tumor"
+HISTOLOGY = BUNDLES / "inter_resolution_histology_classification"
 
 
 def built(network: Network) -> torch.nn.Module:
@@ -118,6 +119,14 @@ def test_settings_are_literals_or_text() -> None:
         read_settings(["spacing"], "--set")
 
 
+def test_scale_of_all_networks_is_that_of_students(tmp_path: Path) -> None:
+    """A teacher's config says that it sees all; `--set scale=8` is not meant for it."""
+    words = [f"{HISTOLOGY}", f"{HISTOLOGY}+teacher", f"{HISTOLOGY}+teacher+scale=2"]
+    student, teacher, odd = (read_network(word, tmp_path, common={"scale": 8, "rim": 0}) for word in words)
+    assert (student.value("scale"), teacher.value("scale"), odd.value("scale")) == (8, 1, 2)
+    assert (student.value("rim"), teacher.value("rim")) == (0, 0)
+
+
 # weights
 
 
@@ -162,6 +171,20 @@ def test_other_settings_than_in_training_are_refused(bundle: Path) -> None:
         check_settings(Network("student", bundle))
 
 
+def test_another_scale_than_in_training_is_refused_but_for_pictures_that_have_it_already(tmp_path: Path) -> None:
+    from medkd.settings import flatten
+
+    weights = tmp_path / "model.pt"
+    weights.touch()
+    recorded = Network("student", HISTOLOGY, (), {"scale": 8}, weights)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"record": {"settings": flatten(recorded.config)}}, tmp_path / "checkpoints/epoch_00003.pt")
+    check_settings(recorded)
+    check_settings(Network("student", HISTOLOGY, (), {"scale": 1}, weights))
+    with pytest.raises(ValueError, match=r"with scale 8, as its checkpoint says, got 4; write student=...\+scale=8"):
+        check_settings(Network("student", HISTOLOGY, (), {}, weights))
+
+
 # what it is
 
 
@@ -190,6 +213,11 @@ def test_networks_of_other_tasks_are_refused(bundle: Path) -> None:
         check_comparable([two, Network("cells", NUCLEI)])
     with pytest.raises(ValueError, match="the same task, got a number of axes of 3 for `two` and 2 for `flat`"):
         check_comparable([two, Network("flat", bundle, ["2d"])])
+    with pytest.raises(ValueError, match="got labels of classes for `two` and whole images for `grades`"):
+        check_comparable([two, Network("grades", HISTOLOGY)])
+    three, four = (Network(f"{classes}", HISTOLOGY, (), {"out_channels": classes}) for classes in (3, 4))
+    with pytest.raises(ValueError, match="same number of classes, got 3 for `3` and 4 for `4`"):
+        check_comparable([three, four])
     networks = [Network(name, TUMOR, configs) for name, configs in (("whole", []), ("by slices", ["kidney_2d"]))]
     check_comparable(networks)                                     # both of volumes
     slices = Network("slices", TUMOR, ["kidney_2d", "slices"])
