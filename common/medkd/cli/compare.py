@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare two or more networks on the same cases: an HTML report of how good they are, where they err and look.
 
+Networks that segment, into classes or instances, or that classify whole images: of these a table of what each case is
+taken for, and maps of where each network sees evidence for each class.
+
 A network is [NAME=]PATH[+CONFIG][+KEY=VALUE]: the folder of a bundle, a zip of `make pack`, or a file of weights in a
 bundle, with the configs and settings it was trained with. In a bundle's folder, for example:
 
@@ -20,13 +23,18 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medkd.cli.lists import load_lists
 from medkd.cli.parser import Parser, literal
 
+if TYPE_CHECKING:
+    from medkd.compare.comparison import Compared
+
 __all__ = ["run"]
 
 logger = logging.getLogger(__name__)
+_EXPONENT = 4.0
 
 
 def run(parser: Parser, words: Sequence[str]) -> None:
@@ -38,21 +46,23 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--case", metavar="NAME", action="append", default=[],
         help="case of the list, a file's name without ending; may be given several times (default: all)")
     add("--image", metavar="FILE", help="an image, in place of --data")
-    add("--label", metavar="FILE", help="the label of --image, if there is one")
+    add("--label", metavar="FILE", help="the label of --image, if there is one; not for classifiers")
     add("--output", metavar="FILE", default="compare.html", help="the report")
     add("--set", metavar="KEY=VALUE", action="append", default=[],
-        help='setting of all networks, such as "spacing=[2,2,2]"; may be given several times')
+        help='setting of all networks, such as "spacing=[2,2,2]", but for the scale of a teacher that sees all; may be '
+        "given several times")
     add("--bundle", metavar="FOLDER", help="bundle of weights that lie in none (default: the current folder, if it is "
         "one)")
     add("--tap", metavar="PATHS", action="append", default=[],
         help="layer whose attention is shown, a path of the network's modules, or one for each network with commas "
-        "between; may be given several times (default: encoder and decoder levels)")
-    add("--exponent", type=literal, default=4.0,
-        help="p of the attention maps, the mean over channels of |x|^p; at least 1")
+        "between; may be given several times (default: encoder and decoder levels; of classifiers the last with maps)")
+    add("--exponent", type=literal, default=_EXPONENT,
+        help="p of the attention maps, the mean over channels of |x|^p; at least 1; not for classifiers")
     add("--window", type=literal, metavar="LEVEL,WIDTH",
         help="of the gray values, in the unit of the images (default: what the first network sees)")
     add("--slices", type=literal, metavar="N", default=3, help="slices that are shown of a case, at most")
-    add("--pictures", type=literal, metavar="N", default=3, help="cases with pictures; all have scores")
+    add("--pictures", type=literal, metavar="N", default=3,
+        help="cases with pictures, the first ones; of classifiers those on which they differ or err; all have scores")
     options = parser.parse(words)
     _check(options)
     with tempfile.TemporaryDirectory(prefix="medkd_compare_") as folder:
@@ -83,33 +93,67 @@ def _check(options: Namespace) -> None:
         raise ValueError(f"--output must be in a folder that can be written, got {above}; name another one.")
 
 
+def _refuse_for_classifiers(options: Namespace, name: str) -> None:
+    """Raise where an option is for networks that segment; --slices is nothing to pictures, as there."""
+    if options.label is not None:
+        raise ValueError(
+            f"--label must be left out, as `{name}` classifies whole images, whose label is no file, got "
+            f"{options.label}; for scores give the class as `label` in a datalist, with --data."
+        )
+    if options.exponent != _EXPONENT:
+        raise ValueError(
+            f"--exponent must be left out, as maps of `{name}` are of classes and have no power, got "
+            f"{options.exponent:g}."
+        )
+
+
+def _read_cases(options: Namespace) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Files of the cases, and names of the label values."""
+    from medkd.data.datalist import load_datalist
+
+    if options.image is not None:
+        files = {"image": options.image} | ({"label": options.label} if options.label else {})
+        return [{key: str(Path(file).absolute()) for key, file in files.items()}], {}
+    path = Path(options.data, "datalist.json") if Path(options.data).is_dir() else Path(options.data)
+    listed = load_datalist(path, options.list)
+    items = [{key: one[key] for key in ("image", "label") if one.get(key) is not None} for one in listed]
+    return items, {int(value): name for value, name in load_lists(path)[1].items()}
+
+
 def _compare(options: Namespace, folder: Path, command: str) -> None:
     from medkd.cli.networks import read_network, read_settings
     from medkd.compare.cases import choose_cases
+    from medkd.compare.classifiers.comparing import compare_classifiers
+    from medkd.compare.classifiers.report import write_class_report
     from medkd.compare.comparing import compare
+    from medkd.compare.networks import check_comparable
     from medkd.compare.report import write_report
     from medkd.data.bundle_check import is_bundle
-    from medkd.data.datalist import load_datalist
 
-    names: dict[int, str] = {}
-    if options.image is not None:
-        files = {"image": options.image} | ({"label": options.label} if options.label else {})
-        items = [{key: str(Path(file).absolute()) for key, file in files.items()}]
-    else:
-        path = Path(options.data, "datalist.json") if Path(options.data).is_dir() else Path(options.data)
-        listed = load_datalist(path, options.list)
-        items = [{key: one[key] for key in ("image", "label") if one.get(key)} for one in listed]
-        names = {int(value): name for value, name in load_lists(path)[1].items()}
+    items, names = _read_cases(options)
     bundle = options.bundle or ("." if is_bundle(".") else None)
     settings = read_settings(options.set, "--set")
     networks = [read_network(word, folder / f"zip_{n}", bundle, settings) for n, word in enumerate(options.networks)]
-    found = compare(
-        networks, choose_cases(items, options.case), folder, options.exponent,
-        [one.split(",") for one in options.tap], names, options.pictures, logger.info,
-    )
-    output = Path(options.output)
-    write_report(output, found, command, options.exponent, options.window, options.slices, options.pictures,
-                 lambda case: logger.info("drawing %s", case))
+    check_comparable(networks)
+    taps, output, shown = [one.split(",") for one in options.tap], Path(options.output), options.pictures
+    found: Compared[Any]
+    if networks[0].kind == "whole images":
+        _refuse_for_classifiers(options, networks[0].name)
+        cases = choose_cases(items, options.case)
+        found = compare_classifiers(networks, cases, taps, names, shown, logger.info)
+        write_class_report(output, found, command, options.window, shown, _tell_drawing)
+    else:
+        cases = choose_cases(items, options.case)
+        found = compare(networks, cases, folder, options.exponent, taps, names, shown, logger.info)
+        write_report(output, found, command, options.exponent, options.window, options.slices, shown, _tell_drawing)
+    _tell(found, output)
+
+
+def _tell_drawing(case: str) -> None:
+    logger.info("drawing %s", case)
+
+
+def _tell(found: Compared[Any], output: Path) -> None:
     print(found.verdict())
     head, rows = found.summary()
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
