@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes of pictures as a table: a row per picture with its class and the probability of each."""
+"""Classes of whole images as a table: a row per image with its class and the probability of each."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def class_names_of(datalist: str, classes: int) -> list[str]:
 class SaveClassesd(MapTransform):
     """Write `predictions.csv`: image, class, and a column with the probability of each class.
 
-    The file is begun anew by the first picture, and each further one is written at once.
+    The file is begun anew by the first image, and each further one is written at once.
 
     Args:
         keys: probabilities of the classes, shape (K,), which sum to 1.
         output_dir: folder of the file; it is made.
         class_names: names of the columns, K; None numbers them.
-        image_key: picture whose metadata name the file.
+        image_key: image whose metadata name the file.
         allow_missing_keys: do nothing where a key is absent.
 
     Raises:

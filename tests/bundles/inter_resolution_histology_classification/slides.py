@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slides and tables of classes; run by `test_contract.py` in a process of its own, as the name `scripts` is shared."""
+"""Slides and pictures; run by `test_contract.py` in a process of its own, as the name `scripts` is shared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from bundle_runs import refused
 
 sys.path.insert(0, os.environ["MEDKD_BUNDLE"])
 
-from scripts.class_files import SaveClassesd, class_names_of
 from scripts.networks import FieldClassifier
 from scripts.slides import LoadSlided, SaveSlideClassesd, TileInferer, class_map, tissue_mask
 
@@ -233,23 +232,3 @@ def test_a_file_of_low_resolution_is_seen_as_it_is_with_scale_1(run: Run, tmp_pa
     Image.fromarray(np.full((48, 48, 3), RED, np.uint8)).save(tmp_path / "a.png")
     (row,) = table(infer(run, tmp_path, ["a.png"], scale=1, rim=0) / "predictions.csv")
     assert row["class"] == "red"
-
-
-def test_a_table_is_begun_anew_by_each_run_and_checks_its_names(tmp_path: Path) -> None:
-    case = {"pred": torch.tensor([0.2, 0.8]), "image": MetaTensor(torch.ones(1), meta={"filename_or_obj": "x.png"})}
-    for _ in range(2):
-        save = SaveClassesd("pred", tmp_path)
-        save(case)
-        save(case)
-        assert [row["class"] for row in table(tmp_path / "predictions.csv")] == ["1", "1"]
-    with pytest.raises(ValueError, match="`pred` must be the probabilities of 3 classes, a, b, c, got shape"):
-        SaveClassesd("pred", tmp_path, ["a", "b", "c"])(case)
-
-
-def test_classes_are_named_by_the_datalist_or_numbered(tmp_path: Path) -> None:
-    file = tmp_path / "datalist.json"
-    assert class_names_of(str(file), 2) == ["0", "1"]
-    file.write_text(json.dumps({"test": [], "labels": {"1": "b", "0": "a"}}))
-    assert class_names_of(str(file), 2) == ["a", "b"]
-    with pytest.raises(ValueError, match="must name the classes 0, 1, 2, got 1, 0; correct them, or give"):
-        class_names_of(str(file), 3)
