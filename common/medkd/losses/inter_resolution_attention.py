@@ -102,10 +102,11 @@ teacher's entropy and has the same gradient |
         seed: of its first values.
         activation: `softmax`, or `sigmoid` for classes that may be together.
         teacher_output: `logits`, or `probabilities` of a teacher that ends in that activation. Maps are of the head.
+        least_positions: that maps must have to be compared, 2 or more; 27 are 3 along each axis of a volume.
 
     Raises:
         ValueError: unknown option; a head that does not read the layer; another number of classes or channels; a map
-            of one position; a label that is no class.
+            of too few positions; a label that is no class.
 
     Reference:
         del Amor et al., Attention to detail: inter-resolution knowledge distillation, arXiv 2401.06010, and its
@@ -142,6 +143,7 @@ teacher's entropy and has the same gradient |
         seed: int = 0,
         activation: Activation = "softmax",
         teacher_output: TeacherOutput = "logits",
+        least_positions: int = 2,
     ) -> None:
         if preset not in _PRESETS:
             raise ValueError(f"`preset` must be one of {list(_PRESETS)}, got {preset!r}.")
@@ -156,6 +158,7 @@ teacher's entropy and has the same gradient |
         self.weight_grad: WeightGradient = weight_grad
         self.activation: Activation = activation
         self.teacher_output: TeacherOutput = teacher_output
+        self.least_positions = least_positions
         self._check_options()
         self.include_background = task == "classification" if include_background is None else include_background
         self.preset_weights = dict(_WEIGHTS[task])
@@ -172,6 +175,8 @@ teacher's entropy and has the same gradient |
         for name, values in known.items():
             if (given := getattr(self, name)) not in get_args(values):
                 raise ValueError(f"`{name}` must be one of {get_args(values)}, got {given!r}.")
+        if self.least_positions < 2:
+            raise ValueError(f"`least_positions` must be 2 or more, got {self.least_positions}.")
         if self.teacher_filter == "correct" and (self.task, self.activation) != ("classification", "softmax"):
             raise ValueError(
                 "`teacher_filter` 'correct' must go with task 'classification' and activation 'softmax', where a "
@@ -275,10 +280,10 @@ teacher's entropy and has the same gradient |
     def _tell_few(self, maps: Tensor) -> None:
         if self._left < _LOOKS:
             return
-        if (positions := maps[0, 0].numel()) == 1:
+        if (positions := maps[0, 0].numel()) < self.least_positions:
             raise ValueError(
-                "`tap` must have more than one position, or there is no place to look at, got maps of size "
-                f"{tuple(maps.shape[2:])}; take larger images, a smaller stride, or `grid` 'teacher'."
+                f"`tap` must have {self.least_positions} positions or more, or there is no place to look at, got maps "
+                f"of size {tuple(maps.shape[2:])}; take larger images, a smaller stride, or `grid` 'teacher'."
             )
         if positions < _FEW:
             logger.warning(

@@ -617,6 +617,7 @@ def test_classes_that_may_be_together_are_chosen_by_their_channels() -> None:
     ({"variant": "activation", "classes": "target"}, "`variant` 'activation' must go with `classes` 'all'"),
     ({"activation": "tanh"}, "`activation` must be one of .*, got 'tanh'"),
     ({"channels": [4]}, r"`channels` must be \[student, teacher\] of the layer, got \[4\]"),
+    ({"least_positions": 1}, "`least_positions` must be 2 or more, got 1"),
 ])
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -630,7 +631,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
     ({"h": torch.zeros(3, 7)}, r"`head` must have shape \(3, 5\) in the student, .* got 'h' of \(3, 7\)"),
     ({"h": torch.zeros(4, 5)}, r"`head` must have shape \(3, 5\) in the student, .* got 'h' of \(4, 5\)"),
     ({"f": torch.zeros(3, 5)}, r"`student\['f'\]` must be a floating map of shape \(B, C, \*S\)"),
-    ({"f": torch.zeros(3, 5, 1, 1)}, r"`tap` must have more than one position, .* got maps of size \(1, 1\)"),
+    ({"f": torch.zeros(3, 5, 1, 1)}, r"`tap` must have 2 positions or more, .* got maps of size \(1, 1\)"),
     ({"f": torch.zeros(3, 5, 4, 4, 4)}, "`tap` must have as many axes in both networks, got 3 and 2"),
 ])
 def test_tensors_that_do_not_fit_are_refused(change: Maps, message: str) -> None:
@@ -684,3 +685,11 @@ def test_a_coarse_grid_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     a_loss(grid="teacher")(leaves(student), teacher)
     assert not caplog.records
+
+
+def test_volumes_whose_maps_are_too_coarse_are_refused_where_a_least_grid_is_asked_for() -> None:
+    student, teacher = random_network((3, 3, 2)), random_network((6, 6, 6))
+    with pytest.raises(ValueError, match=r"`tap` must have 27 positions or more, .* got maps of size \(3, 3, 2\)"):
+        a_loss(least_positions=27)(leaves(student), teacher)
+    assert a_loss(least_positions=27, grid="teacher")(leaves(student), teacher)["attention"].item() > 0.01
+    assert a_loss(least_positions=18)(leaves(student), teacher)["attention"].item() > 0.01
