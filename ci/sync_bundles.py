@@ -5,8 +5,9 @@
     python ci/sync_bundles.py --check    name every difference by its path
     python ci/sync_bundles.py --write    add what is missing and correct what differs; nothing is ever removed
 
-Each file of ci/skeleton has its namesake in bundles/*/configs; other files of a bundle are its own. Files other than
-JSON are equal byte for byte. In a JSON file of the skeleton
+Each file of ci/skeleton has its namesake in bundles/*/configs, and an override among them, such as evaluate.json, may
+have forms of it for presets, evaluate_<preset>.json; other files of a bundle are its own. Files other than JSON are
+equal byte for byte. In a JSON file of the skeleton
   * the value "<own>" marks a key that must be there, with a value of the bundle's own, of any depth;
   * {"<own>": value} does the same and gives the value that most bundles have; `--write` puts it in where it is missing;
   * the item "<more>" of a list is the place for items of the bundle's own, any number of them;
@@ -225,6 +226,13 @@ def references(bundle: Path) -> frozenset[str]:
     return frozenset(name.replace("::", "#") for name in found)
 
 
+def forms(skeleton: Path, folder: Path) -> list[tuple[Path, Path]]:
+    """A skeleton with the places of a bundle that it pins: its namesake and, of an override, its forms for presets."""
+    is_override = skeleton.suffix == ".json" and any("#" in key for key in read_json(skeleton))
+    more = sorted(folder.glob(f"{skeleton.stem}_*.json")) if is_override else []
+    return [(skeleton, copy) for copy in (folder / skeleton.name, *more)]
+
+
 def sync_json(skeleton: Path, target: Path, write: bool) -> list[str]:
     """Compare a bundle's config with its skeleton, and repair it if asked; returns a line per difference left."""
     pinned, config = read_json(skeleton), read_json(target) if target.is_file() else {}
@@ -275,7 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for folder in folders:
             copies = shared_scripts(folder.with_name("scripts"), options.root / "common" / PACKAGE)
-            for source, copy in [*((source, folder / source.name) for source in skeletons), *copies]:
+            pinned = [pair for skeleton in skeletons for pair in forms(skeleton, folder)]
+            for source, copy in [*pinned, *copies]:
                 sync = sync_json if source.suffix == ".json" else sync_bytes
                 lines += sync(source, copy, options.write)
     except ValueError as error:

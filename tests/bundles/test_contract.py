@@ -164,8 +164,8 @@ def test_every_override_writes_to_a_place_of_its_own(bundle: Path) -> None:
     places = {
         path.stem: config(bundle, path.stem).get("ckpt_dir")
         for path in (bundle / "configs").glob("*.json")
-        if path.stem not in ("metadata", "evaluate", "multi_gpu_train", *forms(bundle))
-        and not path.stem.startswith("inference")
+        if path.stem not in ("metadata", "multi_gpu_train", *forms(bundle))
+        and not path.stem.startswith(("evaluate", "inference"))
     }
     assert not any({"ckpt_dir", "teacher_path"} & config(bundle, name).keys() for name in forms(bundle))
     assert None not in places.values(), places

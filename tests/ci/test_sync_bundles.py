@@ -224,6 +224,20 @@ def test_an_override_may_change_what_train_json_has_of_its_own(house: House) -> 
     assert "device: the skeleton has no such key" in house.run("--check")[1]
 
 
+def test_forms_of_an_override_for_presets_are_pinned_and_those_of_a_whole_config_are_not(house: House) -> None:
+    skeleton = {"train#trainer#amp": True, "heads": "<own>"}
+    house.skeleton.with_name("evaluate.json").write_text(format_json.dumps(skeleton))
+    for name in ("evaluate", "evaluate_classes"):
+        house.config.with_name(f"{name}.json").write_text(format_json.dumps({"train#trainer#amp": True, "heads": 2}))
+    house.config.with_name("train_classes.json").write_text("{}\n")
+    assert house.run("--check")[0] == 0
+    form = house.config.with_name("evaluate_classes.json")
+    form.write_text(format_json.dumps({"train#trainer#amp": False, "heads": 3}))
+    assert "evaluate_classes.json: train#trainer#amp: must be true, got false" in house.run("--check")[1]
+    assert house.run("--write")[0] == 0
+    assert json.loads(form.read_text()) == {"train#trainer#amp": True, "heads": 3}
+
+
 def test_an_own_value_survives_the_repair_of_its_neighbors(house: House) -> None:
     house.change("network_def", {"_target_": "DynUNet"})
     house.change("device", "cuda")
