@@ -162,9 +162,12 @@ class DegradeResolutiond(MapTransform, InvertibleTransform):
         covered = [-(-length // step) for length, step in zip(size, scale, strict=True)]
         full = [length * step for length, step in zip(covered, scale, strict=True)]
         if list(low.shape[1:]) not in (covered, full):
+            way_out = "undo what changed the grid after that first"
+            if low.dim() == 1:
+                way_out = "a class of the whole image has none: take a config for classes, like evaluate_classify.json"
             raise ValueError(
                 f"`{key}` must have the grid of the degraded image, {covered}, to be brought back from it, or the full "
-                f"one, {full}, got {list(low.shape[1:])}; undo what changed the grid after that first."
+                f"one, {full}, got {list(low.shape[1:])}; {way_out}."
             )
         is_nearest = trace[TraceKeys.EXTRA_INFO]["mode"] in _NEAREST or not low.is_floating_point()
         if list(low.shape[1:]) != full and is_nearest:               # else an inferer has brought it there
