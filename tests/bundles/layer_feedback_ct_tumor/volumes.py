@@ -221,7 +221,7 @@ def test_the_published_networks_train_on_volumes(run: Run, preset: str, data: Pa
         "teacher_check#mode": "warn",
     }
     run("training", "train", preset, "paper", "teacher", into=tmp_path / "teacher", **small)
-    small["network_def#filters"] = [4, 8, 8, 8]
+    small["network_def#filters"] = [8, 16, 16, 16]   # of 4, torch 2.13 writes beyond its memory on CPUs with AVX2 alone
     run("training", "train", preset, "paper", into=tmp_path / "student", **small)
     terms = {tag.rpartition("kd/")[2]: value for tag, value in scalars(tmp_path / "student").items() if "kd/" in tag}
     assert terms.keys() == {"ufd", "ifd", "upd", "ipd"}
