@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medkd.compare.cases import Files
 from medkd.compare.errors import agreement
-from medkd.compare.evaluating import Measured
+from medkd.compare.evaluating import Kept
 from medkd.compare.frames import on_other_grid
 from medkd.compare.levels import Row
 from medkd.compare.networks import Network
@@ -48,9 +48,6 @@ METRICS = {
     "val_voi_merge": Metric("VOI merge", "what is joined that does not belong together; 0 is perfect", 0),
     "val_arand": Metric("ARAND", "adapted Rand error; 0 is perfect", 0),
 }
-
-
-Kept = TypeVar("Kept", bound=Measured)
 
 
 @dataclass(frozen=True)

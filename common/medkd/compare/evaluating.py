@@ -25,7 +25,7 @@ from medkd.compare.networks import Network
 from medkd.data.bundle_check import scripts_of
 from medkd.inference.cases import told_cause
 
-__all__ = ["Evaluation", "Measured", "image_affine"]
+__all__ = ["Evaluation", "Kept", "Measured", "image_affine"]
 
 Array = NDArray[Any]
 
