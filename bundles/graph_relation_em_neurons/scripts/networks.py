@@ -42,7 +42,8 @@ class MalaUNet(nn.Module):
             least 29, H and W one of 214, 241, 268, ...; or "same": of the image's size, for any size. A crop
             that starts at row and column 27 k + 1 has the same "valid" result as the whole image with "same" there.
         output: "embedding", shape (B, embedding_channels, *S), or "affinity", shape (B, len(offsets), *S), range
-            [0, 1]; see `embedding_affinity`.
+            [0, 1], see `embedding_affinity`; "direct_affinity": where the channels of the embedding are logits of
+            affinities, see `direct_affinity`.
         offsets: (z, y, x) steps in voxels of the affinities; no use for embeddings.
         foreground: one channel behind the affinities, the probability of foreground; see `embedding_affinity`.
 
@@ -70,7 +71,7 @@ class MalaUNet(nn.Module):
         embedding_channels: int = 16,
         in_channels: int = 1,
         padding: Padding = "valid",
-        output: Literal["embedding", "affinity"] = "embedding",
+        output: Literal["embedding", "affinity", "direct_affinity"] = "embedding",
         offsets: Sequence[Sequence[int]] | None = None,
         foreground: bool = False,
     ) -> None:

@@ -16,7 +16,7 @@ from monai.utils import convert_to_dst_type
 from torch import Tensor
 from tqdm import tqdm
 
-from .affinities import embedding_affinity
+from .affinities import direct_affinity, embedding_affinity
 
 __all__ = ["AffinityInferer"]
 
@@ -36,6 +36,8 @@ class AffinityInferer(Inferer):
         roi_size: input of the network, voxels per axis; the largest one, with `strides`.
         offsets: of the affinities, in the order of the channels.
         from_embedding: the network gives embeddings, as it does in training; False: it gives affinities.
+        from_logits: the network gives logits of affinities, as one does in the training of `DirectAffinityLoss`, of
+            these offsets first.
         foreground: the last channel, behind the affinities, is the probability of foreground.
         margin: voxels per axis that the network loses on each side; None for none.
         alignment: windows start at multiples of this, voxels per axis. A network that pools gives the same result in
@@ -65,6 +67,7 @@ class AffinityInferer(Inferer):
         roi_size: Sequence[int],
         offsets: Sequence[Sequence[int]],
         from_embedding: bool = False,
+        from_logits: bool = False,
         foreground: bool = False,
         margin: Sequence[int] | None = None,
         alignment: Sequence[int] | None = None,
@@ -79,6 +82,7 @@ class AffinityInferer(Inferer):
         self.roi_size = list(roi_size)
         self.offsets = [list(offset) for offset in offsets]
         self.from_embedding = from_embedding
+        self.from_logits = from_logits
         self.foreground = foreground
         self.channels = len(self.offsets) + int(foreground)
         self.margin = [0] * rank if margin is None else list(margin)
@@ -201,11 +205,13 @@ class AffinityInferer(Inferer):
         result = network(windows, *args, **kwargs)[:number]
         if self.from_embedding:
             result = embedding_affinity(result, self.offsets, self.foreground)
+        elif self.from_logits:
+            result = direct_affinity(result, len(self.offsets), self.foreground)
         if list(result.shape[1:]) != [self.channels, *size]:
             raise ValueError(
                 f"`network` must give {self.channels} channels of {size} voxels for windows of "
-                f"{list(windows.shape[2:])}, got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground` and "
-                "`from_embedding`."
+                f"{list(windows.shape[2:])}, got {list(result.shape[1:])}; see `margin`, `offsets`, `foreground`, "
+                "`from_embedding` and `from_logits`."
             )
         return result.float()
 

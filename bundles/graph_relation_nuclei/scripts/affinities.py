@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Affinities as the output of a network of embeddings."""
+"""Affinities as the output of a network of embeddings, or of one that gives them directly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["EmbeddingAffinity", "embedding_affinity", "output_head"]
+__all__ = ["DirectAffinity", "EmbeddingAffinity", "direct_affinity", "embedding_affinity", "output_head"]
 
 
 def embedding_affinity(embedding: Tensor, offsets: list[list[int]], foreground: bool = False) -> Tensor:
@@ -85,22 +85,73 @@ class EmbeddingAffinity(nn.Module):
         return embedding_affinity(embedding, self.offsets, self.foreground)
 
 
+def direct_affinity(logits: Tensor, count: int, foreground: bool = False) -> Tensor:
+    """Sigmoid of the first channels of a network of `medkd.losses.direct_affinity.DirectAffinityLoss`.
+
+    Args:
+        logits: shape (B, C, *S), floating; computed in at least float32.
+        count: channels of the result, which are those of the first offsets of the training.
+        foreground: the last channel of the logits, too, behind these.
+
+    Returns:
+        Affinities of shape (B, count, *S), or one channel more, range [0, 1].
+
+    Example:
+        >>> logits = torch.tensor([[[0.0], [9.0], [-9.0]]])
+        >>> direct_affinity(logits, 1, foreground=True).round(decimals=2).flatten().tolist()
+        [0.5, 0.0]
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = torch.cat([wide[:, :count], wide[:, -1:]], 1) if foreground else wide[:, :count]
+    return torch.sigmoid(chosen)
+
+
+class DirectAffinity(nn.Module):
+    """`direct_affinity` as a module without parameters.
+
+    Args:
+        offsets: of the affinities that are wanted: the first ones of the training, in their order; not all 0.
+        spatial_dims: 2 or 3, the length of an offset.
+        foreground: as in `direct_affinity`.
+
+    Raises:
+        ValueError: no offset, or one of another length or of zeros only.
+    """
+
+    def __init__(self, offsets: Sequence[Sequence[int]], spatial_dims: int, foreground: bool = False) -> None:
+        super().__init__()
+        self.count = len(_check_offsets(offsets, spatial_dims))
+        self.foreground = foreground
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits (B, C, *S) to affinities (B, O, *S)."""
+        return direct_affinity(logits, self.count, self.foreground)
+
+
+_HEADS: dict[str, type[EmbeddingAffinity | DirectAffinity]] = {
+    "affinity": EmbeddingAffinity, "direct_affinity": DirectAffinity,
+}
+
+
 def output_head(
     output: str, offsets: Sequence[Sequence[int]] | None, spatial_dims: int, foreground: bool = False
 ) -> nn.Module:
-    """Last module of a network, without parameters: nothing for an `embedding`, `EmbeddingAffinity` for an `affinity`.
+    """Last module of a network, without parameters.
+
+    Nothing for an `embedding`, which is also what gives logits; `EmbeddingAffinity` for an `affinity` and
+    `DirectAffinity` for a `direct_affinity`.
 
     Raises:
         ValueError: another output, an affinity without offsets, or offsets that are no vectors of `spatial_dims` steps.
     """
-    if output not in ("embedding", "affinity"):
-        raise ValueError(f"`output` must be 'embedding' or 'affinity', got {output!r}.")
+    if output != "embedding" and output not in _HEADS:
+        raise ValueError(f"`output` must be one of {['embedding', *_HEADS]}, got {output!r}.")
     if offsets is None:
-        if output == "affinity":
-            raise ValueError("`offsets` must be given for the output 'affinity', got None.")
+        if output in _HEADS:
+            raise ValueError(f"`offsets` must be given for the output {output!r}, got None.")
         return nn.Identity()
-    head = EmbeddingAffinity(offsets, spatial_dims, foreground)                # checks offsets that are not needed, too
-    return head if output == "affinity" else nn.Identity()
+    head = _HEADS.get(output, EmbeddingAffinity)(offsets, spatial_dims, foreground)   # checks those not needed, too
+    return head if output in _HEADS else nn.Identity()
 
 
 def _check_offsets(offsets: Sequence[Sequence[int]], axes: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from scripts.affinities import output_head
 
 __all__ = ["MobileNetV2", "ResidualUNet"]
 
-Output = Literal["embedding", "affinity"]
+Output = Literal["embedding", "affinity", "direct_affinity"]
 # factor of the hidden channels, channels, blocks, stride of the first block; the strides give 1/8 of the size
 _STAGES = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 1), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
 
@@ -37,7 +37,8 @@ class ResidualUNet(nn.Module):
         embedding_channels: of the embedding.
         in_channels: of the image.
         output: "embedding", shape (B, embedding_channels, H, W), or "affinity", shape (B, len(offsets), H, W), range
-            [0, 1]; see `embedding_affinity`. Neither this nor `offsets` changes the state dict.
+            [0, 1], see `embedding_affinity`; "direct_affinity": where the channels of the embedding are logits of
+            affinities, see `direct_affinity`. Neither this nor `offsets` changes the state dict.
         offsets: (row, column) steps in pixels of the affinities; no use for embeddings.
         published_head: with the foreground head that the paper's code has but never uses; it is part of the published
             numbers of parameters.
@@ -144,7 +145,8 @@ class MobileNetV2(nn.Module):
         embedding_channels: of the embedding.
         in_channels: of the image.
         output: "embedding", shape (B, embedding_channels, H, W), or "affinity", shape (B, len(offsets), H, W), range
-            [0, 1]; see `embedding_affinity`. Neither this nor `offsets` changes the state dict.
+            [0, 1], see `embedding_affinity`; "direct_affinity": where the channels of the embedding are logits of
+            affinities, see `direct_affinity`. Neither this nor `offsets` changes the state dict.
         offsets: (row, column) steps in pixels of the affinities; no use for embeddings.
         classifier: with the linear layer that the paper's code has but never uses; it is part of the published number
             of parameters.

@@ -230,7 +230,7 @@ def test_affinity_output_is_that_of_the_embedding_output() -> None:
         ({"channels": (1, 2, 3, 0)}, r"`channels` must be 4 numbers of at least 1, got \[1, 2, 3, 0\]"),
         ({"decoder_channels": (1, 2)}, r"`decoder_channels` must be 3 numbers of at least 1, got \[1, 2\]"),
         ({"padding": "zeros"}, r"`padding` must be one of \('valid', 'same'\), got 'zeros'"),
-        ({"output": "mask"}, "`output` must be 'embedding' or 'affinity', got 'mask'"),
+        ({"output": "mask"}, "`output` must be one of .*, got 'mask'"),
         ({"output": "affinity"}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": [[0, -1]]}, r"`offsets` must be vectors of 3 whole numbers, not all 0, got \[\[0, -1\]\]"),
     ],

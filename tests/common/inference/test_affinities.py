@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from medkd.inference.affinities import EmbeddingAffinity, embedding_affinity, output_head
+from medkd.inference.affinities import EmbeddingAffinity, direct_affinity, embedding_affinity, output_head
 from medkd.ops.embedding import offset_affinity
 
 PLANE = [[-1, 0], [0, -1], [-3, 0], [0, -3], [-5, 0], [0, -5], [-9, 0], [0, -9], [-27, 0], [0, -27]]
@@ -67,10 +67,24 @@ def test_head_of_a_network_gives_the_output_that_is_asked_for(foreground: bool) 
         assert output_head("embedding", offsets, 2, foreground)(embedding) is embedding
 
 
+def test_a_direct_head_gives_the_first_channels_and_the_last() -> None:
+    logits = torch.randn(2, 5, 4, 6)
+    chances = logits.sigmoid()
+    torch.testing.assert_close(output_head("direct_affinity", PLANE[:2], 2)(logits), chances[:, :2])
+    head = output_head("direct_affinity", PLANE[:2], 2, foreground=True)
+    torch.testing.assert_close(head(logits), chances[:, [0, 1, 4]])
+    torch.testing.assert_close(torch.jit.script(head)(logits), chances[:, [0, 1, 4]])
+    assert not head.state_dict()
+    half = direct_affinity(logits.half(), 2)
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match="`offsets` must be given for the output 'direct_affinity', got None"):
+        output_head("direct_affinity", None, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "mask"}, "`output` must be 'embedding' or 'affinity', got 'mask'"),
+        ({"output": "mask"}, "`output` must be one of .*, got 'mask'"),
         ({"offsets": None}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": []}, r"`offsets` must be vectors of 2 whole numbers, not all 0, got \[\]"),
         ({"offsets": [[0, -1, 0]]}, r"`offsets` must be vectors of 2 whole numbers, not all 0, got \[\[0, -1, 0\]\]"),

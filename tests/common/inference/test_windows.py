@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 
-from medkd.inference.affinities import embedding_affinity
+from medkd.inference.affinities import direct_affinity, embedding_affinity
 from medkd.inference.windows import AffinityInferer
 
 PLANE = [[-1, 0], [0, -1], [-3, 0], [0, -5], [2, 0], [0, 4], [-2, 3]]
@@ -117,6 +117,18 @@ def test_embeddings_become_affinities_in_each_window_and_are_never_blended(foreg
     inferer = AffinityInferer((8, 10, 12), SPACE, from_embedding=True, foreground=foreground)
     expected = embedding_affinity(embedding, SPACE, foreground)
     torch.testing.assert_close(inferer(embedding, network), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_logits_of_the_first_offsets_become_affinities(foreground: bool) -> None:
+    logits = noise(1, len(PLANE) + 1, 30, 20)
+    inferer = AffinityInferer((64, 64), PLANE[:3], from_logits=True, foreground=foreground)
+    result = inferer(logits, lambda windows: windows)
+    expected = direct_affinity(logits, 3, foreground)
+    for channel, (rows, columns) in enumerate(PLANE[:3]):          # pairs that leave the image
+        expected[:, channel, : -rows] = 0.0
+        expected[:, channel, :, : -columns] = 0.0
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -15,6 +15,7 @@ from medkd.losses.base import DistillationLoss
 from medkd.losses.boundary_head import PairLabelLoss
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.losses.class_heads import FixedHeads
+from medkd.losses.direct_affinity import DirectAffinityDistillation
 from medkd.losses.features import HintLoss
 from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.graph_relation import GraphRelationLoss
@@ -87,6 +88,11 @@ def flow(rank: int) -> DistillationLoss:
     return GraphFlowLoss([["e", "f"]], spatial_dims=rank)
 
 
+def direct(rank: int) -> DistillationLoss:
+    offsets = [[-1] * rank, [*[0] * (rank - 1), -2], [2, *[0] * (rank - 1)], [0, 1, 1][:rank]]
+    return DirectAffinityDistillation(offsets[: CHANNELS - 1], foreground=True)
+
+
 def graph(rank: int, **options: Any) -> DistillationLoss:
     bank = RelationBank(channels=CHANNELS, capacity=4, sample=2)
     return GraphRelationLoss(OFFSETS[rank], bank=bank, pooling=(2,) * rank, **options)
@@ -96,7 +102,7 @@ def graph_balanced(rank: int) -> DistillationLoss:
     return graph(rank, balance="sample" if rank == 2 else "channel", background_weight=2.0)
 
 
-ALL = [soft, soft_foreground, soft_regions, hints, relation, feedback, flow, graph, graph_balanced]
+ALL = [soft, soft_foreground, soft_regions, hints, relation, feedback, flow, direct, graph, graph_balanced]
 
 
 @pytest.mark.parametrize("rank", [2, 3])

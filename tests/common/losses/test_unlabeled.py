@@ -18,6 +18,7 @@ from medkd.losses.base import DistillationLoss, pointwise_convolution
 from medkd.losses.boundary_head import PairLabelLoss
 from medkd.losses.boundary_relation import BoundaryRelationLoss
 from medkd.losses.class_heads import FixedHeads
+from medkd.losses.direct_affinity import DirectAffinityDistillation
 from medkd.losses.features import HintLoss
 from medkd.losses.graph_flow import GraphFlowLoss
 from medkd.losses.graph_relation import GraphRelationLoss
@@ -94,6 +95,11 @@ def adversarial(rank: int) -> DistillationLoss:
     return AdversarialLoss(pointwise_convolution(CHANNELS, 1, rank, torch.Generator().manual_seed(0)))
 
 
+def direct(rank: int) -> DistillationLoss:
+    offsets = [[-1] * rank, [*[0] * (rank - 1), -2], [2, *[0] * (rank - 1)], [0, 1, 1][:rank]]
+    return DirectAffinityDistillation(offsets[: CHANNELS - 1], foreground=True)
+
+
 def graph(rank: int, **options: Any) -> DistillationLoss:
     """With a past image in its memory, so that all terms are there."""
     bank = RelationBank(channels=CHANNELS, capacity=4, sample=2)
@@ -110,8 +116,8 @@ def stand_in(make: Make, teacher: Maps) -> Tensor:
     return hard_labels(teacher["pred"]) if make is relation else torch.zeros_like(hard_labels(teacher["pred"]))
 
 
-ALL = [soft, soft_foreground, target, target_by_sample, hints, relation, feedback, flow, adversarial, graph,
-       graph_balanced]
+ALL = [soft, soft_foreground, target, target_by_sample, hints, relation, feedback, flow, adversarial, direct,
+       graph, graph_balanced]
 # Losses whose terms are means over samples as long as no voxel is ignored.
 BY_SAMPLE = dict.fromkeys([soft, target_by_sample, hints, feedback, flow, adversarial, graph, graph_balanced])
 BY_SAMPLE |= {relation: "relation"}
