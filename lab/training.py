@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lab.blocks import cut_blocks
 from lab.bundle import ROOT, BundleRun
 from lab.execute import ExecutionError, Executor, Job, bundle_job, read_state
 from lab.keys import content_hash, data_hash, file_hash, run_distils, run_key
@@ -115,7 +116,8 @@ class Study:
 def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
     """The data's own datalist.json, or one made in `folder` by `make_datalist`, with `options`, from its folders.
 
-    With the option `class_folders` true it is made by `make_class_datalist`, from a folder per class.
+    With the option `class_folders` true it is made by `make_class_datalist`, from a folder per class; `blocks` are the
+    arguments of `cut_blocks`.
     """
     if (data / "datalist.json").is_file():
         return (data / "datalist.json").resolve()
@@ -127,7 +129,9 @@ def find_datalist(data: Path, folder: Path, options: Mapping[str, Any]) -> Path:
     target = folder / content_hash([str(data), options])[:12]
     told = {"splits": SplitsFile(data / "splits.json"), **options}
     make = make_class_datalist if told.pop("class_folders", False) else make_datalist
-    return make(data, target, **told).resolve()
+    blocks = told.pop("blocks", None)
+    made = make(data, target, **told).resolve()
+    return cut_blocks(made, **blocks) if blocks else made
 
 
 def check_test_list(datalist: Path) -> None:
