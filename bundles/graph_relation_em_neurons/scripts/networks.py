@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -15,11 +16,13 @@ from scripts.affinities import output_head
 __all__ = ["MalaUNet"]
 
 Padding = Literal["valid", "same"]
+Norm = Literal["none", "batch"]
 _SLOPE = 0.005
+_IN_THE_PLANE = [[1, 3, 3]] * 3
 
 
 class MalaUNet(nn.Module):
-    """3-D U-Net for anisotropic EM that gives an embedding per voxel; it pools in the plane only.
+    """3-D U-Net for EM that gives an embedding per voxel; it pools in the plane only unless it is told otherwise.
 
     With the default channels the teacher of the paper (84.02 M parameters); its student (0.368 M) has `channels`
     (8, 16, 32, 64) and `decoder_channels` (32, 32, 8).
@@ -31,7 +34,8 @@ class MalaUNet(nn.Module):
       the paper;
     * `embedding`: the result, before it is cropped.
 
-    With `padding` "same", taps have the size of the padded image: up to 26 voxels more at the ends of H and W.
+    With `padding` "same", taps have the size of the padded image: up to 26 voxels more at the ends of H and W, or what
+    else makes each axis a multiple of `alignment`.
 
     Args:
         channels: of the four encoder levels.
@@ -46,17 +50,22 @@ class MalaUNet(nn.Module):
             affinities, see `direct_affinity`.
         offsets: (z, y, x) steps in voxels of the affinities; no use for embeddings.
         foreground: one channel behind the affinities, the probability of foreground; see `embedding_affinity`.
+        pooling: (z, y, x) factors of the three poolings; another than that of the paper, such as [[2, 2, 2]] * 3 for
+            voxels that are cubes, needs the padding "same".
+        norm: "none", as in the paper, or "batch": batch normalization behind each convolution of 3 x 3 x 3. Unlike
+            norms of an instance it gives a voxel the same value in every window.
 
     `output`, `offsets` and `padding` do not change the state dict. `margin` is the number of voxels lost on each side
     of D, H, W; results of two crops agree if they are shifted by multiples of `alignment`.
 
     Raises:
-        ValueError: a wrong number of channels, no such output or padding, an affinity without offsets; in the forward
-            pass an image of a size that does not fit "valid".
+        ValueError: a wrong number of channels or poolings, no such output, padding or norm, an affinity without
+            offsets; in the forward pass an image of a size that does not fit "valid".
 
     Reference:
         Funke et al., Large scale image segmentation with structured loss based deep learning, TPAMI 2018; with the
-        embedding of Liu et al., arXiv 2401.06370, and its tiny student. "same" is ours.
+        embedding of Liu et al., arXiv 2401.06370, and its tiny student. "same", `pooling` and `norm`
+        are ours.
 
     Example:
         >>> network = MalaUNet(channels=(2, 3, 4, 5), padding="same")
@@ -64,7 +73,7 @@ class MalaUNet(nn.Module):
         torch.Size([1, 16, 4, 30, 31])
     """
 
-    def __init__(
+    def __init__(   # noqa: PLR0913 - options of a config, each with a default
         self,
         channels: Sequence[int] = (12, 60, 300, 1500),
         decoder_channels: Sequence[int] | None = None,
@@ -74,25 +83,30 @@ class MalaUNet(nn.Module):
         output: Literal["embedding", "affinity", "direct_affinity"] = "embedding",
         offsets: Sequence[Sequence[int]] | None = None,
         foreground: bool = False,
+        pooling: Sequence[Sequence[int]] = _IN_THE_PLANE,
+        norm: Norm = "none",
     ) -> None:
         super().__init__()
-        if padding not in get_args(Padding):
-            raise ValueError(f"`padding` must be one of {get_args(Padding)}, got {padding!r}.")
+        for name, value, known in (("padding", padding, get_args(Padding)), ("norm", norm, get_args(Norm))):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+        factors = _check_pooling(pooling, padding)
         encoder = _check_channels("channels", channels, 4)
         skips = encoder[2::-1]                                     # of levels 3, 2, 1
         decoder = skips if decoder_channels is None else _check_channels("decoder_channels", decoder_channels, 3)
         self.is_valid = padding == "valid"
         self.margin = (14, 106, 106) if self.is_valid else (0, 0, 0)
-        self.alignment = (1, 27, 27)                            # three poolings by 3
+        planes, rows, columns = (prod(factor[axis] for factor in factors) for axis in range(3))
+        self.alignment = (planes, rows, columns)
         border = 0 if self.is_valid else 1
         self.encoder = nn.ModuleList(
-            _convolutions(before, after, border)
+            _convolutions(before, after, border, norm)
             for before, after in zip([in_channels, *encoder], encoder, strict=False)
         )
-        self.pool = nn.MaxPool3d((1, 3, 3))
+        self.pooling = factors
         self.decoder = nn.ModuleList(
-            _Up(deep, skip, after, border)
-            for deep, skip, after in zip([encoder[-1], *decoder], skips, decoder, strict=False)
+            _Up(deep, skip, after, border, norm, factor)
+            for deep, skip, after, factor in zip([encoder[-1], *decoder], skips, decoder, factors[::-1], strict=False)
         )
         self.embedding = nn.Conv3d(decoder[-1], embedding_channels, kernel_size=1)
         self.head = output_head(output, offsets, spatial_dims=3, foreground=foreground)
@@ -102,35 +116,38 @@ class MalaUNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, in_channels, D, H, W) to embeddings or affinities."""
-        rows, columns = 0, 0
+        planes, rows, columns = 0, 0, 0
         if not self.is_valid:
-            rows, columns = (27 - image.shape[3] % 27) % 27, (27 - image.shape[4] % 27) % 27
-            image = F.pad(image, [0, columns, 0, rows, 0, 0], mode="replicate")
+            depth, height, width = self.alignment
+            planes, rows = (depth - image.shape[2] % depth) % depth, (height - image.shape[3] % height) % height
+            columns = (width - image.shape[4] % width) % width
+            image = F.pad(image, [0, columns, 0, rows, 0, planes], mode="replicate")
         elif not torch.jit.is_tracing():
             _check_size(image)
         skips: list[Tensor] = []
         deep = image
         for index, level in enumerate(self.encoder):
             if index > 0:
-                deep = self.pool(deep)
+                deep = F.max_pool3d(deep, self.pooling[index - 1])
             deep = level(deep)                                     # (B, c, d, H / 3^index, W / 3^index), less if valid
             skips.append(deep)
         for index, level in enumerate(self.decoder):
             deep = level(deep, skips[2 - index])
         embedding = self.embedding(deep)
         if not self.is_valid:
-            embedding = F.pad(embedding, [0, -columns, 0, -rows])
+            embedding = F.pad(embedding, [0, -columns, 0, -rows, 0, -planes])
         return self.head(embedding)
 
 
 class _Up(nn.Module):
-    """A decoder level: up by 3 in the plane, to the channels of the skip, joined to its center, two convolutions."""
+    """A decoder level: up, to the channels of the skip, joined to its center, two convolutions."""
 
-    def __init__(self, deep: int, skip: int, out: int, border: int) -> None:
+    def __init__(self, deep: int, skip: int, out: int, border: int, norm: str, factor: list[int]) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose3d(deep, deep, (1, 3, 3), stride=(1, 3, 3), groups=deep, bias=False)
+        up = (factor[0], factor[1], factor[2])
+        self.up = nn.ConvTranspose3d(deep, deep, up, stride=up, groups=deep, bias=False)
         self.reduce = nn.Conv3d(deep, skip, kernel_size=1)
-        self.convolutions = _convolutions(2 * skip, out, border)
+        self.convolutions = _convolutions(2 * skip, out, border, norm)
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         deep = self.reduce(self.up(deep))
@@ -140,12 +157,23 @@ class _Up(nn.Module):
         return self.convolutions(torch.cat([deep, skip], 1))
 
 
-def _convolutions(before: int, after: int, border: int) -> nn.Sequential:
-    """Two convolutions; state dict: `0` and `2`."""
-    return nn.Sequential(
-        nn.Conv3d(before, after, 3, padding=border), nn.LeakyReLU(_SLOPE, inplace=True),
-        nn.Conv3d(after, after, 3, padding=border), nn.LeakyReLU(_SLOPE, inplace=True),
-    )
+def _convolutions(before: int, after: int, border: int, norm: str) -> nn.Sequential:
+    """Two convolutions; state dict: `0` and `2`, with norms `0`, `1`, `3` and `4`."""
+    layers: list[nn.Module] = []
+    for channels in (before, after):
+        layers.append(nn.Conv3d(channels, after, 3, padding=border))
+        layers += [nn.BatchNorm3d(after)] if norm == "batch" else []
+        layers.append(nn.LeakyReLU(_SLOPE, inplace=True))
+    return nn.Sequential(*layers)
+
+
+def _check_pooling(pooling: Sequence[Sequence[int]], padding: str) -> list[list[int]]:
+    factors = [list(factor) for factor in pooling]
+    if len(factors) != 3 or any(len(factor) != 3 or min(factor) < 1 for factor in factors):
+        raise ValueError(f"`pooling` must be 3 triples of factors (z, y, x) of at least 1, got {factors}.")
+    if padding == "valid" and factors != _IN_THE_PLANE:
+        raise ValueError(f"`pooling` must be {_IN_THE_PLANE} for the padding 'valid', got {factors}; take 'same'.")
+    return factors
 
 
 def _check_channels(name: str, channels: Sequence[int], count: int) -> list[int]:

@@ -210,6 +210,33 @@ def test_script_and_trace_equal_the_network_at_other_sizes(
         torch.testing.assert_close(trace(noise(*size)), expected)
 
 
+@pytest.mark.parametrize(
+    ("pooling", "size"), [([[2, 2, 2]] * 3, (8, 8, 8)), ([[1, 2, 2], [2, 2, 2], [1, 3, 3]], (2, 12, 12))]
+)
+@torch.no_grad()
+def test_other_poolings_and_norms_serve_any_size_and_windows_shifted_by_their_strides(
+    pooling: list[list[int]], size: tuple[int, ...]
+) -> None:
+    network = toy(padding="same", pooling=pooling, norm="batch")
+    for _ in range(3):
+        network(noise(9, 30, 41))                                  # statistics of the norms
+    network.eval()
+    assert network.alignment == size
+    script = torch.jit.script(network)
+    for shape in ((9, 30, 41), (2, 54, 20)):
+        found = network(noise(*shape))
+        assert found.shape == (1, 6, *shape)
+        torch.testing.assert_close(script(noise(*shape)), found)
+    assert sum(name.endswith("running_mean") for name in network.state_dict()) == 14
+
+    for axis, stride in enumerate(size, start=2):
+        before = 60 // stride + 1                                  # strides on each side, beyond the field of view
+        image = noise(*(length * (2 * before + 1 if at == axis else 1) for at, length in enumerate(size, start=2)))
+        whole = network(image).narrow(axis, before * stride, stride)
+        shifted = network(image.narrow(axis, stride, 2 * before * stride))
+        torch.testing.assert_close(shifted.narrow(axis, (before - 1) * stride, stride), whole, atol=1e-5, rtol=1e-4)
+
+
 def test_scripted_network_refuses_a_size_that_does_not_fit() -> None:
     with pytest.raises(torch.jit.Error, match=r"the nearest sizes are \[29, 214, 214\] and \[29, 241, 214\]"):
         torch.jit.script(MalaUNet(**TOY))(torch.zeros(1, 1, 29, 215, 214))
@@ -230,6 +257,10 @@ def test_affinity_output_is_that_of_the_embedding_output() -> None:
         ({"channels": (1, 2, 3, 0)}, r"`channels` must be 4 numbers of at least 1, got \[1, 2, 3, 0\]"),
         ({"decoder_channels": (1, 2)}, r"`decoder_channels` must be 3 numbers of at least 1, got \[1, 2\]"),
         ({"padding": "zeros"}, r"`padding` must be one of \('valid', 'same'\), got 'zeros'"),
+        ({"norm": "instance"}, r"`norm` must be one of \('none', 'batch'\), got 'instance'"),
+        ({"pooling": [[2, 2, 2]] * 2, "padding": "same"}, "`pooling` must be 3 triples of factors"),
+        ({"pooling": [[2, 2]] * 3, "padding": "same"}, "`pooling` must be 3 triples of factors"),
+        ({"pooling": [[2, 2, 2]] * 3}, r"`pooling` must be \[\[1, 3, 3\], .*\] for the padding 'valid'"),
         ({"output": "mask"}, "`output` must be one of .*, got 'mask'"),
         ({"output": "affinity"}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": [[0, -1]]}, r"`offsets` must be vectors of 3 whole numbers, not all 0, got \[\[0, -1\]\]"),
