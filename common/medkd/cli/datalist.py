@@ -29,7 +29,7 @@ def run(parser: Parser, words: Sequence[str]) -> None:
     add("--test", metavar="SPLIT", help="the test split (default: test, testing or ts)")
     add("--fractions", type=literal, metavar="A,B,C",
         help="shares of training, validation and test for random splits (default: 0.65,0.15,0.2; with --no_labels "
-        "0.85,0.15,0)")
+        "0.85,0.15,0); 0,0,1 lists cases that are only scored")
     add("--seed", type=literal, default=0, help="integer of 0 or more, for random splits")
     add("--patient", metavar="REGEX", help="one group of it is the patient, in file names without extension, such as "
         '"^(p[0-9]+)_"; without it each file is a patient of its own')

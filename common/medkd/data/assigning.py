@@ -55,6 +55,8 @@ class Assigned:
 def assign_labeled(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assigned:
     """Assign cases with labels; training cases without one, and the images of `extra` that are nowhere else, follow.
 
+    A test share of 1 gives a list to score with.
+
     Args:
         pairs: images and labels.
         extra: case -> path of the image, of those that may become `unlabeled`.
@@ -68,8 +70,12 @@ def assign_labeled(pairs: Pairs, extra: Mapping[str, str], plan: Plan) -> Assign
     if isinstance(plan.splits, SplitsFile):
         lists = _without(read_splits(plan.splits, pairs, owner), plan.left_out)
     else:
+        splits = plan.splits or RandomSplits()
+        if splits.test == 1:
+            return Assigned({"training": _keep([], plan.labeled_cases), "validation": [], "test": labeled}, {},
+                            plan.left_out)
         drawn = [case for case in labeled if case not in plan.more]
-        lists = draw_splits(plan.splits or RandomSplits(), drawn, {case: owner[case] for case in drawn})
+        lists = draw_splits(splits, drawn, {case: owner[case] for case in drawn})
     lists["training"] = lists["training"] + _more_training(lists, owner, plan)
     if not lists["training"]:
         counts = ", ".join(f"{len(cases)} {name}" for name, cases in lists.items())

@@ -104,5 +104,5 @@ def log_left_out(pairs: Pairs, lists: Mapping[str, Sequence[str]], known: set[st
     unused = [pairs.images[case] for case in rest if case in pairs.labels]
     if unused:
         logger.warning("%d labeled cases are in no split, and left out: %s.", len(unused), shorten(unused))
-    if not lists["validation"]:
+    if not lists["validation"] and (lists["training"] or not lists["test"]):
         logger.warning("No validation case: training needs one; name a split for it, or draw one by a share.")

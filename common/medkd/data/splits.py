@@ -51,7 +51,7 @@ class RandomSplits:
 
     Args:
         validation: share of the patients, 0 to 1.
-        test: share of the patients, 0 to 1; training gets the rest.
+        test: share of the patients, 0 to 1; training gets the rest. With 1 nothing is trained with.
         seed: non-negative integer; the same seed gives the same splits.
     """
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from medkd.cli import main
+from medkd.data.datalist import load_datalist
 from medkd.inference.cases import cases_to_predict
 
 Capture = pytest.CaptureFixture[str]
@@ -87,6 +88,16 @@ def test_datalist_of_images_to_predict_has_nothing_to_check(phantoms: Path, tmp_
     )
     paths = [case["image"] for case in cases_to_predict(tmp_path / "datalist.json", phantoms)]
     assert paths == [str(phantoms / "images" / f"case_{number:03}.nii.gz") for number in range(4)]
+
+
+def test_datalist_of_labeled_cases_to_score_has_no_training(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["datalist", str(phantoms), str(tmp_path), "--fractions", "0,0,1"]) == 0
+    assert capsys.readouterr().out == (
+        f"Wrote {tmp_path / 'datalist.json'}: 0 training, 0 validation, 4 test, 0 unlabeled.\n"
+    )
+    assert len(load_datalist(tmp_path / "datalist.json", "test", labeled=True)) == 4
+    assert main(["datalist", str(phantoms), str(tmp_path), "--fractions", "0,0,1", "--few", "1"]) == 2
+    assert "`labeled_cases` must be" in capsys.readouterr().err
 
 
 def test_datalist_keeps_few_labels_and_leaves_images_out(phantoms: Path, tmp_path: Path, capsys: Capture) -> None:
