@@ -97,9 +97,10 @@ def pairs(bundle: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def looked_up(config: dict[str, Any], key: str) -> Any:
-    """A value, or the one that it refers to."""
+    """A value, or the one that it refers to or makes of others."""
     value = config.get(key)
-    return config[value[1:]] if isinstance(value, str) and value.startswith("@") else value
+    is_made = isinstance(value, str) and value.startswith(("@", "$"))
+    return ConfigParser(config).get_parsed_content(key) if is_made else value
 
 
 def test_student_is_the_same_in_training_and_inference(bundle: Path) -> None:

@@ -83,7 +83,7 @@ def teacher(run: Run, bundle: Path, data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def student(run: Run, data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = {"into": tmp_path_factory.mktemp("student"), "dataset_dir": str(data), "epochs": 20}
+    options = {"into": tmp_path_factory.mktemp("student"), "dataset_dir": str(data), "epochs": 40}
     return run("training", "train", "classify", **options, learning_rate=0.01, **SIZES, **STUDENT)
 
 
