@@ -125,6 +125,27 @@ def write_small_phantoms(bundle: Path, folder: Path, **counts: int) -> Path:
     return folder
 
 
+def run_direct(run_bundle: Callable[..., None], bundle: Path, folder: Path, channels: int) -> Path:
+    """Teacher, student, evaluation and inference of networks that give affinities directly; gives the data.
+
+    Scores and predictions lie in `folder/eval`; `channels` are those of the smoke.
+    """
+    data = write_small_phantoms(bundle, folder / "data", training=2, validation=1, test=1)
+    options: dict[str, Any] = {"dataset_dir": str(data), "teacher_check#mode": "warn"}
+    run_bundle("training", "train", "direct", "smoke", "teacher", **options)
+    assert weights(bundle / "models/teacher/direct")["embedding.weight"].shape[0] == channels
+    student = {**options, "ckpt_dir": str(folder / "student"), "output_dir": str(folder / "eval")}
+    run_bundle("training", "train", "direct", "smoke", **student)
+    terms = scalars(folder / "student")
+    assert all(0 < value < 10 for value in terms["kd/affinity"])
+    run_bundle("evaluating", "train", "direct", "smoke", "evaluate", **student)
+    run_bundle(
+        "evaluating", "inference", "inference_direct", dataset_dir=str(data), out_channels=channels,
+        ckpt_path=str(folder / "student/model.pt"), output_dir=str(folder / "eval"),
+    )
+    return data
+
+
 def picture(number: int) -> tuple[np.ndarray, np.ndarray]:
     """A dark body with a bright organ without any symmetry, and its label: (rows, columns), uint8."""
     rng = np.random.default_rng(number)

@@ -64,8 +64,7 @@ class MalaUNet(nn.Module):
 
     Reference:
         Funke et al., Large scale image segmentation with structured loss based deep learning, TPAMI 2018; with the
-        embedding of Liu et al., arXiv 2401.06370, and its tiny student. "same", `pooling` and `norm`
-        are ours.
+        embedding of Liu et al., arXiv 2401.06370, and its tiny student. "same", `pooling` and `norm` are ours.
 
     Example:
         >>> network = MalaUNet(channels=(2, 3, 4, 5), padding="same")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from medkd.ops.embedding import (
     AffinityBalance,
     BackgroundPairs,
     background_cosine,
+    checked_pair_options,
     offset_affinity,
-    pairs_of_background,
     weighted_targets,
 )
 from medkd.ops.ignored import ignored_voxels, labeled_samples
@@ -72,15 +71,9 @@ class AffinityLoss(nn.Module):
         self.background_weight = background_weight
         self.offsets = tuple(tuple(offset) for offset in offsets)
         is_flat = all(len(offset) == 2 for offset in self.offsets)
-        self.background: BackgroundPairs = background or pairs_of_background(2 if is_flat else 3)
         self.balance: AffinityBalance = balance or ("sample" if is_flat else "channel")
+        self.background = checked_pair_options(self.offsets, background, self.balance)
         self.widen = widen
-        for name, value, known in (
-            ("background", self.background, get_args(BackgroundPairs)),
-            ("balance", self.balance, get_args(AffinityBalance)),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
 
     def forward(self, embeddings: Tensor, label: Tensor) -> Tensor:
         """Compute the loss; see the class for shapes."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,9 @@ from medkd.losses.base import DistillationLoss
 from medkd.ops.embedding import (
     AffinityBalance,
     BackgroundPairs,
+    checked_pair_options,
     offset_mask,
     pair_mask,
-    pairs_of_background,
     target_balance_weight,
     weighted_targets,
 )
@@ -82,18 +81,11 @@ class DirectAffinityLoss(nn.Module):
         super().__init__()
         self.offsets = tuple(tuple(offset) for offset in offsets)
         self.foreground = foreground
-        is_flat = all(len(offset) == 2 for offset in self.offsets)
-        self.background: BackgroundPairs = background or pairs_of_background(2 if is_flat else 3)
+        self.background = checked_pair_options(self.offsets, background, balance)
         self.balance: AffinityBalance = balance
         self.widen = widen
         self.entropy_weight = entropy_weight
         self.dice_weight = dice_weight
-        for name, value, known in (
-            ("background", self.background, get_args(BackgroundPairs)),
-            ("balance", self.balance, get_args(AffinityBalance)),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         """Compute the loss; see the class for shapes."""

@@ -18,9 +18,9 @@ from medkd.ops.ignored import ignored_voxels
 from medkd.ops.precision import at_least_float32
 
 __all__ = [
-    "AffinityBalance", "BackgroundPairs", "background_cosine", "label_affinity", "offset_affinity", "offset_mask",
-    "pair_mask", "pairs_of_background", "pooled_directions", "target_balance_weight", "weighted_targets",
-    "widen_borders",
+    "AffinityBalance", "BackgroundPairs", "background_cosine", "checked_pair_options", "label_affinity",
+    "offset_affinity", "offset_mask", "pair_mask", "pairs_of_background", "pooled_directions", "target_balance_weight",
+    "weighted_targets", "widen_borders",
 ]
 
 AffinityBalance = Literal["sample", "channel", "none"]
@@ -276,6 +276,25 @@ def label_affinity(
 def pairs_of_background(axes: int) -> BackgroundPairs:
     """What the code of arXiv 2401.06370 takes two voxels of background for, in images of 2 or 3 axes."""
     return "same" if axes == 2 else "different"
+
+
+def checked_pair_options(
+    offsets: Sequence[Sequence[int]], background: BackgroundPairs | None, balance: AffinityBalance
+) -> BackgroundPairs:
+    """Give what two voxels of background are, by the rank of the offsets where it is None.
+
+    Raises:
+        ValueError: no such background or balance.
+    """
+    is_flat = all(len(offset) == 2 for offset in offsets)
+    chosen = background or pairs_of_background(2 if is_flat else 3)
+    for name, value, known in (
+        ("background", chosen, get_args(BackgroundPairs)),
+        ("balance", balance, get_args(AffinityBalance)),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+    return chosen
 
 
 def target_balance_weight(target: Tensor, mask: Tensor | None = None, per_channel: bool = False) -> Tensor:

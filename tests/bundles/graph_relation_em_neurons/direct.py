@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 
-from bundle_runs import parsed, scalars, weights, write_small_phantoms
+from bundle_runs import parsed, run_direct
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -21,21 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 def test_direct_affinities_train_distil_evaluate_and_infer(
     run_bundle: Callable[..., None], bundle: Path, tmp_path: Path
 ) -> None:
-    data = write_small_phantoms(bundle, tmp_path / "data", training=2, validation=1, test=1)
-    options: dict[str, Any] = {"dataset_dir": str(data), "teacher_check#mode": "warn"}
-    run_bundle("training", "train", "direct", "smoke", "teacher", **options)
-    assert weights(bundle / "models/teacher/direct")["embedding.weight"].shape[0] == 8       # offsets of the smoke
-    student = {**options, "ckpt_dir": str(tmp_path / "student"), "output_dir": str(tmp_path / "eval")}
-    run_bundle("training", "train", "direct", "smoke", **student)
-    terms = scalars(tmp_path / "student")
-    assert all(0 < value < 10 for value in terms["kd/affinity"])
-    run_bundle("evaluating", "train", "direct", "smoke", "evaluate", **student)
+    data = run_direct(run_bundle, bundle, tmp_path, channels=8)
     assert np.isfinite(float((tmp_path / "eval/val_voi_raw.csv").read_text().splitlines()[1].split(",")[-1]))
-
-    run_bundle(
-        "evaluating", "inference", "inference_direct", dataset_dir=str(data), out_channels=8,
-        ckpt_path=str(tmp_path / "student/model.pt"), output_dir=str(tmp_path / "eval"),
-    )
     case = json.loads((data / "datalist.json").read_text())["test"][0]
     [found] = (tmp_path / "eval").glob("*_seg.nii.gz")
     assert nibabel.load(found).shape == nibabel.load(data / case["image"]).shape

@@ -261,7 +261,7 @@ def test_affinity_output_is_that_of_the_embedding_output() -> None:
         ({"pooling": [[2, 2, 2]] * 2, "padding": "same"}, "`pooling` must be 3 triples of factors"),
         ({"pooling": [[2, 2]] * 3, "padding": "same"}, "`pooling` must be 3 triples of factors"),
         ({"pooling": [[2, 2, 2]] * 3}, r"`pooling` must be \[\[1, 3, 3\], .*\] for the padding 'valid'"),
-        ({"output": "mask"}, "`output` must be one of .*, got 'mask'"),
+        ({"output": "mask"}, r"`output` must be one of \['embedding', 'affinity', 'direct_affinity'\], got 'mask'"),
         ({"output": "affinity"}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": [[0, -1]]}, r"`offsets` must be vectors of 3 whole numbers, not all 0, got \[\[0, -1\]\]"),
     ],

@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from bundle_runs import parsed, scalars, weights, write_small_phantoms
+from bundle_runs import parsed, run_direct
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -20,21 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 def test_direct_affinities_train_distil_evaluate_and_infer(
     run_bundle: Callable[..., None], bundle: Path, tmp_path: Path
 ) -> None:
-    data = write_small_phantoms(bundle, tmp_path / "data", training=2, validation=1, test=1)
-    options: dict[str, Any] = {"dataset_dir": str(data), "teacher_check#mode": "warn"}
-    run_bundle("training", "train", "direct", "smoke", "teacher", **options)
-    assert weights(bundle / "models/teacher/direct")["embedding.weight"].shape[0] == 11
-    student = {**options, "ckpt_dir": str(tmp_path / "student"), "output_dir": str(tmp_path / "eval")}
-    run_bundle("training", "train", "direct", "smoke", **student)
-    terms = scalars(tmp_path / "student")
-    assert all(0 < value < 10 for value in terms["kd/affinity"])
-    run_bundle("evaluating", "train", "direct", "smoke", "evaluate", **student)
+    data = run_direct(run_bundle, bundle, tmp_path, channels=11)
     assert (tmp_path / "eval/val_pq_raw.csv").is_file()
-
-    run_bundle(
-        "evaluating", "inference", "inference_direct", dataset_dir=str(data),
-        ckpt_path=str(tmp_path / "student/model.pt"), output_dir=str(tmp_path / "eval"),
-    )
     case = json.loads((data / "datalist.json").read_text())["test"][0]
     [found] = (tmp_path / "eval").glob("*_seg.png")
     assert Image.open(found).size == Image.open(data / case["image"]).size

@@ -184,7 +184,7 @@ def test_wrong_filters_are_refused(filters: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"output": "mask"}, "`output` must be one of .*, got 'mask'"),
+        ({"output": "mask"}, r"`output` must be one of \['embedding', 'affinity', 'direct_affinity'\], got 'mask'"),
         ({"output": "affinity"}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": [[0, -1, 0]]}, r"`offsets` must be vectors of 2 whole numbers, not all 0, got \[\[0, -1, 0\]\]"),
     ],

@@ -84,7 +84,7 @@ def test_a_direct_head_gives_the_first_channels_and_the_last() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "mask"}, "`output` must be one of .*, got 'mask'"),
+        ({"output": "mask"}, r"`output` must be one of \['embedding', 'affinity', 'direct_affinity'\], got 'mask'"),
         ({"offsets": None}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": []}, r"`offsets` must be vectors of 2 whole numbers, not all 0, got \[\]"),
         ({"offsets": [[0, -1, 0]]}, r"`offsets` must be vectors of 2 whole numbers, not all 0, got \[\[0, -1, 0\]\]"),
