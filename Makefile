@@ -11,6 +11,7 @@
 #   WORKERS      trainings that `make results` runs at once, sharing the cores
 #   ROW          id of the only row of the recipe that `make results` does. Empty: all rows of DATA.
 #   SEARCH       1: `make results` tries the recipe's other configurations, on validation only
+#   FINISHED     1: `make results` trains nothing and writes what is finished so far
 #   TEACHER      1: pack the teacher's weights too
 #   PYTEST_ARGS  passed on to pytest, such as PYTEST_ARGS="-k affinity" or PYTEST_ARGS="-m slow"
 #   CONSTRAINTS  file of exact versions. CONSTRAINTS= takes the newest that setup.cfg allows. Read when .venv is made.
@@ -63,7 +64,7 @@ check: $(READY)  ## ruff, mypy, canonical JSON, plumbing of the bundles, config 
 
 results: $(READY)  ## train and compare all arms of BUNDLE on DATA: results/BUNDLE.json, figure, README tables; hours
 	@[ -n "$(BUNDLE)" ] && [ -n "$(DATA)" ] || { echo "make results needs BUNDLE=name and DATA=folder"; exit 1; }
-	$(ON_CPU) $(RUN) -m lab.results $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(ROW),--row "$(ROW)") $(if $(SEARCH),--search)
+	$(ON_CPU) $(RUN) -m lab.results $(BUNDLE) "$(DATA)" --workers $(WORKERS) $(if $(ROW),--row "$(ROW)") $(if $(SEARCH),--search) $(if $(FINISHED),--finished)
 
 bench: $(READY)  ## speed and memory against peers, written to bench/*.json
 	$(ON_CPU) $(RUN) -m lab.bench

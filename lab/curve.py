@@ -34,6 +34,7 @@ def make_curve(row: Row, arm: str, candidate: str, values: Mapping[str, Mapping[
         {"labels": n, **{name: values[_name(name, n)] for name in (ALONE, DISTILLED) if _name(name, n) in values}}
         for n in row.curve
     ]
+    points = [point for point in points if len(point) > 1]
     return {"arm": arm, **({"candidate": candidate} if candidate else {}), "points": points}
 
 

@@ -84,7 +84,8 @@ def bundle_job(name: str, folder: Path, key: str, runs: Sequence[BundleRun], **m
 class Executor:
     """Does jobs, from several threads if need be; `stop` ends all of them, with what they started."""
 
-    def __init__(self, threads: int = 0) -> None:                  # of each command, 0 leaves it to torch
+    def __init__(self, threads: int = 0, trains: bool = True) -> None:   # of each command, 0 leaves it to torch
+        self.trains = trains                                       # or trainings that are not finished are refused
         limits = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"} if threads else {}
         self._variables = {"PYTHONUNBUFFERED": "1", **limits}      # or an error would stand above what led to it
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -100,9 +101,11 @@ class Executor:
             watch: called twice a second with the number of the command and the content of its progress file.
 
         Raises:
-            ExecutionError: a command failed.
+            ExecutionError: a command failed, or the job is a training to be refused.
             StoppedError: `stop` was called.
         """
+        if not self.trains and job.checkpoints is not None and not job.is_done:
+            raise ExecutionError("it is not finished")
         with self.locked(job.folder, lambda: say("waits for another process that works on it")) as lock:
             if job.is_done:
                 return False

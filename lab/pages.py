@@ -61,6 +61,7 @@ def _row_name(row: Mapping[str, Any]) -> str:
     """The id, with what a reader must not miss: that a row is old, did not converge or may not have, or has a leak."""
     warnings = [
         *(["not rerun"] if "not_rerun" in row else []),
+        *(["not finished"] if "not_trained" in row else []),
         *(["not converged"] if row.get("converged", {}).get("reached") is False else []),
         *(["convergence unchecked"] if "regime" in row and "reached" not in row.get("converged", {}) else []),
         *(["leak"] if row.get("leaks", {}).get("verdict", "none").partition(":")[0] != "none" else []),
@@ -134,6 +135,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += _seconds(row["seconds_per_case"])
     text += _calibrated(row)
+    if row.get("not_trained"):
+        text += f" Not trained: {'; '.join(row['not_trained'])}."
     if verdict := row.get("leaks", {}).get("verdict", ""):
         text += f" Leaks: {verdict.replace('_', ' ')}."
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text

@@ -14,7 +14,7 @@ from typing import TypeVar
 from lab.bundle import BundleRun
 from lab.execute import ExecutionError, Executor
 from lab.keys import run_distils
-from lab.recipe import TEACHER, Arm
+from lab.recipe import ALONE, TEACHER, Arm
 from lab.regimes import ALL_LABELS
 from lab.training import Run, Study, Trained, ranked, train
 
@@ -81,8 +81,10 @@ def count_runs(study: Study, arms: Arms) -> int:
 def train_all(study: Study, arms: Arms) -> Finished:
     """Train everything that a row needs; a failed run does not hinder those that do not start from it.
 
+    Where the executor does not train, arms whose first seed is not finished are left out, but not these two.
+
     Raises:
-        RowFailedError: a run failed.
+        RowFailedError: a run failed, or teacher or student alone would be left out.
     """
     total, begin = count_runs(study, arms), time.monotonic()
     finished: dict[tuple[str, str, int], Trained] = {}
@@ -97,7 +99,7 @@ def train_all(study: Study, arms: Arms) -> Finished:
             trained = train(run, study, weights, partial(say, run))
         except ExecutionError as error:
             failed.append(run.label)
-            say(run, f"FAILED, {error}")
+            say(run, f"FAILED, {error}" if study.executor.trains else f"left out, {error}")
             return
         finished[run.id] = trained
         say(
@@ -120,10 +122,12 @@ def train_all(study: Study, arms: Arms) -> Finished:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
-    missing = [run.label for run in wanted if run.id not in finished]
-    if missing:
-        raise RowFailedError(f"{study.row.id}: not trained: {'; '.join(missing)}. The same command goes on from here.")
-    return {run.id: finished[run.id] for run in wanted}
+    missing = [run for run in wanted if run.id not in finished]
+    left_out = {run.arm for run in missing if run.seed == study.row.seeds[0]}
+    if (missing and study.executor.trains) or left_out & {TEACHER, ALONE}:
+        labels = "; ".join(run.label for run in missing)
+        raise RowFailedError(f"{study.row.id}: not trained: {labels}. The same command goes on from here.")
+    return {run.id: finished[run.id] for run in wanted if run.id in finished and run.arm not in left_out}
 
 
 def all_parallel(work: Callable[[Item], Made], items: Sequence[Item], workers: int, executor: Executor) -> list[Made]:

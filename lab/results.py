@@ -5,7 +5,8 @@
 
 Finished runs are not repeated and interrupted ones go on; all work lies in runs/lab, where bundles and rows share what
 they train alike. What is trained stands in results/recipes/<bundle>.json. ROW=id does one of the rows of a data set,
-SEARCH=1 tries the recipe's other configurations on validation instead.
+SEARCH=1 tries the recipe's other configurations on validation instead, FINISHED=1 trains nothing and writes what is
+finished so far, with the names of what is not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lab.execute import ExecutionError, Executor, Job, StoppedError, read_state
 from lab.keys import content_hash, data_hash, file_hash
 from lab.measure import machine, versions
 from lab.networks import program_words
-from lab.plan import Finished, RowFailedError, all_parallel, train_all
+from lab.plan import Finished, RowFailedError, all_parallel, train_all, wanted_runs
 from lab.recipe import TEACHER, Recipe, Row, read_recipe
 from lab.regimes import describe_regime
 from lab.training import Run, Study, Trained, check_test_list, evaluate, find_datalist, ranked
@@ -47,6 +48,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     add("--workers", type=int, default=2, metavar="N", help="trainings at once, sharing the cores (default: 2)")
     add("--row", help="id of the only row to do (default: all of DATA)")
     add("--search", action="store_true", help="only the recipe's `search`, on validation")
+    add("--finished", action="store_true", help="train nothing; write the rows from the trainings that are finished")
     add("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)      # of the repository, for the tests
     add("--recipes", type=Path, default=ROOT / "results" / "recipes", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -56,6 +58,8 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         parser.error(f"BUNDLE must be one of {known}, got {options.bundle!r}.")
     if not options.data.is_dir():
         parser.error(f"DATA must be a folder, got {str(options.data)!r}.")
+    if options.search and options.finished:
+        parser.error("SEARCH and FINISHED cannot be given together.")
     if options.workers < 1:
         parser.error(f"WORKERS must be 1 or more, got {options.workers}.")
     options.data = options.data.resolve()
@@ -137,7 +141,8 @@ def trace_curve(study: Study, scored: record.Scores, distilled: str | None) -> d
     needed = {name: row.arms[name] for name in (TEACHER, *recipe.helpers)}
     finished = train_all(study, recipe.drop_idle_helpers({**needed, **arms}))
     points = {**scored, **evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm in arms})}
-    values = {name: record.summarize(points[name], recipe) for name in (*curve.alone_arms(row, row.arms), *arms)}
+    names = [name for name in (*curve.alone_arms(row, row.arms), *arms) if name in points]
+    values = {name: record.summarize(points[name], recipe) for name in names}
     return {"curve": curve.make_curve(row, distilled, candidate, values)}
 
 
@@ -146,7 +151,8 @@ def show_command(options: argparse.Namespace) -> str:
     words = ["make", "results", f"BUNDLE={options.bundle}", f"DATA={options.data.name}"]
     words += [f"WORKERS={options.workers}"] if options.workers != 2 else []
     words += [f"ROW={options.row}"] if options.row else []
-    return shlex.join([*words, "SEARCH=1"] if options.search else words)
+    words += [f"{name.upper()}=1" for name in ("search", "finished") if getattr(options, name)]
+    return shlex.join(words)
 
 
 def rules_hash() -> str:
@@ -158,7 +164,9 @@ def compare(options: argparse.Namespace, study: Study) -> None:
     """Train all, score all, write the row."""
     recipe, row = study.recipe, study.row
     doubled, alone = convergence.doubled_arms(study, row.arms), curve.alone_arms(row, row.arms)
-    finished = train_all(study, recipe.drop_idle_helpers(row.arms) | doubled | alone)
+    wanted = recipe.drop_idle_helpers(row.arms) | doubled | alone
+    finished = train_all(study, wanted)
+    missing = [run.label for run in wanted_runs(study, wanted, finished) if run.id not in finished]
     known = measure_rules(study)
     scored = evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm not in doubled})
     scores = {name: arm for name, arm in scored.items() if name in row.arms}
@@ -171,7 +179,7 @@ def compare(options: argparse.Namespace, study: Study) -> None:
         "steps": {
             name: convergence.steps_of(record.chosen_runs(arm, recipe)[0].run, study) for name, arm in scores.items()
         },
-        "converged": convergence.converged(study, finished), **known,
+        "converged": convergence.converged(study, finished), **({"not_trained": missing} if missing else {}), **known,
         **trace_curve(study, scored, distilled), **speed, "hardware": machine(), "versions": versions(*PACKAGES),
         "command": show_command(options),
     }
@@ -219,7 +227,7 @@ def main(words: Sequence[str]) -> int:
     """Run what the command line asks for."""
     options = parse_options(words)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    executor = Executor(max(1, cores // options.workers) if options.workers > 1 else 0)
+    executor = Executor(max(1, cores // options.workers) if options.workers > 1 else 0, trains=not options.finished)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         recipe = read_recipe(options.folder, options.recipes)

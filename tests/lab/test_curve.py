@@ -32,6 +32,10 @@ def test_a_curve_has_an_arm_for_each_number_and_kind_but_none_alone_without_labe
     assert [sorted(point) for point in curve["points"]] == [["distilled", "labels"]] + 2 * [
         ["distilled", "labels", "student_alone"]
     ]
+    for name in ("student_alone_with_1_labels", "distilled_with_1_labels", "distilled_with_4_labels"):
+        del values[name]
+    kept = make_curve(row, "logits_kd", "", values)["points"]
+    assert [(point["labels"], "distilled" in point) for point in kept] == [(0, True), (4, False)]
 
 
 def make_rows() -> list[dict[str, Any]]:

@@ -166,6 +166,12 @@ def test_a_row_whose_student_alone_was_not_trained_twice_as_long_says_so() -> No
     assert "| a (convergence unchecked) |" in summary_table(new_row(converged={"teacher": {"reached": True}}))
 
 
+def test_a_row_that_is_not_finished_says_what_is_missing() -> None:
+    row = new_row(not_trained=["combined, seed 1", "method, seed 0"])
+    assert "| a (not finished, not converged) |" in summary_table(row)
+    assert " Not trained: combined, seed 1; method, seed 0." in full_tables(row)
+
+
 def test_a_row_whose_crop_gives_the_answer_away_says_so() -> None:
     verdict = "ellipsoid is better than the teacher (0.900 against 0.850): this set cannot show what a network is worth"
     row = new_row(leaks={"ellipsoid": {"mean": 0.9, "metrics": {}, "validation": 0.8}, "verdict": verdict})

@@ -138,6 +138,27 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(study: Study, monkeypatc
     assert not (folder / "checkpoints").exists()
 
 
+def test_what_is_finished_is_given_without_training_the_rest(
+    make_study: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = make_study()
+    train_all(study, {name: replace(ARMS[name], seeds=1) for name in ("teacher", "student_alone")})
+    resting = replace(study, executor=Executor(trains=False))
+    capsys.readouterr()
+
+    finished = train_all(resting, ARMS)
+
+    assert set(finished) == {("teacher", "", 0), ("student_alone", "", 0)}
+    said = capsys.readouterr().out
+    assert "student_alone, seed 0: was finished before" in said
+    assert "student_alone, seed 1: left out, it is not finished" in said
+    assert "method, seed 0: left out, it is not finished" in said
+    assert not [path for path in study.folder.glob("*/run.json") if '"done": true' not in path.read_text()]
+
+    with pytest.raises(RowFailedError, match="not trained: teacher, seed 7"):
+        train_all(replace(resting, row=replace(study.row, seeds=(7,))), {"teacher": ARMS["teacher"]})
+
+
 def test_an_error_in_one_of_several_works_is_raised_at_once() -> None:
     def work(item: int) -> int:
         if item == 2:

@@ -139,6 +139,7 @@ def test_regimes_share_trainings_and_fill_a_curve_from_end_to_end(repository: Pa
         (["nothing", "."], "BUNDLE must be one of .*boundary_relation_ct_organs.*, got 'nothing'"),
         ([BUNDLE, "nowhere"], "DATA must be a folder, got 'nowhere'"),
         ([BUNDLE, ".", "--workers", "0"], "WORKERS must be 1 or more, got 0"),
+        ([BUNDLE, ".", "--search", "--finished"], "SEARCH and FINISHED cannot be given together"),
     ],
 )
 def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
