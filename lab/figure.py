@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lab.pages import finished_rows, metric_title
+from lab.pages import finished_rows, main_rows, metric_title
 
 STYLE = {
     "student_alone": ("student\nalone", "#e07a1f"), "logits_kd": ("plain\nKD", "#7d838c"),
@@ -20,8 +20,8 @@ COLUMNS = 3
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Draw all rows that have results; without any, nothing is written."""
-    rows = finished_rows(content)
+    """Draw all rows that have results, but no details; without any, nothing is written."""
+    rows = main_rows(content)
     if not rows:
         return
     columns = min(COLUMNS, len(rows))

@@ -26,14 +26,14 @@ def readme_cell(content: Mapping[str, Any]) -> str:
 
 def shown_columns(content: Mapping[str, Any]) -> list[str]:
     """Arms of a bundle's short table, and retention: only those that a row has, or `-` alone would stand there."""
-    rows = finished_rows(content)
+    rows = main_rows(content)
     optional = {name: any(name in row for row in rows) for name in ("classical", RETENTION)}
     return [name for name in (*SHOWN, RETENTION) if optional.get(name, True)]
 
 
 def summary_table(content: Mapping[str, Any]) -> str:
     """A line per row: the main metric of the networks that matter most."""
-    rows = finished_rows(content)
+    rows = main_rows(content)
     if not rows:
         return ""
     first = f"test {metric_title(rows[0]['metric'])}, {'higher' if rows[0]['higher_is_better'] else 'lower'} is better"
@@ -53,8 +53,13 @@ def finished_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in all_rows(content) if "teacher" in row]
 
 
+def main_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Finished rows without the details of others, for short tables and the figure."""
+    return [row for row in finished_rows(content) if not row.get("detail")]
+
+
 def _main_values(content: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    return [[_row_name(row), *(_shown(row, name) for name in columns)] for row in finished_rows(content)]
+    return [[_row_name(row), *(_shown(row, name) for name in columns)] for row in main_rows(content)]
 
 
 def _row_name(row: Mapping[str, Any]) -> str:

@@ -65,6 +65,7 @@ class Row:
     patient: str | None = None             # regular expression: cases with the same group are averaged to one
     datalist: Mapping[str, Any] = field(default_factory=dict)          # arguments of `make_datalist`; `class_folders`
     ship: bool = False                                                 # copy the student into the bundle
+    detail: bool = False                   # told on the bundle's page of results alone, such as a row of ablations
     calibrate: Mapping[str, Sequence[Any]] = field(default_factory=dict)   # option of the evaluation -> values; told
     #                                        about every network is the one that is best on validation
     search: Mapping[str, Arm] = field(default_factory=dict)            # for `make results SEARCH=1`, in the first row

@@ -211,14 +211,15 @@ def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What rows tell of each other: curves and what a teacher is worth; and which rows the recipe's protocol made.
 
     Rows of data that the recipe now has other rows for go. One that was trained before the protocol asked whether it
-    converged says so.
+    converged says so, and one that is a detail of the recipe.
     """
     told = {row.data for row in recipe.rows.values()}
     kept = [row for row in all_rows(content) if row["id"] in recipe.rows or row["data"] not in told]
     rows = []
     for row in complete_curves(kept):
         old = TEACHER in row and "converged" not in row
-        rows.append({**row, "not_rerun": NOT_RERUN} if old else row)
+        detail = row["id"] in recipe.rows and recipe.rows[row["id"]].detail
+        rows.append({**row, **({"not_rerun": NOT_RERUN} if old else {}), **({"detail": True} if detail else {})})
     top, others = rows[:1], rows[1:]
     return {"bundle": content["bundle"], **(top[0] if top else {}), "rows": others}
 

@@ -172,6 +172,13 @@ def test_a_row_that_is_not_finished_says_what_is_missing() -> None:
     assert " Not trained: combined, seed 1; method, seed 0." in full_tables(row)
 
 
+def test_a_row_that_is_a_detail_stands_in_the_full_tables_alone() -> None:
+    told = new_row(rows=[{**new_row(), "id": "terms", "detail": True}])
+    assert [name in summary_table(told) for name in ("a", "terms")] == [True, False]
+    assert [name in readme_cell(told) for name in ("a", "terms")] == [True, False]
+    assert "| terms |" in full_tables(told)
+
+
 def test_a_row_whose_crop_gives_the_answer_away_says_so() -> None:
     verdict = "ellipsoid is better than the teacher (0.900 against 0.850): this set cannot show what a network is worth"
     row = new_row(leaks={"ellipsoid": {"mean": 0.9, "metrics": {}, "validation": 0.8}, "verdict": verdict})

@@ -96,7 +96,7 @@ def test_a_new_row_replaces_its_own_only_and_keeps_what_was_searched_last(tmp_pa
 
 
 def test_a_row_of_an_earlier_protocol_goes_or_says_so() -> None:
-    recipe = Recipe("dice", True, "new", (), ARMS, rows={"new": Row("new", data="d"), "kept": Row("kept")})
+    recipe = Recipe("dice", True, "new", (), ARMS, rows={"new": Row("new", "d", detail=True), "kept": Row("kept")})
     old = {name: {"id": name, "data": name, "teacher": {}} for name in ("kept", "foreign")}
     content = {"bundle": "x", "id": "d", "data": "d", "teacher": {}, "rows": list(old.values())}
     content = merge_row(content, "x", {"id": "new", "data": "d", "teacher": {}, "converged": {}}, "new")
@@ -105,6 +105,7 @@ def test_a_row_of_an_earlier_protocol_goes_or_says_so() -> None:
 
     assert (found["bundle"], found["id"], [row["id"] for row in found["rows"]]) == ("x", "new", ["foreign", "kept"])
     assert "not_rerun" not in {key for key in found if key != "rows"}
+    assert [row.get("detail") for row in all_rows(found)] == [True, None, None]
     assert all("earlier protocol" in row["not_rerun"] for row in found["rows"])
     assert complete(found, recipe) == found
     searched = {"bundle": "x", "id": "kept", "data": "kept", "search": [], "rows": []}
