@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter, signature
@@ -53,6 +54,7 @@ def prepare_run(argv: Sequence[str]) -> None:
     """
     if argv and Path(argv[0]).parts[-3:] == ("monai", "bundle", "__main__.py"):
         sys.excepthook = _end_with_cause
+    warnings.filterwarnings("ignore", "Mean of empty slice")       # MONAI's report, of a case that a metric leaves out
     parser = current_parser()
     if parser is None:
         return
