@@ -76,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(run: Run, bundle: Path, data: Path) -> Path:
     folder = bundle / "models/teacher/classify"
-    options = {"into": folder, "dataset_dir": str(data), "epochs": 16, "learning_rate": 0.01, **SIZES}
+    options = {"into": folder, "dataset_dir": str(data), "epochs": 40, "learning_rate": 0.01, **SIZES}
     run("training", "train", "classify", "teacher", **options)
     return folder / "model.pt"
 
