@@ -92,7 +92,7 @@ def train_all(study: Study, arms: Arms) -> Finished:
     failed: list[str] = []
 
     def say(run: Run, text: str) -> None:
-        print(f"[{len(finished)}/{total}] {run.label}: {text}", flush=True)
+        print(f"[{len(finished)}/{total}] {run.label}: {text}\n", end="", flush=True)   # whole, from several threads
 
     def work(run: Run, weights: Mapping[str, Path]) -> None:
         try:
