@@ -81,10 +81,10 @@ def count_runs(study: Study, arms: Arms) -> int:
 def train_all(study: Study, arms: Arms) -> Finished:
     """Train everything that a row needs; a failed run does not hinder those that do not start from it.
 
-    Where the executor does not train, arms whose first seed is not finished are left out, but not these two.
+    An executor that does not train leaves out what is not finished, and all of an arm whose first seed is not.
 
     Raises:
-        RowFailedError: a run failed, or teacher or student alone would be left out.
+        RowFailedError: a run failed, or the teacher or the student alone would be left out.
     """
     total, begin = count_runs(study, arms), time.monotonic()
     finished: dict[tuple[str, str, int], Trained] = {}

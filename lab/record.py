@@ -218,8 +218,9 @@ def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     rows = []
     for row in complete_curves(kept):
         old = TEACHER in row and "converged" not in row
+        plain = {key: value for key, value in row.items() if key != "detail"}     # the recipe may have changed its mind
         detail = row["id"] in recipe.rows and recipe.rows[row["id"]].detail
-        rows.append({**row, **({"not_rerun": NOT_RERUN} if old else {}), **({"detail": True} if detail else {})})
+        rows.append({**plain, **({"not_rerun": NOT_RERUN} if old else {}), **({"detail": True} if detail else {})})
     top, others = rows[:1], rows[1:]
     return {"bundle": content["bundle"], **(top[0] if top else {}), "rows": others}
 

@@ -151,8 +151,7 @@ def show_command(options: argparse.Namespace) -> str:
     words = ["make", "results", f"BUNDLE={options.bundle}", f"DATA={options.data.name}"]
     words += [f"WORKERS={options.workers}"] if options.workers != 2 else []
     words += [f"ROW={options.row}"] if options.row else []
-    words += [f"{name.upper()}=1" for name in ("search", "finished") if getattr(options, name)]
-    return shlex.join(words)
+    return shlex.join([*words, "SEARCH=1"] if options.search else words)
 
 
 def rules_hash() -> str:
