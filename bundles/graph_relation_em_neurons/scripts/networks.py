@@ -27,7 +27,7 @@ class MalaUNet(nn.Module):
     With the default channels the teacher of the paper (84.02 M parameters); its student (0.368 M) has `channels`
     (8, 16, 32, 64) and `decoder_channels` (32, 32, 8).
 
-    Taps, in the order of the forward pass, each after its second activation:
+    Taps, in the order of the forward pass, each after its second activation; sizes are those behind `stem`:
 
     * `encoder.0` to `encoder.3`: levels at 1, 1/3, 1/9 and 1/27 of the size in the plane; `encoder.3` is the bottom;
     * `decoder.0`, `decoder.1`, `decoder.2`: levels at 1/9, 1/3 and 1; the last two are conv14 and conv17 of the code of
@@ -54,17 +54,20 @@ class MalaUNet(nn.Module):
             voxels that are cubes, needs the padding "same".
         norm: "none", as in the paper, or "batch": batch normalization behind each convolution of 3 x 3 x 3. Unlike
             norms of an instance it gives a voxel the same value in every window.
+        stem: (z, y, x) factors by which a first convolution makes the image smaller, and the last one the embedding
+            larger again: all levels then work at that size. With (1, 2, 2) a student takes a quarter of the
+            multiplications. Another than (1, 1, 1) needs the padding "same".
 
     `output`, `offsets` and `padding` do not change the state dict. `margin` is the number of voxels lost on each side
     of D, H, W; results of two crops agree if they are shifted by multiples of `alignment`.
 
     Raises:
-        ValueError: a wrong number of channels or poolings, no such output, padding or norm, an affinity without
-            offsets; in the forward pass an image of a size that does not fit "valid".
+        ValueError: a wrong number of channels, poolings or factors, no such output, padding or norm, an affinity
+            without offsets; in the forward pass an image of a size that does not fit "valid".
 
     Reference:
         Funke et al., Large scale image segmentation with structured loss based deep learning, TPAMI 2018; with the
-        embedding of Liu et al., arXiv 2401.06370, and its tiny student. "same", `pooling` and `norm` are ours.
+        embedding of Liu et al., arXiv 2401.06370, and its tiny student. "same", `pooling`, `norm` and `stem` are ours.
 
     Example:
         >>> network = MalaUNet(channels=(2, 3, 4, 5), padding="same")
@@ -84,30 +87,35 @@ class MalaUNet(nn.Module):
         foreground: bool = False,
         pooling: Sequence[Sequence[int]] = _IN_THE_PLANE,
         norm: Norm = "none",
+        stem: Sequence[int] = (1, 1, 1),
     ) -> None:
         super().__init__()
         for name, value, known in (("padding", padding, get_args(Padding)), ("norm", norm, get_args(Norm))):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
         factors = _check_pooling(pooling, padding)
+        shrink = _check_stem(stem, padding)
         encoder = _check_channels("channels", channels, 4)
         skips = encoder[2::-1]                                     # of levels 3, 2, 1
         decoder = skips if decoder_channels is None else _check_channels("decoder_channels", decoder_channels, 3)
         self.is_valid = padding == "valid"
         self.margin = (14, 106, 106) if self.is_valid else (0, 0, 0)
-        planes, rows, columns = (prod(factor[axis] for factor in factors) for axis in range(3))
+        planes, rows, columns = (prod(factor[axis] for factor in [shrink, *factors]) for axis in range(3))
         self.alignment = (planes, rows, columns)
         border = 0 if self.is_valid else 1
+        is_small = max(shrink) > 1
+        self.stem = nn.Conv3d(in_channels, encoder[0], shrink, stride=shrink) if is_small else nn.Identity()
         self.encoder = nn.ModuleList(
             _convolutions(before, after, border, norm)
-            for before, after in zip([in_channels, *encoder], encoder, strict=False)
+            for before, after in zip([encoder[0] if is_small else in_channels, *encoder], encoder, strict=False)
         )
         self.pooling = factors
         self.decoder = nn.ModuleList(
             _Up(deep, skip, after, border, norm, factor)
             for deep, skip, after, factor in zip([encoder[-1], *decoder], skips, decoder, factors[::-1], strict=False)
         )
-        self.embedding = nn.Conv3d(decoder[-1], embedding_channels, kernel_size=1)
+        last = nn.ConvTranspose3d if is_small else nn.Conv3d
+        self.embedding = last(decoder[-1], embedding_channels, kernel_size=shrink, stride=shrink)
         self.head = output_head(output, offsets, spatial_dims=3, foreground=foreground)
         for module in self.modules():
             if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
@@ -124,7 +132,7 @@ class MalaUNet(nn.Module):
         elif not torch.jit.is_tracing():
             _check_size(image)
         skips: list[Tensor] = []
-        deep = image
+        deep = self.stem(image)
         for index, level in enumerate(self.encoder):
             if index > 0:
                 deep = F.max_pool3d(deep, self.pooling[index - 1])
@@ -172,6 +180,15 @@ def _check_pooling(pooling: Sequence[Sequence[int]], padding: str) -> list[list[
         raise ValueError(f"`pooling` must be 3 triples of factors (z, y, x) of at least 1, got {factors}.")
     if padding == "valid" and factors != _IN_THE_PLANE:
         raise ValueError(f"`pooling` must be {_IN_THE_PLANE} for the padding 'valid', got {factors}; take 'same'.")
+    return factors
+
+
+def _check_stem(stem: Sequence[int], padding: str) -> tuple[int, int, int]:
+    factors = tuple(stem)
+    if len(factors) != 3 or min(factors) < 1:
+        raise ValueError(f"`stem` must be 3 factors (z, y, x) of at least 1, got {list(factors)}.")
+    if padding == "valid" and max(factors) > 1:
+        raise ValueError(f"`stem` must be [1, 1, 1] for the padding 'valid', got {list(factors)}; take 'same'.")
     return factors
 
 

@@ -24,9 +24,9 @@ class ResidualUNet(nn.Module):
     """2-D U-Net of residual blocks that gives an embedding per pixel, of the image's size, for any size.
 
     With the default filters the teacher of the paper; its student has `filters` (4, 8, 16, 32, 64). Images are padded
-    to multiples of 16 with copies of their last row and column, which taps therefore contain.
+    to multiples of 16 (times `stem`) with copies of their last row and column, which taps therefore contain.
 
-    Taps, in the order of the forward pass:
+    Taps, in the order of the forward pass; sizes are those behind `stem`:
 
     * `encoder.0` to `encoder.4`: x1 to x5 of the paper's network, at 1, 1/2, 1/4, 1/8 and 1/16 of the size;
     * `decoder.0` to `decoder.3`: u1 to u4, at 1/8, 1/4, 1/2 and 1;
@@ -42,13 +42,15 @@ class ResidualUNet(nn.Module):
         offsets: (row, column) steps in pixels of the affinities; no use for embeddings.
         published_head: with the foreground head that the paper's code has but never uses; it is part of the published
             numbers of parameters.
+        stem: factor by which a first convolution makes the image smaller, and the last one the embedding larger again:
+            all levels then work at that size. With 2 a student takes a quarter of the multiplications.
 
     Raises:
-        ValueError: a wrong number of filters, no such output, an affinity without offsets.
+        ValueError: a wrong number of filters, a factor below 1, no such output, an affinity without offsets.
 
     Reference:
         Liu et al., Graph Relation Distillation for Efficient Biomedical Instance Segmentation, arXiv 2401.06370, code;
-        sizes that are no multiples of 16 are ours.
+        sizes that are no multiples of 16, and `stem`, are ours.
 
     Example:
         >>> network = ResidualUNet(filters=(4, 8, 16, 32, 64))
@@ -65,16 +67,23 @@ class ResidualUNet(nn.Module):
         offsets: Sequence[Sequence[int]] | None = None,
         foreground: bool = False,
         published_head: bool = False,
+        stem: int = 1,
     ) -> None:
         super().__init__()
         levels = list(filters)
         if len(levels) != 5 or min(levels) < 1:
             raise ValueError(f"`filters` must be 5 numbers of at least 1, got {levels}.")
-        self.encoder = nn.ModuleList([_Residual(in_channels, levels[0]), *map(_Down, levels[:-1], levels[1:])])
+        if stem < 1:
+            raise ValueError(f"`stem` must be at least 1, got {stem}.")
+        self.multiple = 16 * stem
+        self.stem = nn.Conv2d(in_channels, levels[0], stem, stride=stem) if stem > 1 else nn.Identity()
+        before = levels[0] if stem > 1 else in_channels
+        self.encoder = nn.ModuleList([_Residual(before, levels[0]), *map(_Down, levels[:-1], levels[1:])])
         skips = levels[:0:-1]                                      # of x5, x4, x3, x2
-        before = [levels[4], *(deep + skip for deep, skip in pairwise(skips))]
-        self.decoder = nn.ModuleList(map(_Up, before, skips))
-        self.embedding = nn.Conv2d(skips[-1], embedding_channels, kernel_size=1)
+        joined = [levels[4], *(deep + skip for deep, skip in pairwise(skips))]
+        self.decoder = nn.ModuleList(map(_Up, joined, skips))
+        last = nn.ConvTranspose2d if stem > 1 else nn.Conv2d
+        self.embedding = last(skips[-1], embedding_channels, kernel_size=stem, stride=stem)
         if published_head:
             self.foreground = nn.Sequential(
                 nn.Conv2d(skips[-1], skips[-1], 1), nn.BatchNorm2d(skips[-1]), nn.ReLU(), nn.Conv2d(skips[-1], 2, 1)
@@ -83,8 +92,9 @@ class ResidualUNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (B, in_channels, H, W) to embeddings or affinities."""
-        rows, columns = (16 - image.shape[2] % 16) % 16, (16 - image.shape[3] % 16) % 16
-        deep = F.pad(image, [0, columns, 0, rows], mode="replicate")
+        step = self.multiple
+        rows, columns = (step - image.shape[2] % step) % step, (step - image.shape[3] % step) % step
+        deep = self.stem(F.pad(image, [0, columns, 0, rows], mode="replicate"))
         skips: list[Tensor] = []
         for level in self.encoder:
             deep = level(deep)                                     # (B, c, H / 2^level, W / 2^level)

@@ -165,9 +165,15 @@ def test_convolutions_start_as_in_the_paper() -> None:
         assert float(weight.detach().std()) == pytest.approx(spread, rel=0.1)
 
 
-@pytest.mark.parametrize(("padding", "size"), [("valid", (29, 214, 214)), ("same", (3, 54, 50))])
-def test_gradient_reaches_every_parameter(padding: str, size: tuple[int, ...]) -> None:
-    network = toy(padding=padding)
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"padding": "valid"}, (29, 214, 214)), ({"padding": "same"}, (3, 54, 50)),
+        ({"padding": "same", "stem": [1, 2, 2]}, (3, 54, 50)),
+    ],
+)
+def test_gradient_reaches_every_parameter(options: dict[str, Any], size: tuple[int, ...]) -> None:
+    network = toy(**options)
     network(noise(*size)).square().sum().backward()
     assert [name for name, parameter in network.named_parameters() if not parameter.grad.any()] == []
 
@@ -211,13 +217,18 @@ def test_script_and_trace_equal_the_network_at_other_sizes(
 
 
 @pytest.mark.parametrize(
-    ("pooling", "size"), [([[2, 2, 2]] * 3, (8, 8, 8)), ([[1, 2, 2], [2, 2, 2], [1, 3, 3]], (2, 12, 12))]
+    ("pooling", "stem", "size"),
+    [
+        ([[2, 2, 2]] * 3, [1, 1, 1], (8, 8, 8)),
+        ([[1, 2, 2], [2, 2, 2], [1, 3, 3]], [1, 1, 1], (2, 12, 12)),
+        ([[1, 2, 2], [1, 1, 2], [2, 2, 1]], [1, 2, 1], (2, 8, 4)),
+    ],
 )
 @torch.no_grad()
-def test_other_poolings_and_norms_serve_any_size_and_windows_shifted_by_their_strides(
-    pooling: list[list[int]], size: tuple[int, ...]
+def test_other_poolings_norms_and_stems_serve_any_size_and_windows_shifted_by_their_strides(
+    pooling: list[list[int]], stem: list[int], size: tuple[int, ...]
 ) -> None:
-    network = toy(padding="same", pooling=pooling, norm="batch")
+    network = toy(padding="same", pooling=pooling, stem=stem, norm="batch")
     for _ in range(3):
         network(noise(9, 30, 41))                                  # statistics of the norms
     network.eval()
@@ -235,6 +246,17 @@ def test_other_poolings_and_norms_serve_any_size_and_windows_shifted_by_their_st
         whole = network(image).narrow(axis, before * stride, stride)
         shifted = network(image.narrow(axis, stride, 2 * before * stride))
         torch.testing.assert_close(shifted.narrow(axis, (before - 1) * stride, stride), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_stem_makes_levels_smaller_and_spares_three_quarters_of_the_multiplications() -> None:
+    with torch.device("meta"):
+        plain, small = MalaUNet(**STUDENT, padding="same"), MalaUNet(**STUDENT, padding="same", stem=[1, 2, 2])
+        taps = FeatureTaps(small, ["encoder.0", "encoder.3", "decoder.2", "embedding"], "student")
+        taps.open()
+        small(torch.zeros(1, 1, 5, 108, 50))
+        shapes = [tuple(output.shape[1:]) for output in taps.close().values()]
+    assert shapes == [(8, 5, 54, 27), (64, 5, 2, 1), (8, 5, 54, 27), (16, 5, 108, 54)]
+    assert giga_macs(small, 4, 108, 108) < 0.3 * giga_macs(plain, 4, 108, 108)
 
 
 def test_scripted_network_refuses_a_size_that_does_not_fit() -> None:
@@ -261,6 +283,9 @@ def test_affinity_output_is_that_of_the_embedding_output() -> None:
         ({"pooling": [[2, 2, 2]] * 2, "padding": "same"}, "`pooling` must be 3 triples of factors"),
         ({"pooling": [[2, 2]] * 3, "padding": "same"}, "`pooling` must be 3 triples of factors"),
         ({"pooling": [[2, 2, 2]] * 3}, r"`pooling` must be \[\[1, 3, 3\], .*\] for the padding 'valid'"),
+        ({"stem": [2, 2], "padding": "same"}, r"`stem` must be 3 factors \(z, y, x\) of at least 1, got \[2, 2\]"),
+        ({"stem": [1, 2, 0], "padding": "same"}, "`stem` must be 3 factors"),
+        ({"stem": [1, 2, 2]}, r"`stem` must be \[1, 1, 1\] for the padding 'valid', got \[1, 2, 2\]; take 'same'"),
         ({"output": "mask"}, r"`output` must be one of \['embedding', 'affinity', 'direct_affinity'\], got 'mask'"),
         ({"output": "affinity"}, "`offsets` must be given for the output 'affinity', got None"),
         ({"offsets": [[0, -1]]}, r"`offsets` must be vectors of 3 whole numbers, not all 0, got \[\[0, -1\]\]"),

@@ -20,10 +20,10 @@ from scripts import affinities, instances, networks, pictures, windows
 from scripts.networks import MobileNetV2, ResidualUNet
 
 TINY = (4, 8, 16, 32, 64)
-STUDENTS = [(ResidualUNet, {"filters": TINY}), (MobileNetV2, {})]
+STUDENTS = [(ResidualUNet, {"filters": TINY}), (ResidualUNet, {"filters": TINY, "stem": 2}), (MobileNetV2, {})]
 OFFSETS = [[-1, 0], [0, -1], [-3, 0], [0, -3], [-5, 0], [0, -5], [-9, 0], [0, -9], [-27, 0], [0, -27]]
 
-students = pytest.mark.parametrize(("network_class", "options"), STUDENTS, ids=["residual", "mobile"])
+students = pytest.mark.parametrize(("network_class", "options"), STUDENTS, ids=["residual", "stem", "mobile"])
 
 
 def built(network_class: type[torch.nn.Module], **options: Any) -> torch.nn.Module:
@@ -135,13 +135,15 @@ def test_taps_are_the_levels_that_the_docstrings_name() -> None:
     residual = {f"encoder.{level}": (TINY[level], 32 >> level, 48 >> level) for level in range(5)}
     residual |= {f"decoder.{level}": (TINY[4 - level], 4 << level, 6 << level) for level in range(4)}
     residual["embedding"] = (16, 32, 48)
+    stem = {"encoder.0": (4, 16, 32), "encoder.4": (64, 1, 2), "decoder.3": (8, 16, 32), "embedding": (16, 32, 64)}
     mobile = {
         "features.0": (32, 15, 21), "features.1": (16, 15, 21), "features.3": (24, 15, 21), "features.6": (32, 8, 11),
         "features.10": (64, 8, 11), "features.13": (96, 8, 11), "features.16": (160, 4, 6), "features.17": (320, 4, 6),
         "features.18": (1280, 4, 6), "embedding": (16, 4, 6),
     }
     with torch.device("meta"):
-        for network, expected in ((ResidualUNet(TINY), residual), (MobileNetV2(), mobile)):
+        networks = ((ResidualUNet(TINY), residual), (ResidualUNet(TINY, stem=2), stem), (MobileNetV2(), mobile))
+        for network, expected in networks:
             taps = FeatureTaps(network, list(expected), "student")
             taps.open()
             network(torch.zeros(1, 3, 30, 41))
@@ -174,10 +176,18 @@ def test_affinity_output_is_that_of_the_embedding_output(
     torch.testing.assert_close(affinity, offset_affinity(embedding, OFFSETS).clamp(0, 1))
 
 
+def test_stem_spares_three_quarters_of_the_multiplications() -> None:
+    with torch.device("meta"):
+        plain, small = ResidualUNet(TINY), ResidualUNet(TINY, stem=2)
+    assert giga_macs(small, 512, 512) < 0.3 * giga_macs(plain, 512, 512)
+
+
 @pytest.mark.parametrize("filters", [(1, 2, 3, 4), (1, 2, 3, 4, 0)])
 def test_wrong_filters_are_refused(filters: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"`filters` must be 5 numbers of at least 1, got \[1, 2, 3, 4"):
         ResidualUNet(filters)
+    with pytest.raises(ValueError, match="`stem` must be at least 1, got 0"):
+        ResidualUNet(TINY, stem=0)
 
 
 @students
