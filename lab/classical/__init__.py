@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lab.classical import headneck, liver, priors, sarcoma, target, texture
+from lab.classical import headneck, liver, membranes, nuclei, priors, sarcoma, target, texture
 from lab.classical.case import Rule
 
 __all__ = ["RULES", "Rule"]
@@ -18,6 +18,8 @@ RULES: Mapping[str, Rule] = {
     "headneck_thresholds": headneck.RULE,
     "headneck_target": target.RULE,
     "liver_gray_values": liver.RULE,
+    "nuclei_watershed": nuclei.RULE,
+    "em_ridges": membranes.RULE,
     "sarcoma_muscle": sarcoma.RULE,
     "inset_ellipsoid": sarcoma.ELLIPSOID,
     "mean_label": priors.RULE,

@@ -19,12 +19,12 @@ Box = tuple[slice, ...]
 class Case:
     """An image with its axes along right to left, back to front, feet to head (RAS); a picture as it lies."""
 
-    image: NDArray[np.float32]             # (*S), HU or gray values; (3, H, W), 0 to 1, where its class is asked for
+    image: NDArray[np.float32]             # (*S), HU or gray values, the mean of colors; (3, H, W), 0 to 1, of a class
     spacing: tuple[float, ...]             # mm
     label: NDArray[np.int16] | None        # (*S), or () of a class; only training cases have theirs
 
 
-Segment = Callable[..., NDArray[Any]]      # of a case and its parameters by name: uint8 (*S), or scores of classes (K,)
+Segment = Callable[..., NDArray[Any]]      # a case, parameters -> classes or instances (*S), scores of classes (K,)
 
 
 @dataclass(frozen=True)

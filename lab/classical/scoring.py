@@ -44,9 +44,14 @@ Loaded = dict[str, Any]                    # image and label of a case, MetaTens
 
 
 def to_case(image: Tensor, label: Tensor | None = None) -> Case:
-    """Turn what was loaded, shape (1, *S), to the orientation that rules know; without an affine it stays."""
+    """Turn what was loaded, shape (1, *S), to the orientation that rules know; without an affine it stays.
+
+    Of colors, shape (3, H, W), or (4, H, W) with transparency, it is the mean.
+    """
     turn = _turn(image)
-    values = [None if one is None else _apply(np.asarray(one[0]), turn) for one in (image, label)]
+    gray = image[:3].float().mean(0) if len(image) > 2 else image[0]
+    marks = None if label is None else label[0]
+    values = [None if one is None else _apply(np.asarray(one), turn) for one in (gray, marks)]
     spacing = np.asarray(getattr(image, "pixdim", np.ones(image.dim() - 1)), float)[: image.dim() - 1]
     spacing = spacing if turn is None else spacing[np.argsort(turn[:, 0])]
     pixels = np.asarray(values[0], np.float32)
@@ -59,7 +64,7 @@ def to_picture(image: Tensor, label: int | None = None) -> Case:
     return Case(pixels, (1.0,) * (pixels.ndim - 1), None if label is None else np.asarray(label, np.int16))
 
 
-def to_file_axes(found: NDArray[np.uint8], image: Tensor) -> NDArray[np.uint8]:
+def to_file_axes(found: NDArray[Any], image: Tensor) -> NDArray[Any]:
     """Turn a label map of a rule, shape (*S), back to the axes of the image it was made for."""
     turn = _turn(image)
     if turn is None:
@@ -94,11 +99,12 @@ def _values(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 class _Scorer:
     """Scores label maps by the metrics of an evaluation."""
 
-    def __init__(self, parser: ConfigParser) -> None:
+    def __init__(self, parser: ConfigParser, has_instances: bool) -> None:
         self._parser = parser
+        self._has_instances = has_instances
         self._classes = int(parser.get_parsed_content("out_channels"))
 
-    def run(self, cases: Sequence[Loaded], found: Sequence[NDArray[np.uint8]], names: Sequence[str] | None,
+    def run(self, cases: Sequence[Loaded], found: Sequence[NDArray[Any]], names: Sequence[str] | None,
             folder: Path | None = None) -> dict[str, float]:
         """Means of metrics, all if no `names` are given; values per case go to files in `folder`."""
         engine = Engine(lambda _, batch: batch)
@@ -122,6 +128,8 @@ class _Scorer:
         if found.ndim == 1:                                        # scores of classes
             return {"image": case["image"], "label": torch.as_tensor(label), "pred": torch.as_tensor(found)}
         told = {"image": case["image"], "label": label, "pred": torch.as_tensor(found)[None]}
+        if self._has_instances:
+            return told
         mask: Any = IgnoredAsBackgroundd("pred", kind="classes")
         item: Loaded = mask(told)
         for key in ("pred", "label"):
@@ -156,12 +164,14 @@ def measure_rules(request: Mapping[str, Any]) -> dict[str, Any]:
     parser = ConfigParser(config)
     lists = {name: load_datalist(config["datalist"], name) for name in ("training", "validation", "test")}
     view: Callable[..., Case]
-    if config.get("label_filling", {}).get("dtype") == "class":    # what the student sees, at its resolution
+    kind = config.get("label_filling", {}).get("dtype")            # int32: of instances
+    if kind == "class":                                            # what the student sees, at its resolution
         view, loading = to_picture, Compose(parser.get_parsed_content("train#deterministic_transforms"))
     else:
-        view, loading = to_case, parser.get_parsed_content("loading")
+        steps = [key for key in ("loading", "numbering") if key in config]
+        view, loading = to_case, Compose([parser.get_parsed_content(key) for key in steps])
     loaded = {name: [loading(case) for case in lists[name]] for name in ("validation", "test")}
-    classes, scorer = int(parser.get_parsed_content("out_channels")), _Scorer(parser)
+    classes, scorer = int(parser.get_parsed_content("out_channels")), _Scorer(parser, kind == "int32")
     answer = {}
     for name in request["rules"]:
         rule = RULES[name]
@@ -196,7 +206,8 @@ def _write(found: NDArray[Any], image: Any, folder: Path) -> None:
         volume: Any = nibabel.Nifti1Image
         nibabel.save(volume(found, np.asarray(image.affine)), folder / source.name)
     else:
-        io.imsave(folder / f"{source.stem}.png", found.T, check_contrast=False)      # MONAI loads pictures transposed
+        numbers = found.T.astype(np.uint8 if found.max() < 256 else np.uint16)       # MONAI loads pictures transposed
+        io.imsave(folder / f"{source.stem}.png", numbers, check_contrast=False)
 
 
 def main(request: str, answer: str) -> None:

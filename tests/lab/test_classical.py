@@ -160,6 +160,38 @@ def test_the_canal_is_followed_through_slices_and_the_gullet_lies_behind_the_air
     assert not gullet(np.zeros_like(image), (1.0, 1.0, 3.0), places_found[0]).any()
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_touching_nuclei_are_apart_and_specks_are_gone(dark: bool) -> None:
+    places = np.mgrid[0:60, 0:90]
+    discs = [np.hypot(places[0] - row, places[1] - column) < 12 for row, column in ((20, 20), (20, 41), (42, 70))]
+    image = np.full((60, 90), 30.0, np.float32)
+    for disc in discs:
+        image[disc] = 200.0
+    image[42, 70] = image[55, 5] = 120.0                           # a hole and a speck
+    segment = RULES["nuclei_watershed"].prepare([], 2)
+    values = {key: values[0] for key, values in RULES["nuclei_watershed"].grid.items()}
+    found = segment(Case(255 - image if dark else image, (1.0, 1.0), None), **values)
+
+    assert found.max() == len(set(np.unique(found))) - 1 == 3
+    for disc in discs:
+        number = np.bincount(found[disc]).argmax()
+        assert ((found == number) & disc).sum() / ((found == number) | disc).sum() > 0.9
+    assert found[55, 5] == 0
+    assert not segment(Case(np.full((9, 9), 7.0, np.float32), (1.0, 1.0), None), **values).any()
+
+
+def test_dark_walls_part_cells() -> None:
+    pytest.importorskip("waterz")
+    image = np.random.default_rng(0).normal(150, 3, (24, 40, 40)).astype(np.float32)
+    image[:, 19:22] = image[:, :, 13:16] = 60.0
+    image[:, 22:, 28:31] = 60.0                                    # a wall on one side only
+    segment = RULES["em_ridges"].prepare([], 2)
+    found = segment(Case(image, (10.0,) * 3, None), sigma=1.5, share=0.9, threshold=0.5)
+    middles = [found[12, row, column] for row in (9, 31) for column in (6, 22, 36)]
+    assert middles[1] == middles[2]
+    assert len({*middles}) == 5
+
+
 def write_case(folder: Path, name: str, box: int) -> dict[str, str]:
     """A box of muscle in fat, and its label."""
     image, label = np.full((30, 28, 26), -90, np.int16), np.zeros((30, 28, 26), np.uint8)
@@ -208,6 +240,36 @@ def without_scripts() -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.mark.usefixtures("without_scripts")
+def test_instances_are_scored_by_the_metrics_of_their_bundle_and_written_as_pictures(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository / "bundles" / "graph_relation_nuclei")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    places, content = np.mgrid[0:64, 0:96], {}
+    for name, color in {"validation": (250, 200, 240), "test": (20, 40, 20)}.items():
+        label, pixels = np.zeros((64, 96), np.uint8), np.full((64, 96, 3), color, np.uint8)
+        for number, (row, column) in enumerate(((20, 20), (20, 43), (44, 70)), start=1):
+            label[np.hypot(places[0] - row, places[1] - column) < 11] = number
+        pixels[label > 0] = 120
+        files = {kind: str(tmp_path / f"{name}_{kind}.png") for kind in ("image", "label")}
+        Image.fromarray(pixels).save(files["image"])
+        Image.fromarray(label).save(files["label"])
+        content[name] = [files]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": content["validation"], **content}))
+    found = measure_rules({
+        "rules": ["nuclei_watershed"], "configs": ["train", "evaluate"],
+        "options": {"datalist": str(tmp_path / "datalist.json")}, "metric": "val_pq", "higher_is_better": True,
+        "patient": None, "test": None, "output": str(tmp_path / "out"),
+    })["nuclei_watershed"]
+
+    assert found["mean"] == found["per_case"]["test_image"] > 0.9
+    assert found["metrics"]["val_dic"] == 0
+    written = np.asarray(Image.open(tmp_path / "out" / "nuclei_watershed" / "test_image.png"))
+    assert written.shape == label.shape
+    assert [np.bincount(written[label == number]).argmax() > 0 for number in range(4)] == [False, True, True, True]
 
 
 @pytest.mark.usefixtures("without_scripts")
