@@ -117,6 +117,27 @@ def test_a_run_is_resumed_with_what_it_was_made_with_or_with_other_settings_on_r
     assert not list(folder.glob("before_*"))
 
 
+@pytest.mark.skipif(len(STUDENT_PATCH) != 3, reason="only volumes are convolved slowly")
+@torch.inference_mode()
+def test_a_lone_window_is_not_convolved_by_the_slow_path_of_torch(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    parser = parsed(bundle, "inference")
+    network, inferer = (parser.get_parsed_content(key) for key in ("network_def", "inferer"))
+    channels = parsed(bundle, "metadata")["network_data_format#inputs#image#num_channels"]
+    image = torch.zeros(1, channels, *inferer.roi_size)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        inferer(image, network.eval())
+    kernels: dict[str, list[int]] = {}                             # operator -> the longest side of each of its kernels
+    for event in profiler.events():
+        if "conv" in event.name and len(event.input_shapes) > 1 and len(event.input_shapes[1]) == 5:
+            kernels.setdefault(event.name, []).append(max(event.input_shapes[1][2:]))
+    assert max(kernels["aten::convolution"]) == 3
+    slow = [side for name, sides in kernels.items() if "slow" in name for side in sides]
+    assert max(slow, default=1) == 1, kernels                      # which is quick there for 1 x 1 x 1
+
+
 def test_other_data_are_named_at_a_resumption(run: Run, data: Path, distilled: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(data, tmp_path / "data")
     listing = json.loads((moved / "datalist.json").read_text())

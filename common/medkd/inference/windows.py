@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 from typing import Any, Literal, get_args
@@ -17,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .affinities import direct_affinity, embedding_affinity
+from .lone_volume import run_lone_twice
 
 __all__ = ["AffinityInferer"]
 
 Blending = Literal["constant", "gaussian"]
-_SLOW = 5120               # torch convolves a single volume by `slow_conv3d` where channels x planes x rows <= 20480
 
 
 class AffinityInferer(Inferer):
@@ -199,10 +198,11 @@ class AffinityInferer(Inferer):
             left -= count
 
     def _run(self, windows: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        number, size = len(windows), [one - 2 * lost for one, lost in zip(windows.shape[2:], self.margin, strict=True)]
-        if number == 1 < self.sw_batch_size and _may_be_slow(windows):
-            windows = windows.expand(2, *[-1] * 4)
-        result = network(windows, *args, **kwargs)[:number]
+        size = [one - 2 * lost for one, lost in zip(windows.shape[2:], self.margin, strict=True)]
+        if self.sw_batch_size > 1:
+            result = run_lone_twice(network, windows, *args, **kwargs)
+        else:
+            result = network(windows, *args, **kwargs)
         if self.from_embedding:
             result = embedding_affinity(result, self.offsets, self.foreground)
         elif self.from_logits:
@@ -225,11 +225,6 @@ class AffinityInferer(Inferer):
 
 def _box(place: Sequence[int], size: Sequence[int]) -> tuple[Any, ...]:
     return (..., *(slice(start, start + length) for start, length in zip(place, size, strict=True)))
-
-
-def _may_be_slow(windows: Tensor) -> bool:
-    """Whether torch convolves it by `slow_conv3d`, in a network that has four channels at its size."""
-    return windows.dim() == 5 and windows.device.type == "cpu" and math.prod(windows.shape[2:4]) <= _SLOW
 
 
 def _extend(image: Tensor, margin: Sequence[int], more: Sequence[int]) -> Tensor:
