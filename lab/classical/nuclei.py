@@ -33,9 +33,10 @@ def _distance_watershed(_training: Sequence[Case], _classes: int) -> Segment:
         gray = ndimage.gaussian_filter(case.image, sigma)
         if gray.min() == gray.max():
             return np.zeros(gray.shape, np.int32)
-        if (gray > threshold_otsu(gray)).mean() > 0.5:
-            gray = -gray
         threshold = threshold_otsu(gray)
+        if (gray > threshold).mean() > 0.5:
+            gray = -gray
+            threshold = threshold_otsu(gray)
         background = np.median(gray[gray <= threshold])
         inside = gray > background + level * (threshold - background)
         inside = ndimage.binary_fill_holes(ndimage.binary_opening(inside))

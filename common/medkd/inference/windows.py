@@ -47,7 +47,7 @@ class AffinityInferer(Inferer):
         overlap: share of the (output) window that at least overlaps with the next one.
         sw_batch_size: windows per forward pass. With more than 1 no volume is left alone, as torch may convolve a
             single volume more than ten times as slowly on a CPU: the last pass has one more, and where a small volume
-            is one window, that is computed twice.
+            is one window, that is computed twice if the network has few channels, see `run_lone_twice`.
         mode: weights of a window, `gaussian` or `constant`.
         progress: show a bar.
 
