@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main metric against the number of labeled cases, of the student alone and of the distilled one."""
+"""The main metric against the number of labeled cases: student alone, distilled, and plain distillation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from lab.recipe import ALONE, Arm, Row
 from lab.regimes import Regime
 
-__all__ = ["alone_arms", "complete_curves", "distilled_arms", "labels_worth", "make_curve"]
+__all__ = ["alone_arms", "alone_values", "complete_curves", "distilled_arms", "labels_worth", "make_curve"]
 
-DISTILLED = "distilled"
+DISTILLED, PLAIN = "distilled", "logits_kd"
+TOLD = ("mean", "sd", "runs", "seeds", "validation", "metrics", "keys")      # of a training, in a point of a curve
 
 
 def alone_arms(row: Row, arms: Mapping[str, Arm]) -> dict[str, Arm]:
@@ -38,6 +39,11 @@ def make_curve(row: Row, arm: str, candidate: str, values: Mapping[str, Mapping[
     return {"arm": arm, **({"candidate": candidate} if candidate else {}), "points": points}
 
 
+def alone_values(points: Mapping[int, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Summaries of the student alone by labeled cases, as `make_curve` names them."""
+    return {_name(ALONE, labels): value for labels, value in points.items()}
+
+
 def _name(arm: str, labels: int) -> str:
     return f"{arm}_with_{labels}_labels"
 
@@ -45,8 +51,8 @@ def _name(arm: str, labels: int) -> str:
 def complete_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with what they tell of each other.
 
-    A point of a curve that is the regime of a row has its seeds, and a regime without labels says what its teacher is
-    worth.
+    A point of a curve that is the regime of a row has its seeds and its plain distillation, and a regime without labels
+    says what its teacher is worth.
     """
     made = [dict(row) for row in rows]
     for row in made:
@@ -65,8 +71,8 @@ def _point(point: Mapping[str, Any], row: Mapping[str, Any], rows: Sequence[Mapp
     for other in rows:
         regime = other.get("regime")
         if regime and regime["labels"] == point["labels"] and regime["unlabeled"] and _same_task(row, other):
-            taken = {name: {key: other[name][key] for key in point[name]}
-                     for name in (ALONE, DISTILLED) if name in other and name in point}
+            names = [name for name in (ALONE, DISTILLED, PLAIN) if name in other and name in (*point, PLAIN)]
+            taken = {name: {key: other[name][key] for key in TOLD if key in other[name]} for name in names}
             return {**point, **taken, "row": other["id"]}
     return dict(point)
 

@@ -36,7 +36,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_curve(content: Mapping[str, Any], path: Path) -> None:
-    """Draw the curve of the first row that has one: student alone and distilled, a bar for the sd of several seeds."""
+    """Draw the curve of the first row that has one; a bar stands for the sd of several seeds."""
     row = next((row for row in finished_rows(content) if "curve" in row), None)
     if row is None:
         return
@@ -44,7 +44,8 @@ def draw_curve(content: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes, points = figure.subplots(), row["curve"]["points"]
     places = {point["labels"]: place for place, point in enumerate(points)}      # as wide apart as they are listed
-    for name, title in (("student_alone", "student alone"), ("distilled", "distilled, with further images")):
+    lines = {"student_alone": "student alone", "logits_kd": "plain KD", "distilled": "distilled, with further images"}
+    for name, title in lines.items():
         found = [point for point in points if name in point]
         spread = [point[name]["sd"] or 0.0 for point in found]
         axes.errorbar(

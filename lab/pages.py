@@ -125,7 +125,7 @@ def _sentence(row: Mapping[str, Any]) -> str:
     splits, gap, numbers = row["splits"], row.get("gap_recovered", {}), row.get("parameters", {})
     cases = f"{splits['training']} training, {splits['validation']} validation, {splits['test']} test cases"
     text = f"{cases}; seeds {', '.join(map(str, row['seeds']))} (mean ± sd; one seed where no ± stands)."
-    text += _regime(row) + _steps(row) + _converged(row)
+    text += _regime(row) + _steps(row) + _converged(row) + _borrowed(row)
     if gap.get("value") is not None:
         bounds = "" if gap["low"] is None else f" (95 %: {100 * gap['low']:.0f} to {100 * gap['high']:.0f} %)"
         size = abs(row["teacher"]["mean"] - row["student_alone"]["mean"])
@@ -189,6 +189,14 @@ def _converged(row: Mapping[str, Any]) -> str:
             parts.append(f"{name} {word} ({one['validation_at_half']:.3f} on validation after {one['steps_at_half']:,} "
                          f"steps, {one['validation']:.3f} after {one['steps']:,})")
     return f" {_sentence_case('; '.join(parts))}." if parts else ""
+
+
+def _borrowed(row: Mapping[str, Any]) -> str:
+    """Which arms are another bundle's, as their training is the same."""
+    if "borrowed" not in row:
+        return ""
+    names = " and ".join(_name(name) for name in row["borrowed"]["arms"])
+    return f" {_sentence_case(names)}: those of `{row['borrowed']['bundle']}`, whose training is the same."
 
 
 def _seconds(seconds: Mapping[str, Any]) -> str:

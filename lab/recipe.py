@@ -66,6 +66,7 @@ class Row:
     datalist: Mapping[str, Any] = field(default_factory=dict)          # arguments of `make_datalist`; `class_folders`
     ship: bool = False                                                 # copy the student into the bundle
     detail: bool = False                   # told on the bundle's page of results alone, such as a row of ablations
+    borrow: str = ""                       # bundle, or bundle/row, whose results tell arms of the same training already
     calibrate: Mapping[str, Sequence[Any]] = field(default_factory=dict)   # option of the evaluation -> values; told
     #                                        about every network is the one that is best on validation
     search: Mapping[str, Arm] = field(default_factory=dict)            # for `make results SEARCH=1`, in the first row

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lab.curve import complete_curves
+from lab.curve import TOLD, complete_curves
 from lab.recipe import ALONE, TEACHER, Recipe, Row
 from lab.score import case_names, gap_recovered
 from lab.training import Trained, ranked
@@ -25,9 +25,15 @@ NOT_RERUN = "trained by an earlier protocol, on a short schedule that was not ch
 Scores = Mapping[str, Mapping[str, Sequence[Trained]]]   # arm -> candidate ("" if there are none) -> runs
 
 
-def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the results tell of a row: its arms, and `facts`: splits, regime, speed, hardware, versions, command."""
+def make_row(
+    recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any], borrowed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """All that the results tell of a row: its arms, with those `borrowed` of other results, and `facts`.
+
+    Facts are splits, regime, steps, speed, hardware, versions and the command.
+    """
     arms = {name: _arm(candidates, recipe, row.options) for name, candidates in scores.items()}
+    arms |= borrowed or {}
     content: dict[str, Any] = {
         "id": row.id, "data": row.data, "preset": row.preset, "splits": facts["splits"],
         "overrides": list(row.overrides), "options": dict(row.options), "metric": recipe.metric,
@@ -38,7 +44,7 @@ def make_row(recipe: Recipe, row: Row, scores: Scores, facts: Mapping[str, Any])
     chosen = choose_distilled(recipe, scores)
     if chosen:
         content[DISTILLED] = {"arm": chosen, **arms[chosen]}
-        content["gap_recovered"] = _gap(recipe, scores, chosen)
+        content["gap_recovered"] = _gap([arms[name] for name in (TEACHER, ALONE, chosen)], recipe.higher_is_better)
         content["retention"] = retention(arms[chosen]["mean"], arms[TEACHER]["mean"], recipe.higher_is_better)
     if "leaks" in content:
         content["leaks"]["verdict"] = judge_leaks(content)
@@ -88,7 +94,7 @@ def judge_leaks(row: Mapping[str, Any]) -> str:
 def summarize(candidates: Mapping[str, Sequence[Trained]], recipe: Recipe) -> dict[str, Any]:
     """Means on the test and validation cases of an arm of no own row, such as a point of a curve."""
     told = _summary(chosen_runs(candidates, recipe), recipe.metric, {})
-    return {key: told[key] for key in ("mean", "sd", "runs", "seeds", "validation", "metrics", "keys")}
+    return {key: told[key] for key in TOLD}
 
 
 def _best(groups: Mapping[str, Sequence[Trained]], recipe: Recipe) -> str:
@@ -154,12 +160,11 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in values.items()}
 
 
-def _gap(recipe: Recipe, scores: Scores, chosen: str) -> dict[str, Any]:
-    arms = [chosen_runs(scores[name], recipe) for name in (TEACHER, ALONE, chosen)]
-    tables = [[run.values[recipe.metric] for run in runs] for runs in arms]
+def _gap(arms: Sequence[Mapping[str, Any]], higher_is_better: bool) -> dict[str, Any]:
+    tables = [arm["per_case"] for arm in arms]
     cases = [case for case in tables[0][0] if all(case in table for of_arm in tables for table in of_arm)]
     teacher, alone, distilled = ([[table[case] for case in cases] for table in of_arm] for of_arm in tables)
-    return gap_recovered(teacher[0], alone, distilled, recipe.higher_is_better)
+    return gap_recovered(teacher[0], alone, distilled, higher_is_better)
 
 
 def shipped_of(runs: Sequence[Trained], recipe: Recipe) -> tuple[Trained, dict[str, Any]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import convergence, curve, record
+from lab.borrow import Borrowed, borrow
 from lab.bundle import ROOT, freeze_bundle
 from lab.execute import ExecutionError, Executor, Job, StoppedError, read_state
 from lab.keys import content_hash, data_hash, file_hash
@@ -131,7 +132,7 @@ def measure_rules(study: Study) -> dict[str, Any]:
     return record.rules_of(row, read_state(answer))
 
 
-def trace_curve(study: Study, scored: record.Scores, distilled: str | None) -> dict[str, Any]:
+def trace_curve(study: Study, scored: record.Scores, distilled: str | None, borrowed: Borrowed) -> dict[str, Any]:
     """`curve` of a row that has one: trains and scores what of it is left, now that the arm is chosen."""
     recipe, row = study.recipe, study.row
     if not row.curve or distilled is None:
@@ -142,7 +143,7 @@ def trace_curve(study: Study, scored: record.Scores, distilled: str | None) -> d
     finished = train_all(study, recipe.drop_idle_helpers({**needed, **arms}))
     points = {**scored, **evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm in arms})}
     names = [name for name in (*curve.alone_arms(row, row.arms), *arms) if name in points]
-    values = {name: record.summarize(points[name], recipe) for name in names}
+    values = {**curve.alone_values(borrowed.alone), **{name: record.summarize(points[name], recipe) for name in names}}
     return {"curve": curve.make_curve(row, distilled, candidate, values)}
 
 
@@ -162,27 +163,34 @@ def rules_hash() -> str:
 def compare(options: argparse.Namespace, study: Study) -> None:
     """Train all, score all, write the row."""
     recipe, row = study.recipe, study.row
-    doubled, alone = convergence.doubled_arms(study, row.arms), curve.alone_arms(row, row.arms)
-    wanted = recipe.drop_idle_helpers(row.arms) | doubled | alone
+    borrowed = borrow(study, options.root, options.recipes)
+    own = {name: arm for name, arm in row.arms.items() if name not in borrowed.arms}
+    alone = curve.alone_arms(row, own)
+    doubled = {} if record.ALONE in borrowed.arms else convergence.doubled_arms(study, own)
+    wanted = recipe.drop_idle_helpers(own) | doubled | alone
+    if borrowed.arms:
+        print(f"Of {borrowed.bundle}, the same trainings: {', '.join(borrowed.arms)}.", flush=True)
     finished = train_all(study, wanted)
     missing = [run.label for run in wanted_runs(study, wanted, finished) if run.id not in finished]
     known = measure_rules(study)
     scored = evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm not in doubled})
-    scores = {name: arm for name, arm in scored.items() if name in row.arms}
+    scores = {name: arm for name, arm in scored.items() if name in own}
     distilled = record.choose_distilled(recipe, scores)
+    if distilled is None and record.ALONE not in scores:
+        raise RowFailedError(f"{row.id}: no student of this bundle is finished.")
     arms = {TEACHER: TEACHER, "student": distilled or record.ALONE}
     speed = measure_speed(study, {name: record.chosen_runs(scores[arm], recipe)[0] for name, arm in arms.items()})
     facts = {
         "splits": record.split_names(study.datalist, row.test),
         "regime": describe_regime(json.loads(study.datalist.read_text()), row.regime),
-        "steps": {
+        "steps": borrowed.steps | {
             name: convergence.steps_of(record.chosen_runs(arm, recipe)[0].run, study) for name, arm in scores.items()
         },
-        "converged": convergence.converged(study, finished), **({"not_trained": missing} if missing else {}), **known,
-        **trace_curve(study, scored, distilled), **speed, "hardware": machine(), "versions": versions(*PACKAGES),
-        "command": show_command(options),
+        "converged": borrowed.converged or convergence.converged(study, finished), **borrowed.told(),
+        **({"not_trained": missing} if missing else {}), **known, **trace_curve(study, scored, distilled, borrowed),
+        **speed, "hardware": machine(), "versions": versions(*PACKAGES), "command": show_command(options),
     }
-    content = record.make_row(recipe, row, scores, facts)
+    content = record.make_row(recipe, row, scores, facts, borrowed.arms)
     if row.ship and distilled:
         best, content["shipped"] = record.shipped_of(record.chosen_runs(scores[distilled], recipe), recipe)
         shutil.copyfile(best.folder / "model.pt", options.folder / "models" / "model.pt")
