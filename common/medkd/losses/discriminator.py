@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 
 from medkd.checks import check_maps
@@ -25,8 +26,9 @@ _KERNEL = 4
 class SelfAttention(nn.Module):
     """Let each voxel look at all others: `maps + gain * values softmax(keys queries)`, gain 0 at first.
 
-    Up to `most` voxels it is the published one, of N^2 numbers for N voxels. Keys and values of a larger map, which are
-    ours, are averaged over the smallest blocks that bring it to `most` or below, so that memory is O(B N most).
+    Up to `most` voxels it is the published one. Keys and values of a larger map, which are ours, are averaged over the
+    smallest blocks that bring it to `most` or below. Where torch has a fused kernel (on a CPU it does) memory is that of
+    the maps; without one, and for the gradient penalty, O(B N most) for N voxels.
 
     Args:
         channels: of the maps; queries and keys have an eighth of them, at least one.
@@ -50,10 +52,12 @@ class SelfAttention(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Map (B, C, *S) to (B, C, *S)."""
         seen = pool_average(maps, _coarse(maps.shape[2:], self.most))
-        query, key, value = self.query(maps).flatten(2), self.key(seen).flatten(2), self.value(seen).flatten(2)
-        attention = F.softmax(query.mT @ key, dim=2)               # (B, N, M)
-        mixed: Tensor = value @ attention.mT                       # (B, C, N)
-        return maps + self.gain * mixed.view(maps.shape)
+        query, key, value = (part.flatten(2).mT for part in (self.query(maps), self.key(seen), self.value(seen)))
+        zeros = value.shape[2] - query.shape[2]                    # fused kernels want one width of all three
+        query, key = F.pad(query, (0, zeros)), F.pad(key, (0, zeros))
+        parts = (part.unsqueeze(1).contiguous() for part in (query, key, value))       # (B, 1 head, N or M, C)
+        mixed = F.scaled_dot_product_attention(*parts, scale=1.0).squeeze(1)
+        return maps + self.gain * mixed.mT.reshape(maps.shape)
 
 
 def _coarse(size: Sequence[int], most: int) -> tuple[int, ...]:
@@ -211,6 +215,7 @@ def _gradient_penalty(
 ) -> Tensor:
     share = torch.rand(len(teacher), generator=generator).to(teacher).view(-1, *[1] * (teacher.dim() - 1))
     mixed = torch.lerp(student, teacher, share).requires_grad_()
-    (slope,) = torch.autograd.grad(discriminator(mixed).sum(), mixed, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):                             # the only one with second derivatives
+        (slope,) = torch.autograd.grad(discriminator(mixed).sum(), mixed, create_graph=True)
     length: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
     return (length - 1.0).square().mean()
