@@ -146,7 +146,8 @@ class Discriminator(nn.Module):
                 f"`layers` of the discriminator must be fewer than {self.layers}, which need patches of at least "
                 f"{least} voxels along each axis, got {tuple(logits.shape[2:])}; or take larger patches."
             )
-        scores: Tensor = self.body(torch.tanh(logits / self.temperature))
+        logits = logits if self.temperature == 1.0 else logits / self.temperature
+        scores: Tensor = self.body(torch.tanh(logits))
         return scores
 
 
