@@ -53,12 +53,13 @@ def training_step(quick: bool) -> list[Row]:
     return setting.training_step("both terms, paraphrased teacher")
 
 
-def _adversarial(quick: bool, form: AdversarialForm, width: int) -> list[Row]:
+def _adversarial(quick: bool, form: AdversarialForm, width: int, attended: int) -> list[Row]:
     """A step of student and discriminator on the same predictions, against the student's alone."""
     torch.manual_seed(0)
     size = 48 if quick else 96
     network, image = make_network(STUDENT, CLASSES), torch.randn(1, 1, size, size, size)
-    discriminator, teacher = Discriminator(CLASSES, width=width, layers=3), torch.randn(1, CLASSES, size, size, size)
+    discriminator = Discriminator(CLASSES, width=width, layers=3, attended=attended)
+    teacher = torch.randn(1, CLASSES, size, size, size)
     pull = torch.randn_like(teacher)
 
     def alone() -> None:
@@ -81,7 +82,8 @@ def _adversarial(quick: bool, form: AdversarialForm, width: int) -> list[Row]:
 
 def discriminator(quick: bool) -> list[Row]:
     """Tell what the discriminator costs beside the smallest student: the bundle's, and the published form and width."""
-    return [*_adversarial(quick, "hinge", 8), *_adversarial(quick, "wgan_gp", 8), *_adversarial(quick, "hinge", 64)]
+    bundle, published = _adversarial(quick, "hinge", 8, 216), _adversarial(quick, "hinge", 64, 1728)
+    return [*bundle, *_adversarial(quick, "wgan_gp", 8, 1728), *published]
 
 
 def _share(quick: bool, pairs: int) -> list[Row]:
