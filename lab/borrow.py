@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.bundle import freeze_bundle
-from lab.convergence import steps_of
+from lab.convergence import WATCHED, steps_of
 from lab.keys import run_key
 from lab.plan import make_run
 from lab.recipe import ALONE, TEACHER, Row, read_recipe
@@ -66,8 +66,8 @@ def borrow(study: Study, root: Path, recipes: Path) -> Borrowed:
     arms, steps = {name: row[name] for name in free}, {name: row["steps"][name] for name in free}
     if ALONE not in arms:
         return Borrowed(bundle, arms, steps)
-    known = alike if TEACHER in alike else {ALONE}                     # of these its convergence holds here as well
-    converged = {key: told for key, told in row["converged"].items() if key not in row or key in known}
+    other_arms = {*WATCHED} - (alike if TEACHER in alike else {ALONE})     # whose convergence may be another here
+    converged = {key: told for key, told in row["converged"].items() if key not in other_arms}
     points = row.get("curve", {}).get("points", ())
     alone = {point["labels"]: point[ALONE] for point in points if ALONE in point}
     return Borrowed(bundle, arms, steps, converged, alone)

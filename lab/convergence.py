@@ -14,7 +14,7 @@ from lab.plan import Finished, make_run
 from lab.recipe import ALONE, TEACHER, Arm
 from lab.training import Run, Study
 
-__all__ = ["converged", "doubled_arms", "limit_of", "steps_of"]
+__all__ = ["WATCHED", "converged", "doubled_arms", "limit_of", "steps_of"]
 
 DOUBLED = "_doubled"
 WATCHED = (TEACHER, ALONE, "logits_kd")

@@ -46,7 +46,7 @@ def make(
         scored = dict.fromkeys(("teacher", "student_alone", "logits_kd", "combined"), SCORED)
         points = [{"labels": 0}, {"labels": 4, "student_alone": {"mean": 0.4}, "distilled": {"mean": 0.6}}]
         told = {"id": "a", "steps": {"teacher": 20, "student_alone": 9, "logits_kd": 9, "combined": 9},
-                "converged": {"reached": True, "teacher": HALF, "logits_kd": HALF}, "curve": {"points": points}}
+                "converged": {**HALF, "teacher": HALF, "logits_kd": HALF}, "curve": {"points": points}}
         told |= scored
         (tmp_path / "results" / "other.json").write_text(json.dumps({"bundle": "other", **told, **(results or {})}))
         whole = read_recipe(tmp_path / "bundles" / "own", recipes)
@@ -61,7 +61,7 @@ def test_the_same_arms_are_taken_with_steps_convergence_and_curve(make: Callable
 
     assert found.arms == {"student_alone": SCORED}                 # all others start from a teacher, or teach
     assert found.steps == {"student_alone": 9}
-    assert found.converged == {"reached": True, "teacher": HALF, "logits_kd": HALF}
+    assert found.converged == {**HALF, "teacher": HALF, "logits_kd": HALF}
     assert found.alone == {4: {"mean": 0.4}}
     assert found.told() == {"borrowed": {"bundle": "other", "arms": ["student_alone"]}}
 
@@ -79,7 +79,7 @@ def test_of_convergence_what_is_trained_alike_is_known(
 ) -> None:
     found = make(**changes)
     assert list(found.arms) == ["student_alone"]
-    assert found.converged.keys() - {"reached"} == known
+    assert found.converged.keys() - HALF.keys() == known
 
 
 @pytest.mark.parametrize(
