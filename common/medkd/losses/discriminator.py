@@ -27,8 +27,8 @@ class SelfAttention(nn.Module):
     """Let each voxel look at all others: `maps + gain * values softmax(keys queries)`, gain 0 at first.
 
     Up to `most` voxels it is the published one. Keys and values of a larger map, which are ours, are averaged over the
-    smallest blocks that bring it to `most` or below. Where torch has a fused kernel (on a CPU it does) memory is that of
-    the maps; without one, and for the gradient penalty, O(B N most) for N voxels.
+    smallest blocks that bring it to `most` or below. Where torch has a fused kernel, as on a CPU, memory is that of the
+    maps; without one, and for the gradient penalty, O(B N most) for N voxels.
 
     Args:
         channels: of the maps; queries and keys have an eighth of them, at least one.
