@@ -54,9 +54,9 @@ class SelfAttention(nn.Module):
         seen = pool_average(maps, _coarse(maps.shape[2:], self.most))
         query, key, value = (part.flatten(2).mT for part in (self.query(maps), self.key(seen), self.value(seen)))
         zeros = value.shape[2] - query.shape[2]                    # fused kernels want one width of all three
-        query, key = F.pad(query, (0, zeros)), F.pad(key, (0, zeros))
-        parts = (part.unsqueeze(1).contiguous() for part in (query, key, value))       # (B, 1 head, N or M, C)
-        mixed = F.scaled_dot_product_attention(*parts, scale=1.0).squeeze(1)
+        padded = F.pad(query, (0, zeros)), F.pad(key, (0, zeros)), value
+        query, key, value = (part.unsqueeze(1).contiguous() for part in padded)       # (B, 1 head, N or M, C)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
         return maps + self.gain * mixed.mT.reshape(maps.shape)
 
 
