@@ -51,23 +51,23 @@ def borrow(study: Study, root: Path, recipes: Path) -> Borrowed:
     """
     if not study.row.borrow:
         return Borrowed()
-    bundle, _, name = study.row.borrow.partition("/")
-    name = name or study.row.id
+    bundle, _, told = study.row.borrow.partition("/")
+    row_id = told or study.row.id
     recipe = read_recipe(root / "bundles" / bundle, recipes)
     rows = {row["id"]: row for row in all_rows(read_results(root / "results" / f"{bundle}.json"))}
-    if name not in recipe.rows or "teacher" not in rows.get(name, {}):
+    if row_id not in recipe.rows or TEACHER not in rows.get(row_id, {}):
         raise ValueError(
             f"`borrow` of row {study.row.id!r} must name a finished row of another bundle, got {study.row.borrow!r}."
         )
     source = freeze_bundle(root / "bundles" / bundle, study.folder / "source")
-    other, row = replace(study, recipe=recipe, row=recipe.rows[name], source=source), rows[name]
+    other, row = replace(study, recipe=recipe, row=recipe.rows[row_id], source=source), rows[row_id]
     alike = {name for name in study.row.arms if name in row and _is_alike(name, study, other, row)}
     free = [name for name in study.row.arms if name in alike and name != TEACHER and not _first(name, study).weights_of]
     arms, steps = {name: row[name] for name in free}, {name: row["steps"][name] for name in free}
     if ALONE not in arms:
         return Borrowed(bundle, arms, steps)
     other_arms = {*WATCHED} - (alike if TEACHER in alike else {ALONE})     # whose convergence may be another here
-    converged = {key: told for key, told in row["converged"].items() if key not in other_arms}
+    converged = {key: value for key, value in row["converged"].items() if key not in other_arms}
     points = row.get("curve", {}).get("points", ())
     alone = {point["labels"]: point[ALONE] for point in points if ALONE in point}
     return Borrowed(bundle, arms, steps, converged, alone)
@@ -81,8 +81,8 @@ def _is_alike(name: str, study: Study, other: Study, told: Mapping[str, Any]) ->
     seeds = list(study.row.seeds[: study.row.arms[name].seeds])
     if told[name]["seeds"][: len(seeds)] != seeds or told["steps"].get(name) != steps_of(run, study):
         return False
-    keys = {run_key(one.bundle_run("training", of)) for one, of in ((study, run), (other, there))}
-    return run.regime == there.regime and len(keys) == 1
+    key, key_there = run_key(study.bundle_run("training", run)), run_key(other.bundle_run("training", there))
+    return run.regime == there.regime and key == key_there
 
 
 def _first(name: str, study: Study) -> Run:

@@ -10,7 +10,9 @@ from typing import Any
 from lab.recipe import ALONE, Arm, Row
 from lab.regimes import Regime
 
-__all__ = ["alone_arms", "alone_values", "complete_curves", "distilled_arms", "labels_worth", "make_curve"]
+__all__ = [
+    "TOLD", "alone_arms", "alone_values", "complete_curves", "distilled_arms", "labels_worth", "make_curve",
+]
 
 DISTILLED, PLAIN = "distilled", "logits_kd"
 TOLD = ("mean", "sd", "runs", "seeds", "validation", "metrics", "keys")      # of a training, in a point of a curve
