@@ -38,6 +38,8 @@ class StretchContrastd(MapTransform):
         keys: pictures of shape (C, *S); all channels have one range.
         lower: percentile that becomes 0.
         upper: percentile that becomes 1.
+        dark_ground: give the negative, 1 - value, of a picture whose median, of the mean over channels, is then above
+            0.5: stained tissue on a bright slide gets bright nuclei on a dark ground, as fluorescence has them.
         allow_missing_keys: do nothing where a key is absent.
 
     Raises:
@@ -45,13 +47,19 @@ class StretchContrastd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, lower: float = 1.0, upper: float = 99.8, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        lower: float = 1.0,
+        upper: float = 99.8,
+        dark_ground: bool = False,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if not 0.0 <= lower < upper <= 100.0:
             raise ValueError(f"`lower` and `upper` must be ascending percentiles of 0 to 100, got {lower} and {upper}.")
         self.lower = lower
         self.upper = upper
+        self.dark_ground = dark_ground
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Give a copy of `data` with the pictures scaled, float32."""
@@ -72,6 +80,8 @@ class StretchContrastd(MapTransform):
             wide = _FLOOR * least if float(plain.min()) < float(plain.max()) else 0.0
             high = torch.clamp(high, min=max(brightest, float(low) + wide))
         scaled = _stretched(plain, low, high) if low < high else torch.zeros_like(plain)   # constant
+        if self.dark_ground and float(scaled.mean(0).median()) > 0.5:
+            scaled = 1.0 - scaled
         return convert_to_dst_type(scaled, picture, dtype=np.float32)[0]
 
 

@@ -31,6 +31,10 @@ def stretched(picture: Array, **options: Any) -> torch.Tensor:
         return torch.as_tensor(StretchContrastd("image", **options)({"image": picture[None]})["image"])[0]
 
 
+def stretched_colors(picture: Array, **options: Any) -> Array:
+    return np.asarray(StretchContrastd("image", **options)({"image": picture})["image"])
+
+
 def nucleus(shape: tuple[int, int] = (520, 696), radius: float = 9.0) -> Array:
     """One soft disk of 253 pixels, range [0, 1]."""
     row, column = np.mgrid[: shape[0], : shape[1]]
@@ -60,6 +64,22 @@ def test_metadata_stays(picture: Array) -> None:
     image = MetaTensor(torch.from_numpy(picture).float().reshape(-1, 64, 64), meta={"filename_or_obj": "case.png"})
     assert StretchContrastd("image")({"image": image})["image"].meta["filename_or_obj"] == "case.png"
     assert image.max() == picture.max()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_bright_ground_becomes_dark_and_a_dark_one_stays(channels: int) -> None:
+    tint = np.linspace(1.0, 0.6, channels)[:, None, None]
+    dark = (200.0 * nucleus((160, 160)) * tint).astype(np.float32)
+    bright = 255.0 - dark
+    for picture, expected in ((dark, stretched_colors(dark)), (bright, 1.0 - stretched_colors(bright))):
+        np.testing.assert_array_equal(stretched_colors(picture, dark_ground=True), expected)
+    found = stretched_colors(bright, dark_ground=True)
+    assert found[:, 100, 120].min() > 0.5 > found[:, :40, :40].max()
+
+
+def test_a_constant_picture_has_a_dark_ground() -> None:
+    for value in (0.0, 255.0):
+        assert not stretched(np.full((32, 32), value, np.float32), dark_ground=True).any()
 
 
 def test_real_pictures_are_scaled_as_by_monai_to_the_last_bit() -> None:
