@@ -100,8 +100,12 @@ def _row_table(row: Mapping[str, Any]) -> str:
 
 def _validation(arm: Mapping[str, Any]) -> str:
     """Score on the validation cases; where these have no label it is agreement with the teacher, which says less."""
-    agreement = arm["validation"].get("metric", "").endswith(AGREEMENT)
-    return _value(arm["validation"]) + (" (agreement)" if agreement else "")
+    return _value(arm["validation"]) + _kind(arm)
+
+
+def _kind(arm: Mapping[str, Any]) -> str:
+    """What to say behind a validation score that is none by labels."""
+    return " (agreement)" if arm["validation"].get("metric", "").endswith(AGREEMENT) else ""
 
 
 def _arms(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -230,7 +234,8 @@ def _tried(row: Mapping[str, Any]) -> str:
     }
     scores |= {one["name"].replace("_", " "): one["validation"] for one in row["search"]}
     ordered = sorted(scores.items(), key=lambda item: item[1], reverse=row["higher_is_better"])
-    head = ["first seed only", f"validation {metric_title(row['metric'])}"]
+    kind = _kind(row["distilled"]) if row.get("distilled") else ""
+    head = ["first seed only", f"validation {metric_title(row['metric'])}{kind}"]
     return _markdown(head, [[name, f"{value:.3f}"] for name, value in ordered])
 
 
