@@ -209,8 +209,7 @@ def test_agreement_with_the_teacher_is_not_shown_as_a_score_by_labels() -> None:
     told = full_tables(new_row(combined=combined, distilled={"arm": "combined", **combined}, search=[tried]))
 
     assert "| method and plain KD (= distilled) | 0.900 (agreement) | 0.650 |" in told
-    tried = told[told.index("| first seed only | validation Dice (agreement) |"):]
-    assert tried.splitlines()[2:] == [
+    assert told[told.index("| first seed only | validation Dice (agreement) |"):].splitlines()[2:] == [
         "| method and plain KD | 0.900 |", "| other | 0.800 |",
     ]
 

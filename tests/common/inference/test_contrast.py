@@ -25,14 +25,15 @@ PLAIN = ScaleIntensityRangePercentilesd("image", 1.0, 99.8, 0.0, 1.0, clip=True)
 
 
 def stretched(picture: Array, **options: Any) -> torch.Tensor:
-    """A gray picture, stretched; no warning is allowed."""
+    """A gray picture, stretched."""
+    return stretched_colors(picture[None], **options)[0]
+
+
+def stretched_colors(picture: Array, **options: Any) -> torch.Tensor:
+    """A picture of shape (C, H, W), stretched; no warning is allowed."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return torch.as_tensor(StretchContrastd("image", **options)({"image": picture[None]})["image"])[0]
-
-
-def stretched_colors(picture: Array, **options: Any) -> Array:
-    return np.asarray(StretchContrastd("image", **options)({"image": picture})["image"])
+        return torch.as_tensor(StretchContrastd("image", **options)({"image": picture})["image"])
 
 
 def nucleus(shape: tuple[int, int] = (520, 696), radius: float = 9.0) -> Array:
@@ -72,7 +73,7 @@ def test_a_bright_ground_becomes_dark_and_a_dark_one_stays(channels: int) -> Non
     dark = (200.0 * nucleus((160, 160)) * tint).astype(np.float32)
     bright = 255.0 - dark
     for picture, expected in ((dark, stretched_colors(dark)), (bright, 1.0 - stretched_colors(bright))):
-        np.testing.assert_array_equal(stretched_colors(picture, dark_ground=True), expected)
+        assert torch.equal(stretched_colors(picture, dark_ground=True), expected)
     found = stretched_colors(bright, dark_ground=True)
     assert found[:, 100, 120].min() > 0.5 > found[:, :40, :40].max()
 
