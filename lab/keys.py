@@ -3,8 +3,8 @@
 
 A key holds the part of the merged config that the run id reaches through references, all modules of `medkd` and
 `scripts` that this part names, with those they import (without comments and docstrings), the cases with the sizes of
-their files, and the weights that the run starts from. Names and places of bundles, versions of packages and the device
-are not in it: remove runs/ when one of the latter changes.
+their files, and the weights that the run starts from. Names and places of bundles, versions of packages, the device and
+the number type that its processor multiplies are not in it: remove runs/ when one of the latter changes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _PLACES = (
     "bundle_root", "dataset_dir", "datalist", "ckpt_dir", "ckpt_path", "output_dir", "teacher_path", "teacher_sha256",
     "resume", "soft_label_dir",
 )
+_DEVICE = ("cpu_dtype",)                 # bfloat16 is taken where the processor has it, see `lab.measure.cpu_dtype`
 # what acts only when there is a teacher to learn from
 _ONLY_DISTILLATION = (
     "distill_loss", "distill_weights", "distill_ramp", "teacher", "teacher_check", "teacher_input",
@@ -65,7 +66,7 @@ def run_key(run: BundleRun, *more: Any) -> str:
 
 
 def needed_part(config: Mapping[str, Any], starts: Iterable[str], without: Sequence[str] = ()) -> dict[str, Any]:
-    """What `starts` refer to, directly or through others, by its id; without places, and without some ids.
+    """What `starts` refer to, directly or through others, by its id; without places, device, and some ids.
 
     Example:
         >>> needed_part({"run": ["$@a#x.go()"], "a": {"x": "%b#0", "y": 3}, "b": [1], "c": 2}, ["run"])
@@ -75,7 +76,7 @@ def needed_part(config: Mapping[str, Any], starts: Iterable[str], without: Seque
     waiting = list(starts)
     while waiting:
         name = waiting.pop().replace("::", "#")
-        left_out = any(f"{name}#".startswith(f"{one}#") for one in (*_PLACES, *without))
+        left_out = any(f"{name}#".startswith(f"{one}#") for one in (*_PLACES, *_DEVICE, *without))
         if name not in found and not left_out and (nodes := lookup(config, name)):
             (found[name],) = nodes
             waiting += _REFERENCE.findall(json.dumps(found[name]))

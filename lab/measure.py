@@ -106,6 +106,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def cpu_dtype(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Number type in which this CPU trains fastest, by the file that lists its flags, where there is one."""
+    flags = file.read_text(encoding="utf-8").split() if file.exists() else []
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"   # emulated, it is slower
+
+
 def machine() -> dict[str, str | int | float]:
     """Describe the machine, the name of its CPU as far as the system tells it."""
     info = Path("/proc/cpuinfo")
@@ -116,6 +122,7 @@ def machine() -> dict[str, str | int | float]:
         "cores": os.cpu_count() or 1,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu_dtype": cpu_dtype(),
     }
 
 

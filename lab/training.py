@@ -18,6 +18,7 @@ from lab.blocks import cut_blocks
 from lab.bundle import ROOT, BundleRun
 from lab.execute import ExecutionError, Executor, Job, bundle_job, read_state
 from lab.keys import content_hash, data_hash, file_hash, run_distils, run_key
+from lab.measure import cpu_dtype
 from lab.networks import program_words
 from lab.recipe import Recipe, Row
 from lab.regimes import ALL_LABELS, Regime, regime_list, supervised_list
@@ -83,8 +84,13 @@ class Study:
     workers: int = 1                     # trainings at once
 
     def bundle_run(self, run_id: str, run: Run, *more: str, **options: Any) -> BundleRun:
-        """A run with a training's configs and options, and more; it runs in `source`, so paths become relative."""
+        """A run with a training's configs and options, and more; it runs in `source`, so paths become relative.
+
+        A training in bfloat16 is one in float32 on a processor that only emulates it.
+        """
         together = {**run.options, **options}
+        if together.get("cpu_dtype") == "bfloat16":
+            together["cpu_dtype"] = cpu_dtype()
         told = {key: os.path.relpath(one, self.source) if isinstance(one, Path) else one
                 for key, one in together.items()}
         return BundleRun(self.source, run_id, [*run.configs, *more], told)

@@ -16,6 +16,7 @@ from lab.bundle import ROOT, BundleRun
 from lab.demo.scores import ALONE, DISTILLED, RUNS, TEACHER
 from lab.execute import Job, bundle_job
 from lab.keys import code_hash, content_hash, run_key
+from lab.measure import cpu_dtype
 from lab.networks import program_words
 from lab.training import check_model
 from medkd.phantoms.ct import CT_LABELS
@@ -78,12 +79,6 @@ def make_trainings(sizes: Sizes) -> dict[str, Training]:
         **more,
         DISTILLED: Training(("logits",), "runs/logits", "runs/logits/eval", sizes.labels, sizes.unlabeled),
     }
-
-
-def cpu_dtype(file: Path = Path("/proc/cpuinfo")) -> str:
-    """Number type in which this CPU trains fastest, by the file that lists its flags, where there is one."""
-    flags = file.read_text().split() if file.exists() else []
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"   # emulated, it is slower
 
 
 def folder_of(name: str, output: Path, kind: str = "steps") -> Path:

@@ -32,6 +32,8 @@ def change(source: Path, name: str, text: str) -> None:
 def test_a_key_changes_with_the_config_that_is_reached(source: Path) -> None:
     first = key(source)
     assert first == key(source, unused=2, ckpt_dir="elsewhere", teacher_path="elsewhere", output_dir="x", datalist="y")
+    typed = [key(source, network_def={"type": "@cpu_dtype"}, cpu_dtype=one) for one in ("bfloat16", "float32")]
+    assert typed[0] == typed[1] != first                    # as the device, which is not in it
     changed: list[dict[str, Any]] = [
         {"seed": 1}, {"epochs": 10}, {"distill_weights": {"x": 1}}, {"teacher_def#width": 5}, {"value": 0.6}
     ]

@@ -100,6 +100,16 @@ def test_an_evaluation_is_done_once_per_training_and_option(
     assert jobs[0].key == jobs[1].key != jobs[2].key
 
 
+@pytest.mark.parametrize("here", ["bfloat16", "float32"])
+def test_bfloat16_is_asked_for_only_where_the_processor_multiplies_it(
+    study: Study, monkeypatch: pytest.MonkeyPatch, here: str
+) -> None:
+    monkeypatch.setattr("lab.training.cpu_dtype", lambda: here)
+    options = [{"seed": 0}, {"seed": 0, "cpu_dtype": "float32"}, {"seed": 0, "cpu_dtype": "bfloat16"}]
+    made = [study.bundle_run("training", Run("combined", "", 0, ["train"], one)) for one in options]
+    assert [one.options.get("cpu_dtype") for one in made] == [None, "float32", here]
+
+
 def test_a_run_has_a_label_its_configs_and_paths_that_the_command_can_use(study: Study) -> None:
     run = Run("logits_kd", "uniform", 2, ("train", "2d", "logits"), {"seed": 2})
     assert run.label == "logits_kd uniform, seed 2"

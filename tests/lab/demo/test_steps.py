@@ -10,7 +10,7 @@ import pytest
 
 from lab.bundle import copy_bundle
 from lab.demo.__main__ import BUNDLE, FULL, QUICK, parse_options
-from lab.demo.steps import Sizes, cpu_dtype, make_jobs, plan_lanes
+from lab.demo.steps import Sizes, make_jobs, plan_lanes
 
 
 @pytest.fixture
@@ -79,18 +79,6 @@ def test_what_needs_something_runs_after_it_and_times_are_taken_alone(output: Pa
         [["teacher", "distilled student"], ["student alone", "student alone with 3 labels"]],
         [["evaluation", "prediction and speed"]],
     ]
-
-
-@pytest.mark.parametrize(("flags", "dtype"), [
-    ("flags : fpu avx512f avx512_bf16", "bfloat16"), ("flags : fpu avx512f", "float32"), (None, "float32"),
-])
-def test_bfloat16_is_taken_only_where_the_processor_multiplies_it(
-    tmp_path: Path, flags: str | None, dtype: str
-) -> None:
-    file = tmp_path / "cpuinfo"
-    if flags:
-        file.write_text(flags)
-    assert cpu_dtype(file) == dtype
 
 
 @pytest.mark.parametrize("sizes", [FULL, QUICK, parse_options(["--epochs", "7"]).sizes])
