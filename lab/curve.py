@@ -11,7 +11,8 @@ from lab.recipe import ALONE, Arm, Row
 from lab.regimes import Regime
 
 __all__ = [
-    "TOLD", "alone_arms", "alone_values", "complete_curves", "distilled_arms", "labels_worth", "make_curve",
+    "DISTILLED", "PLAIN", "TOLD", "alone_arms", "alone_values", "complete_curves", "labels_worth", "make_curve",
+    "taught_arms",
 ]
 
 DISTILLED, PLAIN = "distilled", "logits_kd"
@@ -25,17 +26,17 @@ def alone_arms(row: Row, arms: Mapping[str, Arm]) -> dict[str, Arm]:
     return {_name(ALONE, n): replace(arms[ALONE], seeds=1, regime=Regime(n)) for n in row.curve if n}
 
 
-def distilled_arms(row: Row, chosen: Arm, candidate: str) -> dict[str, Arm]:
-    """The chosen arm, or one of its candidates, with each number of labeled cases, one seed."""
+def taught_arms(row: Row, kind: str, chosen: Arm, candidate: str) -> dict[str, Arm]:
+    """An arm, or one of its candidates, as `DISTILLED` or `PLAIN`, with each number of labeled cases, one seed."""
     arm = replace(chosen.candidates.get(candidate, chosen), candidates={}, seeds=1)
-    return {_name(DISTILLED, n): replace(arm, regime=Regime(n, unlabeled=True)) for n in row.curve}
+    return {_name(kind, n): replace(arm, regime=Regime(n, unlabeled=True)) for n in row.curve}
 
 
 def make_curve(row: Row, arm: str, candidate: str, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the results tell of a curve; `values`: name of an arm of `alone_arms` or `distilled_arms` -> summary."""
+    """What the results tell of a curve; `values`: name of an arm of `alone_arms` or `taught_arms` -> summary."""
+    names = (ALONE, DISTILLED, PLAIN)
     points = [
-        {"labels": n, **{name: values[_name(name, n)] for name in (ALONE, DISTILLED) if _name(name, n) in values}}
-        for n in row.curve
+        {"labels": n, **{name: values[_name(name, n)] for name in names if _name(name, n) in values}} for n in row.curve
     ]
     points = [point for point in points if len(point) > 1]
     return {"arm": arm, **({"candidate": candidate} if candidate else {}), "points": points}

@@ -137,14 +137,18 @@ def trace_curve(study: Study, scored: record.Scores, distilled: str | None, borr
     recipe, row = study.recipe, study.row
     if not row.curve or distilled is None:
         return {}
-    candidate = record.chosen_runs(scored[distilled], recipe)[0].run.candidate
-    arms = curve.distilled_arms(row, row.arms[distilled], candidate)
+    taught = {curve.DISTILLED: distilled, **({curve.PLAIN: curve.PLAIN} if curve.PLAIN in scored else {})}
+    chosen = {kind: record.chosen_runs(scored[name], recipe)[0].run.candidate for kind, name in taught.items()}
+    arms = {
+        name: arm for kind, of in taught.items()
+        for name, arm in curve.taught_arms(row, kind, row.arms[of], chosen[kind]).items()
+    }
     needed = {name: row.arms[name] for name in (TEACHER, *recipe.helpers)}
     finished = train_all(study, recipe.drop_idle_helpers({**needed, **arms}))
     points = {**scored, **evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm in arms})}
     names = [name for name in (*curve.alone_arms(row, row.arms), *arms) if name in points]
     values = {**curve.alone_values(borrowed.alone), **{name: record.summarize(points[name], recipe) for name in names}}
-    return {"curve": curve.make_curve(row, distilled, candidate, values)}
+    return {"curve": curve.make_curve(row, distilled, chosen[curve.DISTILLED], values)}
 
 
 def show_command(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lab.curve import alone_arms, complete_curves, distilled_arms, labels_worth, make_curve
+from lab.curve import DISTILLED, PLAIN, alone_arms, complete_curves, labels_worth, make_curve, taught_arms
 from lab.recipe import Arm, Row
 from lab.regimes import Regime
 from tests.lab.conftest import ARMS
@@ -19,20 +19,22 @@ def told(mean: float, *runs: float) -> dict[str, Any]:
 
 def test_a_curve_has_an_arm_for_each_number_and_kind_but_none_alone_without_labels() -> None:
     row = Row("a", curve=[0, 1, 4], arms=ARMS)
-    alone, distilled = alone_arms(row, ARMS), distilled_arms(row, ARMS["logits_kd"], "foreground")
+    alone, distilled = alone_arms(row, ARMS), taught_arms(row, DISTILLED, ARMS["logits_kd"], "foreground")
+    plain = taught_arms(row, PLAIN, ARMS["logits_kd"], "uniform")
 
     assert [arm.regime for arm in alone.values()] == [Regime(1), Regime(4)]
     assert [arm.regime for arm in distilled.values()] == [Regime(n, unlabeled=True) for n in (0, 1, 4)]
     assert all(arm.seeds == 1 for arm in (*alone.values(), *distilled.values()))
     first = next(iter(distilled.values()))
     assert (first.overrides, first.options, first.candidates) == (("logits",), {"weighting": "f"}, {})
-    assert next(iter(distilled_arms(row, Arm(("method",)), "").values())).overrides == ("method",)
-    values = {name: told(0.5) for name in (*alone, *distilled)}
+    assert next(iter(taught_arms(row, DISTILLED, Arm(("method",)), "").values())).overrides == ("method",)
+    assert next(iter(plain.values())).options == {}                # of the other candidate
+    values = {name: told(0.5) for name in (*alone, *distilled, *plain)}
     curve = make_curve(row, "logits_kd", "foreground", values)
-    assert [sorted(point) for point in curve["points"]] == [["distilled", "labels"]] + 2 * [
-        ["distilled", "labels", "student_alone"]
+    assert [sorted(point) for point in curve["points"]] == [
+        ["distilled", "labels", "logits_kd"], *2 * [["distilled", "labels", "logits_kd", "student_alone"]]
     ]
-    for name in ("student_alone_with_1_labels", "distilled_with_1_labels", "distilled_with_4_labels"):
+    for name in [*plain, "student_alone_with_1_labels", "distilled_with_1_labels", "distilled_with_4_labels"]:
         del values[name]
     kept = make_curve(row, "logits_kd", "", values)["points"]
     assert [(point["labels"], "distilled" in point) for point in kept] == [(0, True), (4, False)]

@@ -130,6 +130,7 @@ def test_regimes_share_trainings_and_fill_a_curve_from_end_to_end(repository: Pa
     keys = [points[1]["student_alone"]["keys"], points[2]["student_alone"]["keys"], whole["student_alone"]["keys"]]
     assert keys[0] != keys[1] == keys[2]                           # trained once
     assert points[2]["distilled"]["keys"] == whole["distilled"]["keys"]
+    assert all("logits_kd" in point for point in points.values())
     assert (tmp_path / "results" / f"{BUNDLE}_labels.png").exists()
 
 
