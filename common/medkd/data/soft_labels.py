@@ -68,7 +68,8 @@ class SoftLabels:
         active = [loss for loss in every if weights is None or any(weights.get(term) for term in loss.terms)]
         self.activation: Activation = _common(active, "activation", "softmax")
         self.output: TeacherOutput = _common(active, "teacher_output", "logits")
-        self.replaces_teacher = cache and teacher.teaches and not any(loss.tap_pairs for loss in active)
+        is_live = any(loss.tap_pairs or loss.needs_live_teacher for loss in active)
+        self.replaces_teacher = cache and teacher.teaches and not is_live
         self.gives_classes = (
             self.replaces_teacher and self.activation == "softmax" and all(loss.reads_classes for loss in active)
         )

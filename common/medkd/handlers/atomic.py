@@ -44,7 +44,7 @@ def mark_unsaved(path: Path, reason: str) -> None:
 
 def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")   # two runs may write the same file at once
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -67,8 +67,9 @@ class DistillationHandler:
 
     A batch may bring what the teacher says of it, cut out of soft labels of whole volumes, as `teacher_pred`: class
     probabilities (B, K, *S), or as `teacher_classes`: the likeliest of each voxel, (B, 1, *S), for losses that read no
-    more; see `medkd.data.soft_labels`. Where all losses with a weight read the prediction only, the teacher does not
-    run in the steps then. Samples without a label, `UNLABELED` everywhere, are distilled like others.
+    more; see `medkd.data.soft_labels`. Where all losses with a weight read the prediction only, and none
+    `needs_live_teacher`, the teacher does not run in the steps then. Samples without a label, `UNLABELED` everywhere,
+    are distilled like others.
 
     Args:
         teacher: the teacher by reference, or a ready network.
@@ -171,7 +172,7 @@ class DistillationHandler:
             FeatureTaps(engine.network, [student for student, _ in pairs], "student"),
             FeatureTaps(self._network, [teacher for _, teacher in pairs], "teacher"),
         )
-        if not pairs:
+        if not pairs and not any(loss.needs_live_teacher for loss in active):
             self._readable = CACHED if all(loss.reads_classes for loss in active) else CACHED[1:]
         state.distill_modules = with_state(active)
         path, sha256 = self.teacher.path, self.teacher.file_sha256

@@ -216,7 +216,7 @@ class ParaphraserFitting(TeacherFitting):
         seed: of the first values and of the batches; not the run's.
 
     Raises:
-        ValueError: no step, or an unknown `kind`.
+        ValueError: no paraphrasers, no step, or an unknown `kind`.
 
     Reference:
         Kim et al., Paraphrasing Complex Network: Network Compression via Factor Transfer, arXiv 1802.04977.
@@ -229,6 +229,11 @@ class ParaphraserFitting(TeacherFitting):
         learning_rate: float = 0.001, teacher_input: str = "image", seed: int = 0,
     ) -> None:
         check_kind(kind)
+        if paraphrasers is None:                                   # a config's null
+            raise ValueError(
+                "`paraphrasers` must be those of the loss, got None; leave this handler out of the config where the "
+                "loss has none."
+            )
         super().__init__(paraphrasers, teacher, paraphrasers.taps, steps, learning_rate, teacher_input, seed)
         self.paraphrasers = paraphrasers
         self.kind: Reconstruction = kind

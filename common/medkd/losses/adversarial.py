@@ -35,8 +35,10 @@ class AdversarialLoss(DistillationLoss):
     | logits | centered, if of a softmax: minus their mean over the classes of a voxel | as the networks give them |
 
     A softmax does not tell logits apart that differ by a constant per voxel; the discriminator would. Centered ones are
-    the same for a teacher of logits, one of probabilities, and one whose predictions were written down. The predecessor
-    of the published code showed the discriminator the image too; there it is commented out, and here it is left out.
+    the same for a teacher of logits and one of probabilities. The teacher sees the batch itself
+    (`needs_live_teacher`): predictions that were written down would be told from the student's by how they are rounded.
+    The predecessor of the published code showed the discriminator the image too; there it is commented out, and here it
+    is left out.
 
     Args:
         discriminator: maps logits (B, K, *S) to scores (B, 1, *G); they are cast to the type of its parameters. Frozen
@@ -66,6 +68,7 @@ class AdversarialLoss(DistillationLoss):
     """
 
     terms = ("adversarial",)
+    needs_live_teacher = True
 
     def __init__(
         self, discriminator: nn.Module, preset: Literal["default", "paper"] = "default",

@@ -46,11 +46,14 @@ class DistillationLoss(nn.Module, ABC):
             always there and is not listed.
         reads_classes: whether the teacher's `classes`, the likeliest of each voxel, (B, 1, *S), may stand in the place
             of its `pred`.
+        needs_live_teacher: whether the teacher must see the batch itself, as soft labels of whole volumes, which are
+            written in 8 bits and blended of windows, would tell the networks apart.
     """
 
     terms: ClassVar[tuple[str, ...]] = ()
     preset_weights: Mapping[str, float]
     reads_classes = False
+    needs_live_teacher = False
 
     def __init__(self, tap_pairs: Sequence[TapPair] = ()) -> None:
         super().__init__()

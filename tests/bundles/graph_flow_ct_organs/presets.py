@@ -197,9 +197,36 @@ def published_teacher(run: Run, slices: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize(("student", "channels"), [([], 24), (["paper_enet"], 64), (["paper_erfnet"], 64)])
-def test_the_published_students_and_loss_train(
+def test_the_published_students_and_loss_train_and_predict(
     run: Run, published_teacher: dict[str, Any], tmp_path: Path, student: list[str], channels: int
 ) -> None:
     options = {**published_teacher, "flow_channels": [[8, channels]], "paraphraser_path": str(tmp_path / "fitted.pt")}
     run("training", "train", "2d", "paper", *student, into=tmp_path, **options)
     assert terms(tmp_path) == {"node", "edge", "adversarial", "logits"}
+    kept = {key: published_teacher[key] for key in ("dataset_dir", "patch_size", "spacing", "intensity_range")}
+    configs = ["inference", "inference_2d", *(f"inference_{name}" for name in ("paper", *student))]
+    run("evaluating", *configs, into=tmp_path, ckpt_path=str(tmp_path / "model.pt"), **kept)
+    assert len(list((tmp_path / "eval").glob("*_seg.*"))) == LISTS["test"]
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("baseline", {}), ("paper_logits", {"logits": 1.0}),
+    ("paper_method", {"node": 1e-5, "edge": 1e-9, "adversarial": 0.1}),
+])
+def test_the_published_set_up_has_its_own_weights_behind_every_override(
+    bundle: Path, override: str, expected: dict[str, float]
+) -> None:
+    for more in ([], ["smoke"]):
+        parser = parsed(bundle, "train", "2d", "paper", *more, override)
+        assert parser.get_parsed_content("distill_weights") == expected
+        assert [len(parser.get_parsed_content(key)) for key in ("patch_size", "spacing")] == [2, 2]
+
+
+def test_a_layer_may_be_in_two_flows(bundle: Path) -> None:
+    parser = parsed(bundle, "train")
+    first, second, third = "model.1.submodule.0", "model.1.submodule.1.submodule.2", "model.1.submodule.1.submodule.1"
+    parser["flows"] = [[first, second], [first, ["model.1.submodule.1.submodule.0", third]]]
+    parser["flow_channels"] = [[48, 8], [48, 8]]
+    paraphrasers = parser.get_parsed_content("paraphrasers")
+    assert paraphrasers.taps == (first, second, third)
+    assert paraphrasers.channels == ((48, 8),) * 3

@@ -294,12 +294,23 @@ def test_nothing_to_train_on_is_refused(ratio: float) -> None:
 # unlabeled_cases
 
 
-def test_images_without_labels_are_read_where_a_teacher_can_use_them(tmp_path: Path) -> None:
+def test_images_without_labels_are_read_where_a_teacher_can_use_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_datalist(tmp_path / "list.json", {"training": [], "unlabeled": [{"image": "a.nii"}]})
     assert unlabeled_cases(path, 1, True) == [{"image": str(tmp_path / "a.nii")}]
     assert unlabeled_cases(path, 1, False) == unlabeled_cases(path, 0, True) == []
     assert unlabeled_cases(tmp_path / "none.json", 1, True) == []
-    assert unlabeled_cases(write_datalist(tmp_path / "other.json", {"training": []}), 1, True) == []
+    other = write_datalist(tmp_path / "other.json", {"training": []})
+    with caplog.at_level("INFO"):
+        assert unlabeled_cases(other, 1, True) == []
+    assert "other.json has no list `unlabeled`: the teacher teaches on the list `training` alone." in caplog.text
     write_datalist(path, {"training": [], "unlabeled": [{"image": "a.nii", "label": "b.nii"}]})
     with pytest.raises(ValueError, match="`unlabeled` of .*list.json must have images without a label, got one for 1"):
         unlabeled_cases(path, 0.5, True)
+
+
+def test_a_list_of_another_spelling_is_not_passed_over(tmp_path: Path) -> None:
+    path = write_datalist(tmp_path / "list.json", {"training": [], "unlabelled": [{"image": "a.nii"}]})
+    with pytest.raises(ValueError, match="in the list `unlabeled` of .*list.json, got 'unlabelled'; rename it"):
+        unlabeled_cases(path, 1, True)

@@ -16,7 +16,9 @@ from monai.inferers.inferer import SliceInferer, SlidingWindowInferer
 import toys
 from medkd.data.soft_labels import FillLabeld, SoftLabeld, SoftLabels, UnpackSoftLabeld
 from medkd.handlers.teacher import Teacher
+from medkd.losses.adversarial import AdversarialLoss
 from medkd.losses.base import DistillationLoss
+from medkd.losses.discriminator import Discriminator
 from medkd.losses.logits import SoftLabelLoss
 from medkd.losses.soft_target import SoftTargetLoss
 from medkd.ops.ignored import UNLABELED
@@ -132,6 +134,12 @@ def test_losses_that_tap_layers_need_the_live_teacher(weights: Path) -> None:
     assert soft_labels(weights, both, weights={"logits": 1.0}).replaces_teacher
     assert not soft_labels(weights, both, weights={"logits": 1.0, "features": 0.1}).replaces_teacher
     assert not soft_labels(weights, cache=False).replaces_teacher
+
+
+def test_a_discriminator_sees_the_live_teacher(weights: Path) -> None:
+    both = [SoftLabelLoss(), AdversarialLoss(Discriminator(2, spatial_dims=3, width=4, layers=2), "paper")]
+    assert soft_labels(weights, both, weights={"logits": 1.0, "adversarial": 0.0}).replaces_teacher
+    assert not soft_labels(weights, both, weights={"logits": 1.0, "adversarial": 0.1}).replaces_teacher
 
 
 def test_without_a_teacher_nothing_is_wanted(weights: Path) -> None:

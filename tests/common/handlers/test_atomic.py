@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -112,10 +113,10 @@ def test_a_best_student_that_found_no_room_is_saved_when_there_is_some(
 
     def fill(engine: Any) -> None:
         best.update(toys.state_of(engine.network))
-        (tmp_path / ".model.pt.tmp").mkdir()                       # no file of the name can be written
+        (tmp_path / f".model.pt.{os.getpid()}.tmp").mkdir()                       # no file of the name can be written
 
     def free(engine: Any) -> None:
-        (tmp_path / ".model.pt.tmp").rmdir()
+        (tmp_path / f".model.pt.{os.getpid()}.tmp").rmdir()
         raise KeyboardInterrupt
 
     def run_with(event: Any, action: Any, **options: Any) -> toys.Run:
