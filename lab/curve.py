@@ -73,7 +73,9 @@ def complete_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _point(point: Mapping[str, Any], row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for other in rows:
         regime = other.get("regime")
-        if regime and regime["labels"] == point["labels"] and regime["unlabeled"] and _same_task(row, other):
+        if not regime or "labels_of_teacher" in regime:            # of a teacher of its own
+            continue
+        if regime["labels"] == point["labels"] and regime["unlabeled"] and _same_task(row, other):
             names = [name for name in (ALONE, DISTILLED, PLAIN) if name in other and name in (*point, PLAIN)]
             taken = {name: {key: other[name][key] for key in TOLD if key in other[name]} for name in names}
             return {**point, **taken, "row": other["id"]}

@@ -144,8 +144,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += _seconds(row["seconds_per_case"])
     text += _calibrated(row)
-    if row.get("not_trained"):
-        text += f" Not trained: {'; '.join(row['not_trained'])}."
+    if missing := [*row.get("not_trained", ()), *row.get("curve", {}).get("not_trained", ())]:
+        text += f" Not trained: {'; '.join(missing).replace('_', ' ')}."
     if verdict := row.get("leaks", {}).get("verdict", ""):
         text += f" Leaks: {verdict.replace('_', ' ')}."
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text
@@ -158,7 +158,9 @@ def _regime(row: Mapping[str, Any]) -> str:
     labels, others = told["labels"], told["unlabeled"]
     text = f" Labels: {told['name']} ({labels} labeled cases and {others} images without a label"
     alone = told["labels_of_student_alone"]
-    text += ")." if alone == labels else f"; the student alone has {alone} labeled cases)."
+    text += "" if alone == labels else f"; the student alone has {alone} labeled cases"
+    text += f"; the teacher has {told['labels_of_teacher']}" if "labels_of_teacher" in told else ""
+    text += ")."
     worth = row.get("labels_worth")
     if worth:
         bound = f"{'more' if 'more_than' in worth else 'fewer'} than {_bound(worth)}"

@@ -99,15 +99,24 @@ def supervised_list(content: Mapping[str, Any], labels: Labels = "all") -> dict[
     return _with_lists(regime_list(content, labels or "all"), unlabeled=[])
 
 
-def describe_regime(content: Mapping[str, Any], regime: Regime) -> dict[str, Any]:
-    """What the results tell of a regime: its name, and how many cases the distilled student and the one alone have."""
+def describe_regime(content: Mapping[str, Any], regime: Regime, teachers: Regime | None = None) -> dict[str, Any]:
+    """What the results tell of a regime: its name, and how many cases the distilled student and the one alone have.
+
+    `labels_of_teacher` is there where the row gives its teacher a regime of its own.
+    """
     seen = regime_list(content, regime.labels, regime.unlabeled)
     alone = supervised_list(content, regime.labels)
-    return {
-        "name": regime.name, "labels": len([case for case in seen["training"] if case.get("label")]),
-        "unlabeled": len(seen.get("unlabeled", ())) + len([one for one in seen["training"] if not one.get("label")]),
-        "labels_of_student_alone": len([case for case in alone["training"] if case.get("label")]),
+    told = {
+        "name": regime.name, "labels": _labeled(seen),
+        "unlabeled": len(seen.get("unlabeled", ())) + len(seen["training"]) - _labeled(seen),
+        "labels_of_student_alone": _labeled(alone),
     }
+    own = {} if teachers is None else {"labels_of_teacher": _labeled(supervised_list(content, teachers.labels))}
+    return told | own
+
+
+def _labeled(content: Mapping[str, Any]) -> int:
+    return len([case for case in content["training"] if case.get("label")])
 
 
 def _with_lists(content: Mapping[str, Any], **lists: list[Any]) -> dict[str, Any]:

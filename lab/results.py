@@ -144,11 +144,14 @@ def trace_curve(study: Study, scored: record.Scores, distilled: str | None, borr
         for name, arm in curve.taught_arms(row, kind, row.arms[of], chosen[kind]).items()
     }
     needed = {name: row.arms[name] for name in (TEACHER, *recipe.helpers)}
-    finished = train_all(study, recipe.drop_idle_helpers({**needed, **arms}))
+    wanted = recipe.drop_idle_helpers({**needed, **arms})
+    finished = train_all(study, wanted)
+    missing = [run.label for run in wanted_runs(study, wanted, finished) if run.arm in arms and run.id not in finished]
     points = {**scored, **evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm in arms})}
     names = [name for name in (*curve.alone_arms(row, row.arms), *arms) if name in points]
     values = {**curve.alone_values(borrowed.alone), **{name: record.summarize(points[name], recipe) for name in names}}
-    return {"curve": curve.make_curve(row, distilled, chosen[curve.DISTILLED], values)}
+    made = curve.make_curve(row, distilled, chosen[curve.DISTILLED], values)
+    return {"curve": {**made, **({"not_trained": missing} if missing else {})}}
 
 
 def show_command(options: argparse.Namespace) -> str:
@@ -186,7 +189,7 @@ def compare(options: argparse.Namespace, study: Study) -> None:
     speed = measure_speed(study, {name: record.chosen_runs(scores[arm], recipe)[0] for name, arm in arms.items()})
     facts = {
         "splits": record.split_names(study.datalist, row.test),
-        "regime": describe_regime(json.loads(study.datalist.read_text()), row.regime),
+        "regime": describe_regime(json.loads(study.datalist.read_text()), row.regime, row.arms[TEACHER].regime),
         "steps": borrowed.steps | {
             name: convergence.steps_of(record.chosen_runs(arm, recipe)[0].run, study) for name, arm in scores.items()
         },

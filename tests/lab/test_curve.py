@@ -63,8 +63,10 @@ def test_points_that_are_rows_have_their_seeds_and_a_teacher_has_a_worth_in_labe
     assert complete_curves([whole, none]) == [whole, none]
 
 
-def test_rows_of_other_data_or_old_ones_do_not_count() -> None:
+def test_rows_of_other_data_or_old_ones_or_of_another_teacher_do_not_count() -> None:
     whole, none = make_rows()
+    weaker = {**none, "regime": {**none["regime"], "labels_of_teacher": 1}}
+    assert complete_curves([whole, weaker])[0]["curve"]["points"][0] == {"labels": 0, "distilled": told(0.6)}
     other = {**none, "data": "other"}
     old = {"id": "old", "data": "d", "metric": "dice", "overrides": []}
     assert complete_curves([whole, other, old])[1:] == [other, old]

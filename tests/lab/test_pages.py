@@ -170,6 +170,13 @@ def test_a_row_that_is_not_finished_says_what_is_missing() -> None:
     row = new_row(not_trained=["combined, seed 1", "method, seed 0"])
     assert "| a (not finished, not converged) |" in summary_table(row)
     assert " Not trained: combined, seed 1; method, seed 0." in full_tables(row)
+    curve = {"arm": "combined", "points": [], "not_trained": ["distilled_with_1_labels, seed 0"]}
+    assert " Not trained: distilled with 1 labels, seed 0." in full_tables(new_row(curve=curve))
+
+
+def test_a_row_whose_teacher_has_other_labels_says_how_many() -> None:
+    regime = {"name": "few", "labels": 4, "unlabeled": 80, "labels_of_student_alone": 4, "labels_of_teacher": 2}
+    assert "(4 labeled cases and 80 images without a label; the teacher has 2)." in full_tables(new_row(regime=regime))
 
 
 def test_a_row_that_is_a_detail_stands_in_the_full_tables_alone() -> None:

@@ -69,6 +69,8 @@ def test_what_learns_from_labels_alone_sees_no_other_image_and_all_labels_where_
     assert describe_regime(WHOLE, Regime(1, unlabeled=True)) == {
         "name": "few", "labels": 1, "unlabeled": 5, "labels_of_student_alone": 1
     }
+    own = describe_regime(WHOLE, Regime(1, unlabeled=True), Regime(2))
+    assert (own["labels_of_teacher"], own["labels_of_student_alone"]) == (2, 1)
 
 
 @pytest.mark.parametrize(
