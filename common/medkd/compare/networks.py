@@ -46,11 +46,11 @@ class Network:
     given_weights: Path | None = None
 
     def parse(self, extra: Mapping[str, Any] | None = None, configs: Sequence[str] | None = None) -> Any:
-        """A new parser of the merged configs, evaluate.json last; `extra` settings may be of any key."""
+        """A new parser of the merged configs, evaluate.json or that of a config last; `extra` may be of any key."""
         from monai.bundle.config_parser import ConfigParser
 
         own = self.configs if configs is None else configs
-        files = [self._file(name) for name in (_NEEDED[0], *own, _NEEDED[1])]
+        files = [self._file(name) for name in (_NEEDED[0], *own, self._evaluation(own))]
         parser = ConfigParser()
         parser.read_config([str(file) for file in files])
         places = {"bundle_root": str(self.root)}
@@ -61,6 +61,11 @@ class Network:
                 )
             parser[key] = value
         return parser
+
+    def _evaluation(self, configs: Sequence[str]) -> str:
+        """Name of the config that evaluates: that of a preset with another kind of label, where it has one."""
+        own = (f"{_NEEDED[1]}_{name.removesuffix('.json')}" for name in configs)
+        return next((name for name in own if (self.root / "configs" / f"{name}.json").is_file()), _NEEDED[1])
 
     def _file(self, name: str) -> Path:
         file = self.root / "configs" / f"{name.removesuffix('.json')}.json"

@@ -45,13 +45,21 @@ class PairingCheck:
             if not values or any(not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f"`{name}` must be whole numbers of 1 or more, got {values!r}.")
         self.mode, self.student_key, self.teacher_key = mode, student_key, teacher_key
+        self._is_due = True
 
     def attach(self, engine: Engine) -> None:
         """Register on a trainer."""
-        engine.add_event_handler(Events.ITERATION_STARTED(once=1), self)
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def _start(self, _engine: Any) -> None:
+        self._is_due = True                                        # a resumed run counts on from its last step
 
     def __call__(self, engine: Any) -> None:
-        """Look at the batch of the first step."""
+        """Look at the batch of a run's first step."""
+        if not self._is_due:
+            return
+        self._is_due = False
         batch = engine.state.batch
         for key in (self.student_key, self.teacher_key):
             if key not in batch:

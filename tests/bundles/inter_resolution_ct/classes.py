@@ -21,6 +21,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 
 from bundle_runs import parsed, refused, scalars, weights
 from medkd.cli import datalist as datalist_command
+from medkd.cli import main
 from medkd.cli.parser import Parser
 from medkd.inference.degradation import area_average
 
@@ -272,6 +273,19 @@ def test_the_evaluation_of_segmentations_says_which_one_is_for_classes(
     shutil.copy(student / "model.pt", tmp_path)
     with refused("a class of the whole image has none: take a config for classes, like evaluate_classify.json"):
         run("evaluating", "train", "classify", "evaluate", into=tmp_path, **options)
+
+
+def test_teacher_and_student_of_classes_are_compared(
+    bundle: Path, data: Path, student: Path, teacher: Path, tmp_path: Path
+) -> None:
+    sizes = [f"{key}={json.dumps(value)}" for key, value in STUDENT.items()]
+    networks = [f"teacher={teacher}+classify+teacher", "+".join([f"student={student / 'model.pt'}+classify", *sizes])]
+    chosen = {**PLACES, "teacher_def#filters": SIZES["teacher_def#filters"]}
+    words = [word for key, value in chosen.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    page = tmp_path / "compare.html"
+    words += ["--bundle", str(bundle), "--data", str(data), "--output", str(page)]
+    assert main(["compare", *networks, *words]) == 0
+    assert "balanced accuracy" in page.read_text()
 
 
 @pytest.mark.parametrize(

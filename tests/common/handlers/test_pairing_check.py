@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 
 import toys
 from medkd.handlers.distillation import DistillationEvents, DistillationHandler
@@ -76,3 +77,12 @@ def test_a_missing_key_is_told_with_those_that_are_there() -> None:
 def test_options_that_are_none_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PairingCheck(**options)
+
+
+def test_a_run_that_goes_on_is_looked_at_again() -> None:
+    """Its steps are counted from where the run before it ended."""
+    check = PairingCheck(2)
+    resumed = toys.on(Events.STARTED, lambda engine: setattr(engine.state, "iteration", 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`teacher_image` must have"):
+            run(check, paired(2, "upsampled"), resumed)
