@@ -136,6 +136,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
         text += f" Gap recovered: {100 * gap['value']:.0f} % of {size:.3f}{bounds}."
     if gap.get("reason"):
         text += f" {_sentence_case(gap['reason'])}."
+    if gains := [_gain(name, gain) for name, gain in row.get("gained", {}).items()]:
+        text += f" Gain of the distilled over {', over '.join(gains)}."
     if row.get(RETENTION) is not None:
         alone = retention(row["student_alone"]["mean"], row["teacher"]["mean"], row["higher_is_better"])
         text += f" Retention: {100 * row[RETENTION]:.1f} %"
@@ -149,6 +151,12 @@ def _sentence(row: Mapping[str, Any]) -> str:
     if verdict := row.get("leaks", {}).get("verdict", ""):
         text += f" Leaks: {verdict.replace('_', ' ')}."
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text
+
+
+def _gain(name: str, gain: Mapping[str, Any]) -> str:
+    """Such as `plain KD +0.005 (95 %: -0.003 to +0.012)`."""
+    bounds = "" if gain["low"] is None else f" (95 %: {gain['low']:+.3f} to {gain['high']:+.3f})"
+    return f"{TITLES[name]} {gain['value']:+.3f}{bounds}"
 
 
 def _regime(row: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lab.curve import TOLD, complete_curves
+from lab.curve import PLAIN, TOLD, complete_curves
 from lab.recipe import ALONE, TEACHER, Recipe, Row
-from lab.score import case_names, gap_recovered
+from lab.score import case_names, gained, gap_recovered
 from lab.training import Trained, ranked
 
 __all__ = [
@@ -167,6 +167,20 @@ def _gap(arms: Sequence[Mapping[str, Any]], higher_is_better: bool) -> dict[str,
     return gap_recovered(teacher[0], alone, distilled, higher_is_better)
 
 
+def _gained(row: Mapping[str, Any], patient: str | None) -> dict[str, Any]:
+    """How much better the distilled student is than the student alone and plain distillation, where there are such."""
+    found = {}
+    for name in (ALONE, PLAIN):
+        if "per_case" not in row.get(name, {}) or row[DISTILLED]["arm"] == name:
+            continue
+        tables = [row[DISTILLED]["per_case"], row[name]["per_case"]]
+        cases = [case for case in tables[0][0] if all(case in table for of_arm in tables for table in of_arm)]
+        groups = [match[1] if patient and (match := re.search(patient, case)) else case for case in cases]
+        better, other = ([[table[case] for case in cases] for table in of_arm] for of_arm in tables)
+        found[name] = gained(better, other, groups, row["higher_is_better"])
+    return found
+
+
 def shipped_of(runs: Sequence[Trained], recipe: Recipe) -> tuple[Trained, dict[str, Any]]:
     """The distilled run that is best on validation, and what the results tell of it."""
     best = ranked(runs, recipe)[0]
@@ -224,7 +238,10 @@ def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     for row in complete_curves(kept):
         old = TEACHER in row and "converged" not in row
         plain = {key: value for key, value in row.items() if key != "detail"}     # the recipe may have changed its mind
-        detail = row["id"] in recipe.rows and recipe.rows[row["id"]].detail
+        known = recipe.rows.get(row["id"])
+        detail = known is not None and known.detail
+        if DISTILLED in row:
+            plain["gained"] = _gained(row, None if known is None else known.patient or known.datalist.get("patient"))
         rows.append({**plain, **({"not_rerun": NOT_RERUN} if old else {}), **({"detail": True} if detail else {})})
     top, others = rows[:1], rows[1:]
     return {"bundle": content["bundle"], **(top[0] if top else {}), "rows": others}

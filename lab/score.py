@@ -14,7 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["AGREEMENT", "METRICS", "Columns", "case_names", "columns_of", "gap_recovered", "read_scores", "read_table"]
+__all__ = [
+    "AGREEMENT", "METRICS", "Columns", "case_names", "columns_of", "gained", "gap_recovered", "read_scores",
+    "read_table",
+]
 
 Columns = Literal["classes", "blocks", "case"]   # what a column is: a label value, a part of the case, all of it
 METRICS = {
@@ -135,6 +138,47 @@ def gap_recovered(
         return {"value": value, **nothing, "reason": f"{share} the teacher is not better, so there is no interval"}
     low, high = (round(float(bound), 3) for bound in np.nanquantile(draws, (TAIL, 1 - TAIL)))
     return {"value": value, "low": low, "high": high, "left_out": round(left_out, 4)}
+
+
+def gained(
+    better: Sequence[Sequence[float]], other: Sequence[Sequence[float]], groups: Sequence[str],
+    higher_is_better: bool = True,
+) -> dict[str, Any]:
+    """By how much one network is better than another, with a 95 % interval.
+
+    A draw of the bootstrap takes as many groups of cases as there are, the same for both networks, and as many seeds of
+    each, with replacement.
+
+    Args:
+        better: value of each seed (outer) and case (inner).
+        other: likewise, in the same order of cases.
+        groups: of each case, what it shares with others, such as a patient; they are drawn together.
+        higher_is_better: of the metric.
+
+    Returns:
+        `value`, above 0 where the first is better, `low` and `high`, None with fewer than four groups.
+
+    Example:
+        >>> gained([[0.8, 0.7, 0.9, 0.6]], [[0.7, 0.6, 0.8, 0.5]], ["a", "b", "c", "d"])
+        {'value': 0.1, 'low': 0.1, 'high': 0.1}
+    """
+    sign = 1 if higher_is_better else -1
+    networks = [sign * np.asarray(one, dtype=float) for one in (better, other)]
+    value = round(float(networks[0].mean() - networks[1].mean()), 4)
+    names = sorted(set(groups))
+    if len(names) < LEAST_CASES:
+        return {"value": value, "low": None, "high": None}
+    members = np.asarray([[group == name for group in groups] for name in names], dtype=float)   # (groups, cases)
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(len(names), size=(DRAWS, len(names)))
+    counts = members.sum(axis=1)[drawn].sum(axis=1)
+    means = []
+    for values in networks:
+        seeds = generator.integers(len(values), size=(DRAWS, len(values)))
+        sums = (values @ members.T)[seeds[:, :, None], drawn[:, None, :]].mean(axis=1).sum(axis=1)
+        means.append(sums / counts)
+    low, high = (round(float(bound), 4) for bound in np.quantile(means[0] - means[1], (TAIL, 1 - TAIL)))
+    return {"value": value, "low": low, "high": high}
 
 
 def _draw(teacher: NDArray[Any], *students: NDArray[Any]) -> NDArray[Any]:

@@ -174,6 +174,13 @@ def test_a_row_that_is_not_finished_says_what_is_missing() -> None:
     assert " Not trained: distilled with 1 labels, seed 0." in full_tables(new_row(curve=curve))
 
 
+def test_a_row_tells_the_gain_of_the_distilled_student() -> None:
+    alone = {"value": 0.054, "low": 0.037, "high": 0.072}
+    gained = {"student_alone": alone, "logits_kd": {"value": -0.005, "low": None}}
+    said = " Gain of the distilled over student alone +0.054 (95 %: +0.037 to +0.072), over plain KD -0.005."
+    assert said in full_tables(new_row(gained=gained))
+
+
 def test_a_row_whose_teacher_has_other_labels_says_how_many() -> None:
     regime = {"name": "few", "labels": 4, "unlabeled": 80, "labels_of_student_alone": 4, "labels_of_teacher": 2}
     assert "(4 labeled cases and 80 images without a label; the teacher has 2)." in full_tables(new_row(regime=regime))

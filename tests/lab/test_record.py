@@ -112,6 +112,18 @@ def test_a_row_of_an_earlier_protocol_goes_or_says_so() -> None:
     assert complete(searched, recipe) == searched
 
 
+def test_a_row_tells_how_much_better_the_distilled_student_is_drawn_over_the_recipes_patients() -> None:
+    cases = [f"p{number // 2}_{number}" for number in range(8)]
+    alone, better = ([dict.fromkeys(cases, value)] for value in (0.5, 0.6))
+    row = {"id": "new", "data": "d", "higher_is_better": True, "teacher": {}, "converged": {},
+           "student_alone": {"per_case": alone}, "logits_kd": {"per_case": better},
+           "distilled": {"arm": "method", "per_case": better}}
+    recipe = Recipe("dice", True, "new", (), ARMS, rows={"new": Row("new", "d", datalist={"patient": r"p(\d)_"})})
+    told = complete({"bundle": "x", **row, "rows": []}, recipe)
+    names = ("value", "low", "high")
+    assert told["gained"] == {"student_alone": dict.fromkeys(names, 0.1), "logits_kd": dict.fromkeys(names, 0.0)}
+
+
 def test_retention_is_a_share_of_the_teacher_whether_the_metric_rises_or_falls() -> None:
     assert (retention(0.6, 0.8), retention(2.0, 1.0, higher_is_better=False)) == (0.75, 0.5)
     assert retention(0.6, 0.0) is None

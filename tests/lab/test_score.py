@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.score import columns_of, gap_recovered, read_scores, read_table
+from lab.score import columns_of, gained, gap_recovered, read_scores, read_table
 
 
 def test_scores_are_read_per_case_and_averaged_per_patient(tmp_path: Path) -> None:
@@ -109,3 +109,21 @@ def test_draws_without_a_gap_are_left_out_and_counted() -> None:
     rarely = gap_recovered([0.9, 0.38, 0.9, 0.9], [[0.4, 0.5, 0.4, 0.5]], [[0.5, 0.5, 0.5, 0.5]])
     assert 0 < rarely["left_out"] < 0.025
     assert rarely["low"] < rarely["value"] < rarely["high"]
+
+
+def test_a_gain_is_drawn_over_patients_and_not_over_their_pictures() -> None:
+    """Two patients of each kind; drawn one by one, the pictures of a patient would tell more than they do."""
+    one, other = [[1.0] * 20 + [0.0] * 20], [[0.5] * 40]
+    patients = [f"p{number // 10}" for number in range(40)]
+    found, by_picture = gained(one, other, patients), gained(one, other, [str(number) for number in range(40)])
+    assert found == {"value": 0.0, "low": -0.5, "high": 0.5}
+    assert by_picture["high"] < 0.2
+    assert gained(one, other, patients, higher_is_better=False)["value"] == 0.0
+    assert gained(one, other, ["a"] * 20 + ["b"] * 20) == {"value": 0.0, "low": None, "high": None}
+
+
+def test_a_gain_is_drawn_over_seeds_too() -> None:
+    found = gained([[0.6] * 4, [0.8] * 4], [[0.5] * 4], list("abcd"))
+    assert found == {"value": 0.2, "low": 0.1, "high": 0.3}
+    falls = gained([[0.6] * 4, [0.8] * 4], [[0.5] * 4], list("abcd"), higher_is_better=False)
+    assert falls == {"value": -0.2, "low": -0.3, "high": -0.1}
