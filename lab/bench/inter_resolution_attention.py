@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost of class attention (AT+): in a training step of a student that sees less resolution, and of its closed form.
+"""What less resolution saves, and the cost of class attention (AT+) in a training step, and of its closed form.
 
 In 2-D student and teacher are VGG16 up to its last layer of features, batches of 8 images of 192 x 192 and 48 x 48. In
 3-D they are five-level U-Nets of 32 and 16 channels at the head, on patches of 96 x 96 x 96 and 48 x 48 x 48 voxels.
@@ -28,6 +28,7 @@ from tests.oracles import inter_resolution_attention as plain
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))          # channels and convolutions of each level
 CLASSES_2D, CLASSES_3D = 4, 3
 STEP_GOAL, FORM_GOAL = 1.05, 2.0
+FACTOR, SAVING_2D, SAVING_3D = 4, 8.0, 30.0
 KEPT = 11.0                # MiB beyond the layer, of which the maps of all classes are 10.1
 
 
@@ -106,6 +107,38 @@ def training_step_3d(quick: bool) -> list[Row]:
     return _step("training_step_3d", words, networks, images, loss, supervised, label, quick)
 
 
+# ---- the network at less resolution ------------------------------------------------------------------------------
+
+
+def _saving(name: str, network: nn.Module, image: Tensor, goal: float, quick: bool) -> list[Row]:
+    """Compare the forward pass on a reduced image with that on the whole one; reading and reducing it is not in it."""
+    pooling = nn.functional.avg_pool2d if image.dim() == 4 else nn.functional.avg_pool3d
+    images, network = (pooling(image, FACTOR), image), network.eval()
+    words = [f"{type(network).__name__}, {len(one)} x {one.shape[-1]}^{one.dim() - 2}" for one in images]
+
+    def run(one: Tensor) -> Tensor:
+        with torch.inference_mode():
+            pred: Tensor = network(one)
+        return pred
+
+    works = partial(run, images[0]), partial(run, images[1])
+    return compare(name, (words[0], words[1]), works, 2 if quick else 7, "higher", goal)
+
+
+def saving_2d(quick: bool) -> list[Row]:
+    """Time the published classifier at factor 4."""
+    torch.manual_seed(0)
+    levels = [(channels // 16, count) for channels, count in VGG16] if quick else VGG16
+    return _saving("saving_2d", Vgg(levels, CLASSES_2D), torch.rand(4, 3, 192, 192), SAVING_2D, quick)
+
+
+def saving_3d(quick: bool) -> list[Row]:
+    """Time a U-Net of five levels at factor 4 along each axis; two windows, as torch is slow on a small one alone."""
+    torch.manual_seed(0)
+    network = make_network([count // 4 for count in STUDENT] if quick else STUDENT, CLASSES_3D)
+    return _saving("saving_3d", network, torch.rand(2, 1, 128, 128, 128), SAVING_3D, quick)
+
+
 # ---- the loss alone ------------------------------------------------------------------------------------------------
 
 
@@ -169,5 +202,5 @@ def maps_memory(quick: bool) -> list[Row]:
 
 MEASUREMENTS: dict[str, Callable[[bool], list[Row]]] = {
     measure.__name__: measure
-    for measure in (training_step_2d, training_step_3d, closed_form, maps_time, maps_memory)
+    for measure in (saving_2d, saving_3d, training_step_2d, training_step_3d, closed_form, maps_time, maps_memory)
 }
