@@ -38,7 +38,6 @@ def make_curve(row: Row, arm: str, candidate: str, values: Mapping[str, Mapping[
     points = [
         {"labels": n, **{name: values[_name(name, n)] for name in names if _name(name, n) in values}} for n in row.curve
     ]
-    points = [point for point in points if len(point) > 1]
     return {"arm": arm, **({"candidate": candidate} if candidate else {}), "points": points}
 
 
@@ -61,7 +60,7 @@ def complete_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in made:
         if "curve" in row:
             points = [_point(point, row, made) for point in row["curve"]["points"]]
-            row["curve"] = {**row["curve"], "points": points}
+            row["curve"] = {**row["curve"], "points": [point for point in points if len(point) > 1]}
     for row in made:
         curves = [one["curve"] for one in made if "curve" in one and _same_task(one, row)]
         if curves and DISTILLED in row and row.get("regime", {}).get("name") == "none":
@@ -76,7 +75,8 @@ def _point(point: Mapping[str, Any], row: Mapping[str, Any], rows: Sequence[Mapp
         if not regime or "labels_of_teacher" in regime:            # of a teacher of its own
             continue
         if regime["labels"] == point["labels"] and regime["unlabeled"] and _same_task(row, other):
-            names = [name for name in (ALONE, DISTILLED, PLAIN) if name in other and name in (*point, PLAIN)]
+            same = (DISTILLED,) if other.get(DISTILLED, {}).get("arm") == row["curve"]["arm"] else ()
+            names = [name for name in (ALONE, DISTILLED, PLAIN) if name in other and name in (*point, PLAIN, *same)]
             taken = {name: {key: other[name][key] for key in TOLD if key in other[name]} for name in names}
             return {**point, **taken, "row": other["id"]}
     return dict(point)

@@ -146,11 +146,21 @@ def _sentence(row: Mapping[str, Any]) -> str:
         text += f" Teacher {numbers['teacher']:,} parameters, student {numbers['student']:,}; "
         text += _seconds(row["seconds_per_case"])
     text += _calibrated(row)
-    if missing := [*row.get("not_trained", ()), *row.get("curve", {}).get("not_trained", ())]:
+    if missing := [*row.get("not_trained", ()), *_missing_points(row)]:
         text += f" Not trained: {'; '.join(missing).replace('_', ' ')}."
     if verdict := row.get("leaks", {}).get("verdict", ""):
         text += f" Leaks: {verdict.replace('_', ' ')}."
     return f"{text}\n\n{_tried(row)}" if row.get("search") else text
+
+
+def _missing_points(row: Mapping[str, Any]) -> list[str]:
+    """Networks that other points of a curve have, such as `plain KD with 2 labels`."""
+    points = row.get("curve", {}).get("points", ())
+    names = [name for name in ("student_alone", "logits_kd", "distilled") if any(name in point for point in points)]
+    return [
+        f"{TITLES[name]} with {point['labels']} label{'' if point['labels'] == 1 else 's'}"
+        for point in points for name in names if name not in point and (point["labels"] or name != "student_alone")
+    ]
 
 
 def _gain(name: str, gain: Mapping[str, Any]) -> str:

@@ -144,14 +144,11 @@ def trace_curve(study: Study, scored: record.Scores, distilled: str | None, borr
         for name, arm in curve.taught_arms(row, kind, row.arms[of], chosen[kind]).items()
     }
     needed = {name: row.arms[name] for name in (TEACHER, *recipe.helpers)}
-    wanted = recipe.drop_idle_helpers({**needed, **arms})
-    finished = train_all(study, wanted)
-    missing = [run.label for run in wanted_runs(study, wanted, finished) if run.arm in arms and run.id not in finished]
+    finished = train_all(study, recipe.drop_idle_helpers({**needed, **arms}))
     points = {**scored, **evaluate_all(study, {name: one for name, one in finished.items() if one.run.arm in arms})}
     names = [name for name in (*curve.alone_arms(row, row.arms), *arms) if name in points]
     values = {**curve.alone_values(borrowed.alone), **{name: record.summarize(points[name], recipe) for name in names}}
-    made = curve.make_curve(row, distilled, chosen[curve.DISTILLED], values)
-    return {"curve": {**made, **({"not_trained": missing} if missing else {})}}
+    return {"curve": curve.make_curve(row, distilled, chosen[curve.DISTILLED], values)}
 
 
 def show_command(options: argparse.Namespace) -> str:

@@ -36,8 +36,10 @@ def test_a_curve_has_an_arm_for_each_number_and_kind_but_none_alone_without_labe
     ]
     for name in [*plain, "student_alone_with_1_labels", "distilled_with_1_labels", "distilled_with_4_labels"]:
         del values[name]
-    kept = make_curve(row, "logits_kd", "", values)["points"]
-    assert [(point["labels"], "distilled" in point) for point in kept] == [(0, True), (4, False)]
+    bare = make_curve(row, "logits_kd", "", values)
+    assert [(point["labels"], "distilled" in point) for point in bare["points"]] == [(0, True), (1, False), (4, False)]
+    (told_row,) = complete_curves([{"id": "a", "curve": bare}])
+    assert [point["labels"] for point in told_row["curve"]["points"]] == [0, 4]      # 1 has no network at all
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -61,6 +63,14 @@ def test_points_that_are_rows_have_their_seeds_and_a_teacher_has_a_worth_in_labe
     assert none["labels_worth"] == {"value": 6}                    # half way from 0.5 with 4 to 0.8 with 9 labels
     assert "labels_worth" not in whole
     assert complete_curves([whole, none]) == [whole, none]
+
+
+def test_a_row_gives_a_point_its_distilled_student_where_the_arm_is_the_same() -> None:
+    whole, none = make_rows()
+    whole["curve"]["points"][0] = {"labels": 0}
+    for arm, names in (("method", {"labels", "row", "distilled"}), ("combined", {"labels", "row"})):
+        none["distilled"]["arm"] = arm
+        assert complete_curves([whole, none])[0]["curve"]["points"][0].keys() == names
 
 
 def test_rows_of_other_data_or_old_ones_or_of_another_teacher_do_not_count() -> None:

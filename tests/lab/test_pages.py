@@ -170,8 +170,11 @@ def test_a_row_that_is_not_finished_says_what_is_missing() -> None:
     row = new_row(not_trained=["combined, seed 1", "method, seed 0"])
     assert "| a (not finished, not converged) |" in summary_table(row)
     assert " Not trained: combined, seed 1; method, seed 0." in full_tables(row)
-    curve = {"arm": "combined", "points": [], "not_trained": ["distilled_with_1_labels, seed 0"]}
-    assert " Not trained: distilled with 1 labels, seed 0." in full_tables(new_row(curve=curve))
+    one = {"mean": 0.5}
+    points = [{"labels": 0, "distilled": one}, {"labels": 1, "student_alone": one}, {"labels": 2, "distilled": one}]
+    curve = {"arm": "combined", "points": points}
+    told = " Not trained: distilled with 1 label; student alone with 2 labels."
+    assert told in full_tables(new_row(curve=curve))
 
 
 def test_a_row_tells_the_gain_of_the_distilled_student() -> None:
