@@ -161,10 +161,15 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _gap(arms: Sequence[Mapping[str, Any]], higher_is_better: bool) -> dict[str, Any]:
+    _, (teacher, alone, distilled) = _by_case(arms)
+    return gap_recovered(teacher[0], alone, distilled, higher_is_better)
+
+
+def _by_case(arms: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[list[float]]]]:
+    """The cases that all runs of all arms have a value of, and the values: arm, seed, case."""
     tables = [arm["per_case"] for arm in arms]
     cases = [case for case in tables[0][0] if all(case in table for of_arm in tables for table in of_arm)]
-    teacher, alone, distilled = ([[table[case] for case in cases] for table in of_arm] for of_arm in tables)
-    return gap_recovered(teacher[0], alone, distilled, higher_is_better)
+    return cases, [[[table[case] for case in cases] for table in of_arm] for of_arm in tables]
 
 
 def _gained(row: Mapping[str, Any], patient: str | None) -> dict[str, Any]:
@@ -173,10 +178,8 @@ def _gained(row: Mapping[str, Any], patient: str | None) -> dict[str, Any]:
     for name in (ALONE, PLAIN):
         if "per_case" not in row.get(name, {}) or row[DISTILLED]["arm"] == name:
             continue
-        tables = [row[DISTILLED]["per_case"], row[name]["per_case"]]
-        cases = [case for case in tables[0][0] if all(case in table for of_arm in tables for table in of_arm)]
+        cases, (better, other) = _by_case([row[DISTILLED], row[name]])
         groups = [match[1] if patient and (match := re.search(patient, case)) else case for case in cases]
-        better, other = ([[table[case] for case in cases] for table in of_arm] for of_arm in tables)
         found[name] = gained(better, other, groups, row["higher_is_better"])
     return found
 

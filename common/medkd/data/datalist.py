@@ -42,15 +42,17 @@ def load_datalist(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, has no such list, an item has no image or one of `unlabeled` has a label, some
-            labels are classes and others none, or what `labeled` requires is missing.
+        ValueError: it is not JSON, has no such list, or one of another spelling (`unlabelled`) instead, an item has
+            no image or one of `unlabeled` has a label, some labels are classes and others none, or what `labeled`
+            requires is missing.
     """
     path = Path(path)
     if missing_ok and not path.exists():
         return []
     content = read_json(path, "path", "a datalist", "write one with `medkd datalist`")
     lists = [name for name, value in content.items() if isinstance(value, list)]
-    if missing_ok and key not in content:
+    if missing_ok and content.get(key, []) == []:
+        _refuse_other_spelling(content, path, key)
         return []
     if key not in lists:
         raise ValueError(
@@ -66,6 +68,12 @@ def load_datalist(
     if key == "unlabeled" and (problem := labeled_problem(items, f"`{key}` of {path}")):
         raise ValueError(problem)
     return items
+
+
+def _refuse_other_spelling(content: Mapping[str, Any], path: Path, key: str) -> None:
+    like = [name for name in content if name.lower().startswith(key[:7]) and name != key]
+    if like:
+        raise ValueError(f"images must stand in the list `{key}` of {path}, got {like[0]!r}; rename it.")
 
 
 def _refuse_unlabeled_items(items: Sequence[Mapping[str, Any]], path: Path, key: str) -> None:

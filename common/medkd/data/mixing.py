@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,25 +35,15 @@ def unlabeled_cases(datalist: str | Path, ratio: float, teacher_teaches: bool) -
         The items, empty where they are of no use or there are none.
 
     Raises:
-        ValueError: `ratio` is out of range, the list cannot be used (see `load_datalist`), or has a name like it
-            (`unlabelled`), which nothing would read.
+        ValueError: `ratio` is out of range, or the list cannot be used; see `load_datalist`.
     """
     _check_ratio(ratio)
     if not ratio or not teacher_teaches:
         return []
     found = load_datalist(datalist, "unlabeled", missing_ok=True)
     if not found:
-        _refuse_other_spelling(Path(datalist))
         logger.info("%s has no list `unlabeled`: the teacher teaches on the list `training` alone.", datalist)
     return found
-
-
-def _refuse_other_spelling(datalist: Path) -> None:
-    content = json.loads(datalist.read_text()) if datalist.is_file() else {}
-    like = [name for name in content if name.lower().startswith("unlabel") and name != "unlabeled"]
-    if like:
-        raise ValueError(f"images without a label must stand in the list `unlabeled` of {datalist}, got {like[0]!r}; "
-                         "rename it.")
 
 
 class MixedDataset(Randomizable, Dataset[Any]):

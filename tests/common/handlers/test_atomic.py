@@ -113,7 +113,7 @@ def test_a_best_student_that_found_no_room_is_saved_when_there_is_some(
 
     def fill(engine: Any) -> None:
         best.update(toys.state_of(engine.network))
-        (tmp_path / f".model.pt.{os.getpid()}.tmp").mkdir()                       # no file of the name can be written
+        (tmp_path / f".model.pt.{os.getpid()}.tmp").mkdir()        # no file of the name can be written
 
     def free(engine: Any) -> None:
         (tmp_path / f".model.pt.{os.getpid()}.tmp").rmdir()
