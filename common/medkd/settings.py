@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from medkd.inference.options import current_parser
 
-__all__ = ["flatten", "run_settings"]
+__all__ = ["flatten", "plain_options", "run_settings"]
 
 # keys that may differ between two runs of one result, each with the reason
 _WITHOUT_EFFECT = {
@@ -69,6 +71,19 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         {'epochs': 2, 'loss#_target_': 'Dice', 'loss#weights': [1, 2.5]}
     """
     return dict(_leaves(config, ""))
+
+
+def plain_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that a command line gives by one word and a plain value.
+
+    Example:
+        >>> plain_options({"epochs": 2, "spacing": [3.0, 3.0], "amp": "$True", "loss#_target_": "Dice"})
+        {'epochs': 2, 'spacing': [3.0, 3.0]}
+    """
+    return {
+        name: value for name, value in settings.items()
+        if "#" not in name and not re.search(r'"(?:[$@%]|an object of )', json.dumps(value))
+    }
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:

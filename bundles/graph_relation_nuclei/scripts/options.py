@@ -24,6 +24,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
 
 from .cases import told_cause
+from .trained import tell_other_input
 
 __all__ = ["check_options", "check_sizes", "current_parser", "prepare_run"]
 
@@ -64,6 +65,7 @@ def prepare_run(argv: Sequence[str]) -> None:
         parser.parse()                                             # what is being evaluated needs none of it
     if base:
         check_options(config, base, name)
+    tell_other_input(parser)
 
 
 def _base(parser: ConfigParser) -> tuple[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from medkd.handlers.run_folder import FolderInUseError, RunFolder, check_writabl
 from medkd.handlers.run_record import built_settings, describe_data, differences
 from medkd.handlers.selection import Selection
 from medkd.losses.base import DistillationLoss
+from medkd.settings import plain_options
 from medkd.taps import unwrap
 from medkd.weights import load_tensors
 
@@ -265,6 +266,8 @@ class CheckpointHandler:
         balance = {term: one for term, one in getattr(engine.state, "distill_balance", {}).items() if one != 1.0}
         run |= {"balance": balance} if balance else {}
         run["epoch"], run["max_epochs"] = engine.state.epoch, engine.state.max_epochs
+        options = plain_options(self.settings)
+        run |= {"options": options} if options else {}
         if self._selection.epoch >= 1:
             run["validation"] = {self._selection.name: self._selection.metric}
         return run

@@ -272,14 +272,16 @@ def test_a_checkpoint_says_with_which_settings_it_was_made(tmp_path: Path) -> No
         saver = CheckpointHandler(tmp_path, {"network": network}, resume=resume, settings=settings)
         toys.make_trainer(network, [saver], epochs=epochs).run()
 
-    settled(rate=0.1, spacing=[1, 2], seed=0)
+    settled(rate=0.1, spacing=[1, 2], seed=0, **{"amp": "$True", "loss#rate": 2})
+    assert json.loads((tmp_path / "model.json").read_text())["options"] == {"rate": 0.1, "spacing": [1, 2], "seed": 0}
     record = load_tensors(tmp_path / "checkpoints/epoch_00002.pt")["record"]
-    assert record["settings"] == {"rate": 0.1, "spacing": [1, 2], "seed": 0}
+    assert record["settings"] == {"rate": 0.1, "spacing": [1, 2], "seed": 0, "amp": "$True", "loss#rate": 2}
     assert record["built"]["max_epochs"] == 2
     message = (
         r"epoch_00002.pt must be made with the settings and data of this run to be resumed exactly, got others:\n"
-        r"  spacing: \[1, 2\], now \[1, 3\]\n  seed: 0, now 1\nGive the same again; or go on with the new ones by "
-        r"`--resume changed`; without `--resume` a new run starts, which sets them aside."
+        r"  spacing: \[1, 2\], now \[1, 3\]\n  seed: 0, now 1\n  amp: '\$True', now not set\n"
+        r"  loss#rate: 2, now not set\nGive the same again; or go on with the new ones by `--resume changed`; "
+        r"without `--resume` a new run starts, which sets them aside."
     )
     with pytest.raises(ValueError, match=message):
         settled(resume=True, rate=0.1, spacing=[1, 3], seed=1)

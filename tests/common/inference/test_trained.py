@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that see another input than they were trained with are told of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from monai.bundle import ConfigParser
+
+from medkd.inference.trained import tell_other_input
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    options = {"epochs": 3, "spacing": [4.0, 4.0, 3.0], "student_input": "native"}
+    (tmp_path / "model.json").write_text(json.dumps({"options": options}))
+    return tmp_path / "model.pt"
+
+
+def told(weights: Path, caplog: pytest.LogCaptureFixture, place: str = "handlers", **options: Any) -> list[str]:
+    """Warnings of a run of these weights."""
+    loader = {"_target_": "CheckpointLoader", "load_path": "$@folder + '/" + weights.name + "'"}
+    handlers = [{"_target_": "StatsHandler"}, loader]
+    run = {"handlers": handlers} if place == "handlers" else {"validate": {"handlers": handlers}}
+    caplog.clear()
+    tell_other_input(ConfigParser({"folder": str(weights.parent), **run, **options}))
+    return caplog.messages
+
+
+@pytest.mark.parametrize("place", ["handlers", "validate#handlers"])
+def test_another_spacing_is_told_with_the_way_out(weights: Path, caplog: pytest.LogCaptureFixture, place: str) -> None:
+    (message,) = told(weights, caplog, place, spacing=[3, 3, 3], epochs=1)
+    assert f"{weights} was trained with spacing [4.0, 4.0, 3.0], and this run has [3, 3, 3]" in message
+    assert message.endswith("Give --spacing '[4.0, 4.0, 3.0]'.")
+    (message,) = told(weights, caplog, place, student_input="upsampled")
+    assert message.endswith("Give --student_input native.")
+
+
+def test_the_same_input_is_not_told(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert told(weights, caplog, spacing=[4, 4, 3], student_input="native", epochs=1) == []
+    assert told(weights, caplog, spacing="@others") == []
+    assert told(weights, caplog) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"options": []}'])
+def test_without_what_was_trained_nothing_is_told(weights: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    weights.with_name("model.json").write_text(text)
+    assert told(weights, caplog, spacing=[3, 3, 3]) == []
+    weights.with_name("model.json").unlink()
+    assert told(weights, caplog, spacing=[3, 3, 3]) == []
+
+
+def test_other_files_are_not_taken_for_the_trained_one(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert told(weights.with_name("other.pt"), caplog, spacing=[3, 3, 3]) == []
