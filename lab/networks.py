@@ -116,7 +116,8 @@ def build_networks(request: Mapping[str, Any]) -> Built:
     for name in (name for name in networks if "weights" in told[name]):
         weights = torch.load(told[name]["weights"], map_location="cpu", weights_only=True)
         networks[name].load_state_dict(weights)
-    views = {name: _view(one, configs, options) for name, one in trainings.items() if OWN_VIEW in one}
+    own = [name for name, one in trainings.items() if OWN_VIEW in one or told[name].get("own_view")]
+    views = {name: _view(trainings[name], configs, options) for name in own}
     last = list(trainings)[-1]
     shared = views.get(last) or _view(trainings[last], configs, options)
     return Built(networks, {name: views.get(name, shared) for name in networks})
@@ -140,8 +141,9 @@ def measure_networks(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: `networks`, name -> configs and options of a training, and its `weights` if it has them, the student
-            last, whose inferer and images all take, as they are for what a network in training gives; `inference`,
-            configs and options; `predictions`, a list of options of inference runs that write label maps, if any.
+            last, whose inferer and images all take but those with `own_view`, as they are for what a network in
+            training gives; `inference`, configs and options; `predictions`, a list of options of inference runs that
+            write label maps, if any.
     """
     configs = request["inference"]["configs"]
     files = BundleRun(Path(), "evaluating", configs).files

@@ -106,7 +106,8 @@ def measure_speed(study: Study, trained: Mapping[str, Trained]) -> dict[str, Any
     answer.unlink(missing_ok=True)
     environment = training["student"].environment | {"CUDA_VISIBLE_DEVICES": ""}
     study.executor.do(Job("speed", folder, "", [words], ROOT, [answer], environment))
-    return read_state(answer)
+    told = read_state(answer)
+    return {name: told[name] for name in ("parameters", "seconds_per_case")}
 
 
 def measure_rules(study: Study) -> dict[str, Any]:

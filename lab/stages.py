@@ -62,10 +62,12 @@ def _seconds(work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
 
 
 def time_case(
-    number: int, built: Built, networks: Mapping[str, nn.Module], compiled: Mapping[str, Call]
+    number: int, built: Built, networks: Mapping[str, nn.Module], compiled: Mapping[str, Call], shared: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each stage for each network: stage -> network -> seconds."""
+    """Seconds of each stage for each network: stage -> network -> seconds; `shared`: all decode the last one's."""
     found: dict[str, dict[str, float]] = {}
+    items: dict[str, dict[str, Any]] = {}
+    predictions: dict[str, Tensor] = {}
     for name, network in networks.items():
         view = built.views[name]
         taken, item = _seconds(view.dataset.__getitem__, number)
@@ -76,7 +78,10 @@ def time_case(
         if name in compiled:
             again = [_seconds(view.inferer, image, compiled[name]) for _ in range(REPEATS)]
             found.setdefault("network_openvino", {})[name] = min(taken for taken, _ in again)
-        decoded = {**item, "pred": MetaTensor(runs[0][1][0], meta=item["image"].meta)}
+        items[name], predictions[name] = item, runs[0][1][0]
+    for name, item in items.items():
+        view, prediction = built.views[name], predictions[built.last if shared else name]
+        decoded = {**item, "pred": MetaTensor(prediction, meta=item["image"].meta)}
         for stage, steps in (("decode", view.decoding), ("write", view.writing)):
             taken, decoded = _seconds(_apply, steps, decoded)
             found.setdefault(stage, {})[name] = taken
@@ -106,25 +111,26 @@ def measure_stages(request: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of networks, and the median over test cases of the seconds that each stage takes.
 
     Args:
-        request: see `lab.networks.measure_networks`; `inference` has an `output_dir` in its options.
+        request: see `lab.networks.measure_networks`; `inference` has an `output_dir` in its options. `shared`: the
+            prediction of the last network is what all decode, as that of one without weights would take another time.
 
     Returns:
-        `parameters`, network -> number; `seconds_per_case`, stage -> network -> seconds.
+        `parameters`, network -> number; `seconds_per_case`, stage -> network -> seconds; `cases`, these of each case.
     """
-    built = build_networks(request)
+    built, shared = build_networks(request), bool(request.get("shared"))
     with torch.no_grad(), threads(1):
         openvino = {name: openvino_network(one, _first_window(built, name)) for name, one in built.networks.items()}
         compiled = {name: call for name, call in openvino.items() if call is not None}
-        time_case(0, built, built.networks, compiled)              # warm up: what is imported and allocated only once
+        time_case(0, built, built.networks, compiled, shared)      # warm up: what is imported and allocated only once
         cases = [
-            time_case(number, built, built.networks, compiled)
+            time_case(number, built, built.networks, compiled, shared)
             for number in range(min(len(built.views[built.last].dataset), MOST_CASES))
         ]
     seconds = {
         stage: {name: round(median(case[stage][name] for case in cases), 4) for name in built.networks}
         for stage in cases[0]
     }
-    return {"parameters": built.parameters(), "seconds_per_case": seconds}
+    return {"parameters": built.parameters(), "seconds_per_case": seconds, "cases": cases}
 
 
 def main(request: str, answer: str) -> None:

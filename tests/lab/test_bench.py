@@ -22,7 +22,7 @@ KEYS = [
 
 def bench(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lab.bench", *arguments]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, timeout=480)
 
 
 @pytest.fixture(scope="module")

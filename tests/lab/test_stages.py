@@ -72,6 +72,14 @@ def test_each_stage_has_a_time_for_each_network_and_runs_on_its_trained_predicti
     assert expected == ORDER                                       # images are 1 and 2, weights too; one untimed
 
 
+def test_on_demand_all_decode_the_prediction_of_the_last_network(request_of: dict[str, Any]) -> None:
+    ORDER.clear()
+    found = measure_stages(request_of | {"shared": True})
+    assert {step.split("(")[1] for step in ORDER} == {"2, 4, 4) 2", "2, 4, 4) 4"}      # the student's
+    assert [case.keys() for case in found["cases"]] == [found["seconds_per_case"].keys()] * 2
+    assert found["cases"][0]["decode"].keys() == {"teacher", "student"}
+
+
 def test_writing_begins_with_what_saves(request_of: dict[str, Any]) -> None:
     built = build_networks(request_of)
     view = built.views["student"]
