@@ -12,8 +12,9 @@ from typing import Any
 
 from monai.bundle.config_parser import ConfigParser
 
-__all__ = ["tell_other_input"]
+__all__ = ["LOW_ALREADY", "tell_other_input"]
 
+LOW_ALREADY = ("scale", 1)                 # images that were taken at a student's low resolution, without a rim to cut
 _INPUT = ("unit", "spacing", "intensity_range", "scale", "student_input", "rim")   # options that make the input
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,11 @@ def tell_other_input(parser: ConfigParser) -> None:
     Args:
         parser: of the run, whose `CheckpointLoader` tells the file of the weights.
     """
+    name, value = LOW_ALREADY
+    told = [one for one in _INPUT if one not in (name, "rim")] if parser.get(name) == value else _INPUT
     for weights in _weights(parser):
         trained = _options_of(weights)
-        for name in _INPUT:
+        for name in told:
             now = parser.get(name, trained.get(name))
             if name in trained and trained[name] != now and not str(now).startswith(("$", "@", "%")):
                 before = trained[name] if isinstance(trained[name], str) else json.dumps(trained[name])

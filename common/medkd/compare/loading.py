@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from medkd.compare.networks import Network
 from medkd.data.bundle_check import scripts_of
+from medkd.inference.trained import LOW_ALREADY
 from medkd.settings import flatten
 from medkd.weights import load_tensors
 
@@ -23,7 +24,6 @@ _DECIDING = {
     "network_def", "out_channels", "spacing", "intensity_range", "intensity", "orientation", "filling", "offsets",
     "decoded_offsets", "image_dataset", "file_spacing", "unit", "scale", "student_input", "rim",
 }
-_LOW_ALREADY = ("scale", 1)    # images that were taken at a student's low resolution
 _NO_NETWORKS = ("train", "metadata", "evaluate", "smoke", "multi_gpu_train")
 _SHOWN = 3
 
@@ -114,7 +114,7 @@ def check_settings(network: Network) -> None:
     told, now = _recorded(network.weights), flatten(network.config)
     wrong = [
         key for key in told
-        if key.split("#")[0] in _DECIDING and key in now and told[key] != now[key] and (key, now[key]) != _LOW_ALREADY
+        if key.split("#")[0] in _DECIDING and key in now and told[key] != now[key] and (key, now[key]) != LOW_ALREADY
         and not any(str(side).startswith(("$", "@", "%")) for side in (told[key], now[key]))   # may be the same
     ]
     if wrong:

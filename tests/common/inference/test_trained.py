@@ -45,6 +45,14 @@ def test_the_same_input_is_not_told(weights: Path, caplog: pytest.LogCaptureFixt
     assert told(weights, caplog) == []
 
 
+def test_images_of_low_resolution_are_taken_as_they_are(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"scale": 4, "rim": 1, "intensity_range": [0, 255]}
+    weights.with_name("model.json").write_text(json.dumps({"options": options}))
+    assert told(weights, caplog, scale=1, rim=0) == []
+    assert len(told(weights, caplog, scale=1, rim=0, intensity_range=[0, 1])) == 1
+    assert len(told(weights, caplog, scale=2, rim=0)) == 2
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"options": []}'])
 def test_without_what_was_trained_nothing_is_told(weights: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     weights.with_name("model.json").write_text(text)
