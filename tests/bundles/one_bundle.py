@@ -230,6 +230,21 @@ def test_evaluation_of_cases_without_a_label_is_refused_before_the_first(
     assert not (tmp_path / "out").exists()
 
 
+@no_map
+def test_evaluation_of_a_label_that_does_not_lie_on_its_image_is_refused_before_the_first(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    content = json.loads((data / "datalist.json").read_text())
+    pixels, affine = read(data / content["test"][-1]["label"])
+    file = tmp_path / Path(content["test"][-1]["label"]).name
+    write(file, pixels[:-1] if affine is None else pixels, None if affine is None else affine * [[-1], [1], [1], [1]])
+    content["test"][-1]["label"] = str(file)
+    (tmp_path / "datalist.json").write_text(json.dumps(content | {"data_root": str(data)}))
+    with refused(f"{file.name} must have the (shape|affine) of its image"):
+        run("evaluating", "train", "smoke", "evaluate", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def predictions(folder: Path, data: Path) -> Iterator[tuple[Path, Path]]:
     """Image and prediction of each test case."""
     for case in json.loads((data / "datalist.json").read_text())["test"]:

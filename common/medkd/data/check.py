@@ -82,7 +82,7 @@ def check_data(   # noqa: PLR0913 - options of a config, each with a default
         validation: the same, each with a label.
         num_classes: number of label values, background included, or of classes of whole images; None does not bound
             them, as instances need it.
-        test: the same; the label may be missing.
+        test: the same; the label may be missing. It is checked alone where all other lists are empty.
         image_key: key of the image in an item.
         label_key: key of the label in an item.
         allow_shared: only log that an image is in two lists; for tests on a single case.

@@ -44,13 +44,17 @@ def labeled_problem(items: Items, where: str, image_key: str = "image", label_ke
 def label_list_problems(lists: Lists, image_key: str, label_key: str, needs_labels: bool) -> Iterator[str]:
     """Tell what is wrong with the lists as such: no case where one is needed, no label, labels in some cases only.
 
+    Nothing is where all cases are in the list `test`: they are scored, and nothing is trained.
+
     Args:
-        lists: `training` and `validation`, and perhaps `unlabeled`.
+        lists: `training` and `validation`, and perhaps `unlabeled` and `test`.
         image_key: key of the image in an item.
         label_key: key of the label in an item.
         needs_labels: nobody but labels teaches; False where there is a teacher.
     """
     training, validation, extra = lists["training"], lists["validation"], lists.get("unlabeled", ())
+    if lists.get("test") and not (training or validation or extra):
+        return
     yield from _without_labels(training, extra, label_key) if needs_labels else _without_cases(training, extra)
     if not validation:
         way_out = _NO_VALIDATION if needs_labels else "move some images there, no labels are needed."

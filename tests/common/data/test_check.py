@@ -135,6 +135,14 @@ def test_volumes_pass_where_volumes_are_expected(make: Make, spatial_dims: int |
     assert check_data([make("a")], [make("b")], spatial_dims=spatial_dims).cases["training"] == 1
 
 
+def test_cases_that_are_only_scored_are_checked_alone(make: Make) -> None:
+    assert check_data([], [], num_classes=3, test=[make("a")]).cases == {"training": 0, "validation": 0, "test": 1}
+    with pytest.raises(DataError, match=r"bad_label.nii.gz must have the affine of its image"):
+        check_data([], [], num_classes=3, test=[make("a"), make("bad", label_affine=AFFINE * [[-1], [1], [1], [1]])])
+    with pytest.raises(DataError, match="`validation` must have at least one case"):
+        check_data([make("a")], [], num_classes=3, test=[make("b")])
+
+
 # what is wrong with a case
 
 
