@@ -199,6 +199,7 @@ def compare(options: argparse.Namespace, study: Study) -> None:
     if row.ship and distilled:
         best, content["shipped"] = record.shipped_of(record.chosen_runs(scores[distilled], recipe), recipe)
         shutil.copyfile(best.folder / "model.pt", options.folder / "models" / "model.pt")
+        (options.folder / "models" / "model.json").unlink(missing_ok=True)     # of a training in this folder
         print(f"Shipped: {best.run.label}, in models/model.pt of the bundle.")
     write_all(options, study, content)
 

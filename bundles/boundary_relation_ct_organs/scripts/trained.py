@@ -12,7 +12,7 @@ from typing import Any
 
 from monai.bundle.config_parser import ConfigParser
 
-__all__ = ["LOW_ALREADY", "tell_other_input"]
+__all__ = ["LOW_ALREADY", "class_names", "tell_other_input"]
 
 LOW_ALREADY = ("scale", 1)                 # images that were taken at a student's low resolution, without a rim to cut
 _INPUT = ("unit", "spacing", "intensity_range", "scale", "student_input", "rim")   # options that make the input
@@ -20,21 +20,28 @@ logger = logging.getLogger(__name__)
 
 
 def tell_other_input(parser: ConfigParser) -> None:
-    """Warn of options that make another input than the weights of this run were trained with.
+    """Warn of options that make another input than the weights of this run were trained with; refuse other classes.
 
     A network takes images of any spacing, window and scale without complaint, and is wrong on them. What it was trained
-    with stands in the `model.json` that a training writes beside `model.pt`; without that file nothing is said.
+    with stands in the `model.json` that a training writes beside `model.pt`; weights that came with a bundle, which
+    have none, fit its inference.json and metadata.json. Of others nothing is said.
 
     Args:
         parser: of the run, whose `CheckpointLoader` tells the file of the weights.
+
+    Raises:
+        ValueError: the datalist of an evaluation, or of classes that are written by name, has a class of the training
+            under another number.
     """
     name, value = LOW_ALREADY
     told = [one for one in _INPUT if one not in (name, "rim")] if parser.get(name) == value else _INPUT
     for weights in _weights(parser):
-        trained = _options_of(weights)
+        if "validate" in parser or "class_names" in parser:             # scored, or written, under these names
+            _refuse_other_order(parser, weights)
+        trained = _told_of(weights, "options")
         for name in told:
             now = parser.get(name, trained.get(name))
-            if name in trained and trained[name] != now and not str(now).startswith(("$", "@", "%")):
+            if name in trained and trained[name] != now and _is_plain(now):
                 before = trained[name] if isinstance(trained[name], str) else json.dumps(trained[name])
                 logger.warning(
                     "%s was trained with %s %s, and this run has %s: its predictions are worth less here, or nothing. "
@@ -51,12 +58,47 @@ def _weights(parser: ConfigParser) -> Iterator[Path]:
                 yield Path(str(parser.get_parsed_content(f"{place}#{number}#load_path")))
 
 
-def _options_of(weights: Path) -> dict[str, Any]:
-    """Options of the training that wrote some weights; empty where none are told."""
+def _told_of(weights: Path, part: str) -> dict[str, Any]:
+    """`options` or `labels` of the training that wrote some weights; empty where nothing tells them."""
     if weights.name != "model.pt":
         return {}
     try:
-        options = json.loads(weights.with_name("model.json").read_text(encoding="utf-8"))["options"]
+        file, configs = weights.with_name("model.json"), weights.parents[1] / "configs"
+        if weights.parent.name != "models" or file.exists():
+            found = _read(file)[part]
+        elif part == "options":
+            found = {key: value for key, value in _read(configs / "inference.json").items() if _is_plain(value)}
+        else:
+            found = _read(configs / "metadata.json")["network_data_format"]["outputs"]["pred"]["channel_def"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return options if isinstance(options, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _is_plain(value: Any) -> bool:
+    return not str(value).startswith(("$", "@", "%"))
+
+
+def class_names(parser: ConfigParser) -> dict[str, str]:
+    """Names of the classes by number, as the datalist of a run has them; empty where it has none."""
+    try:
+        names = _read(Path(str(parser.get_parsed_content("datalist"))))["labels"]
+        return {str(number): str(name) for number, name in names.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}                          # `load_datalist` tells what is wrong with the file, if it is needed
+
+
+def _refuse_other_order(parser: ConfigParser, weights: Path) -> None:
+    """A class of the same name under another number would be taken for another one."""
+    trained, now = _told_of(weights, "labels"), class_names(parser)
+    if any(name in trained.values() and trained.get(number) != name for number, name in now.items()):
+        before, found = (", ".join(f"{number} {name}" for number, name in one.items()) for one in (trained, now))
+        names = ",".join(trained.values())
+        raise ValueError(
+            f"`labels` of the datalist must number classes as the training of {weights} did, {before}, got {found}; "
+            f"write the list so, from folders of classes by `medkd datalist --label_names {names}`."
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from medkd.cli.lists import tell_written
@@ -83,6 +84,8 @@ def _write_classes(parser: Parser, options: Namespace) -> None:
         )
     from medkd.data.datalist import make_class_datalist
 
+    if options.splits is None and options.patient is None:
+        print("Note: each image counts as a patient of its own; --patient keeps those of one patient in one list.")
     tell_written(make_class_datalist(
         options.source, options.output, _plan(options), options.images, options.label_names, options.patient,
         options.exclude,
@@ -98,6 +101,9 @@ def _plan(options: Namespace) -> Any:
         if options.fractions is not None or options.seed != 0:
             raise ValueError("--fractions and --seed must come without --splits, got both; leave one out.")
         return SplitsFile(options.splits, **named)
+    file = Path(options.source, "splits.json")
+    if file.is_file() and options.fractions is None:
+        print(f"Note: the cases are drawn at random, and {file} is not used; --splits {file} takes it.")
     lone = [f"--{name}" for name, split in named.items() if split is not None]
     if lone:
         raise ValueError(f"{', '.join(lone)} must name a split of a file, got no --splits; add it.")

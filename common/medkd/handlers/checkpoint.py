@@ -19,6 +19,8 @@ from medkd.handlers.resuming import Resume, as_resume, load_anew, load_objects
 from medkd.handlers.run_folder import FolderInUseError, RunFolder, check_writable, newest_first
 from medkd.handlers.run_record import built_settings, describe_data, differences
 from medkd.handlers.selection import Selection
+from medkd.inference.options import current_parser
+from medkd.inference.trained import class_names
 from medkd.losses.base import DistillationLoss
 from medkd.settings import plain_options
 from medkd.taps import unwrap
@@ -76,6 +78,8 @@ class CheckpointHandler:
         self.evaluator = evaluator
         self.resume = as_resume(resume)
         self.settings = dict(settings or {})
+        parser = current_parser()
+        self._class_names = {} if parser is None else class_names(parser)
         self._folder = RunFolder(directory)
         self._built = built_settings(self.objects)                 # before anything is loaded
         self._selection = Selection(evaluator)
@@ -268,6 +272,7 @@ class CheckpointHandler:
         run["epoch"], run["max_epochs"] = engine.state.epoch, engine.state.max_epochs
         options = plain_options(self.settings)
         run |= {"options": options} if options else {}
+        run |= {"labels": self._class_names} if self._class_names else {}
         if self._selection.epoch >= 1:
             run["validation"] = {self._selection.name: self._selection.metric}
         return run

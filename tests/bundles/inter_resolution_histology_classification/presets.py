@@ -53,6 +53,7 @@ def test_the_published_pair_trains_evaluates_and_infers(
     folder = run("training", "train", "paper", into=tmp_path / "student", **teacher)
     told = json.loads((folder / "model.json").read_text())
     assert told["mode"] == "distilled"
+    assert told["labels"] == json.loads((data / "datalist.json").read_text())["labels"]
     assert told["validation"].keys() <= {"val_quadratic_kappa"}
     terms = scalars(folder)
     assert all(np.isfinite(terms[f"kd/{name}"]).all() for name in ("attention", "feature"))
@@ -61,7 +62,7 @@ def test_the_published_pair_trains_evaluates_and_infers(
     assert 0 < float(moved) < 0.01                                     # it started from the file
     run("evaluating", "train", "paper", "evaluate", into=folder, **options)
     table = (folder / "eval/confusion_matrix.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in table] == ["label \\ prediction", "0", "1", "2"]
+    assert [line.split(",")[0] for line in table] == ["label \\ prediction", *told["labels"].values()]
     assert sum(int(value) for line in table[1:] for value in line.split(",")[1:]) == 3
     weighed = {"ckpt_path": str(folder / "model.pt"), "dataset_dir": str(data), "out_channels": 3}
     out = run("evaluating", "inference", "inference_paper", into=tmp_path / "out", **weighed)

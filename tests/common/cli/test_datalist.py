@@ -37,6 +37,22 @@ def test_datalist_draws_splits_by_shares(phantoms: Path, tmp_path: Path, capsys:
     assert "2 training, 1 validation, 1 test" in capsys.readouterr().out
 
 
+def test_splits_and_patients_that_are_not_used_are_told(tmp_path: Path, capsys: Capture) -> None:
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        file = tmp_path / f"set/images/{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
+    splits = tmp_path / "set/splits.json"
+    splits.write_text(json.dumps({"train": ["a/1.png", "b/1.png"], "val": ["a/2.png", "b/2.png"]}))
+    words = ["datalist", str(tmp_path / "set"), str(tmp_path), "--class_folders"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"drawn at random, and {splits} is not used; --splits {splits} takes it." in said
+    assert "each image counts as a patient of its own; --patient" in said
+    assert main([*words, "--splits", str(splits)]) == 0
+    assert "Note" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

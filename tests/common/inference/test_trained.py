@@ -63,3 +63,35 @@ def test_without_what_was_trained_nothing_is_told(weights: Path, caplog: pytest.
 
 def test_other_files_are_not_taken_for_the_trained_one(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert told(weights.with_name("other.pt"), caplog, spacing=[3, 3, 3]) == []
+
+
+def test_classes_of_another_order_are_refused(weights: Path, tmp_path: Path) -> None:
+    weights.with_name("model.json").write_text(json.dumps({"labels": {"0": "polyp", "1": "cancer", "2": "cancer"}}))
+    file = tmp_path / "datalist.json"
+
+    def run(names: Any, **more: Any) -> None:
+        file.write_text(json.dumps({"labels": names}))
+        loader = {"_target_": "CheckpointLoader", "load_path": str(weights)}
+        tell_other_input(ConfigParser({"datalist": str(file), "handlers": [loader], **more}))
+
+    for known in ({"0": "polyp", "1": "cancer", "2": "cancer"}, {"0": "polyp", "1": "other"}, {}, []):
+        run(known, class_names=[])
+    with pytest.raises(ValueError, match=r"did, 0 polyp, 1 cancer, 2 cancer, got 0 cancer, 1 polyp; .*polyp,cancer,"):
+        run({"0": "cancer", "1": "polyp"}, class_names=[])
+    run({"0": "cancer", "1": "polyp"})                             # a map of classes has numbers, and no names
+
+
+def test_weights_that_came_with_a_bundle_fit_its_configs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights, configs = tmp_path / "models/model.pt", tmp_path / "configs"
+    for folder in (weights.parent, configs):
+        folder.mkdir()
+    (configs / "inference.json").write_text(json.dumps({"spacing": [3, 3, 3], "scale": "$len(@spacing)", "epochs": 2}))
+    pred = {"channel_def": {"0": "polyp", "1": "cancer"}}
+    (configs / "metadata.json").write_text(json.dumps({"network_data_format": {"outputs": {"pred": pred}}}))
+    (message,) = told(weights, caplog, spacing=[4, 4, 4], scale=2)
+    assert "was trained with spacing [3, 3, 3]" in message
+    (tmp_path / "datalist.json").write_text(json.dumps({"labels": {"0": "cancer", "1": "polyp"}}))
+    with pytest.raises(ValueError, match="`labels` of the datalist must number"):
+        told(weights, caplog, "validate#handlers", datalist=str(tmp_path / "datalist.json"))
+    weights.with_name("model.json").write_text("{}")               # trained here, by a version that told nothing
+    assert told(weights, caplog, spacing=[4, 4, 4], datalist=str(tmp_path / "datalist.json")) == []
