@@ -36,10 +36,11 @@ def run(bundle: Path, run_id: str, *configs: str, **options: Any) -> None:
         set_determinism(None)
 
 
-def parsed(bundle: Path, *names: str) -> ConfigParser:
-    """Config files by name, later ones over the first, as a run reads them."""
+def parsed(bundle: Path, *names: str, **options: Any) -> ConfigParser:
+    """Config files by name, later ones over the first and options over all, as a run reads them."""
     parser = ConfigParser()
     parser.read_config([str(bundle / f"configs/{name}.json") for name in names])
+    parser.update(options)
     return parser
 
 

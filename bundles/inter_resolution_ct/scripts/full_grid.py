@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from monai.config import KeysCollection
 from monai.inferers import Inferer
+from monai.transforms import MapTransform
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["FullGridInferer", "checked_scale"]
+__all__ = ["FullGridInferer", "TellResolutiond", "checked_scale"]
 
+logger = logging.getLogger(__name__)
+
+_FINER, _AS_COARSE = 0.75, 0.9             # of the student's spacing
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
@@ -54,6 +61,52 @@ class FullGridInferer(Inferer):
             return logits
         size = [length * step for length, step in zip(logits.shape[2:], self.scale, strict=True)]
         return functional.interpolate(logits.float(), size, mode=_LINEAR[len(size)], align_corners=False)
+
+
+class TellResolutiond(MapTransform):
+    """Log a warning where a file is not of the resolution that `input_is_high_res` says.
+
+    One of full resolution taken as a low one is not averaged, and its noise stays; one of low resolution taken as a
+    full one is blurred once more.
+
+    Args:
+        keys: images with an affine, shape (C, *S), before they are resampled; they stay as they are.
+        spacing: of full resolution along each axis, in the unit of the affine.
+        scale: voxels of full resolution per voxel of the student along each axis.
+        is_high_res: images are degraded by `scale`; False takes them as the student's.
+        allow_missing_keys: do nothing where a key is absent.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, spacing: Sequence[float], scale: Sequence[int], is_high_res: bool,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.low = {axis: spacing[axis] * step for axis, step in enumerate(scale) if step > 1}
+        self.is_high_res = is_high_res
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Give a copy of `data`."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            image = result[key]
+            if not hasattr(image, "affine") or not self.low:
+                continue
+            own = {axis: float(np.asarray(image.pixdim)[axis]) for axis in self.low}
+            shares = [own[axis] / self.low[axis] for axis in self.low]
+            found, low = (" x ".join(f"{length:g}" for length in one.values()) for one in (own, self.low))
+            name = image.meta.get("filename_or_obj", key)
+            if self.is_high_res and min(shares) >= _AS_COARSE:
+                logger.warning(
+                    "%s has voxels of %s, as coarse as the student's %s, and is averaged once more: with "
+                    "--input_is_high_res false it is taken as it is.", name, found, low,
+                )
+            elif not self.is_high_res and min(shares) < _FINER:
+                logger.warning(
+                    "%s has voxels of %s, finer than the student's %s, and is sampled without averaging: leave "
+                    "--input_is_high_res false out.", name, found, low,
+                )
+        return result
 
 
 def checked_scale(scale: Sequence[int], patch_size: Sequence[int]) -> list[int]:

@@ -267,16 +267,29 @@ def check_sizes(network: nn.Module) -> None:
     names = [name for name, value in base.items() if name.endswith("_size") and _kind(value) == _NUMBERS]
     for name in names:
         size = parser.get(name)   # type: ignore[union-attr]
-        if size == base[name] or _kind(size) != _NUMBERS:
+        if _kind(size) != _NUMBERS:
             continue
-        problem = _problem(network, size)
+        steps = _steps_to_student(parser, name, size)
+        if size == base[name] and max(steps) == 1:
+            continue
+        seen = [length // step for length, step in zip(size, steps, strict=True)]
+        problem = _problem(network, seen)
         if problem is not None:
-            smaller = ([length // unit * unit for length in size] for unit in (2, 4, 8, 16, 32))
+            smaller = ([length // unit * unit for length in seen] for unit in (2, 4, 8, 16, 32))
             good = next((one for one in smaller if all(one) and _problem(network, one) is None), None)
-            way_out = f"take {good}" if good else "take another one"
+            whole = good and [length * step for length, step in zip(good, steps, strict=True)]
+            way_out = f"take {whole}" if whole else "take another one"
+            given = f"{list(size)}, of which the student sees {seen}" if max(steps) > 1 else f"{list(size)}"
             raise ValueError(
-                f"Option `{name}` must be a size that the network takes, got {list(size)} ({problem}); {way_out}."
+                f"Option `{name}` must be a size that the network takes, got {given} ({problem}); {way_out}."
             )
+
+
+def _steps_to_student(parser: Any, name: str, size: Sequence[int]) -> list[int]:
+    """By how much the network's image is smaller than a size along each axis: a student of low resolution."""
+    key = f"student_{name}"
+    seen = parser.get_parsed_content(key) if key in parser else size
+    return [length // own for length, own in zip(size, seen, strict=True)]
 
 
 def _problem(network: nn.Module, size: Sequence[int]) -> str | None:

@@ -117,7 +117,12 @@ def test_a_body_of_any_size_is_cropped_to_whole_blocks(parser: ConfigParser) -> 
         ({"scale": [2, 2]}, r"`scale` must have a number for each of the 3 axes of `patch_size`, got \[2, 2\]"),
         ({"scale": [3, 2, 2]}, r"`patch_size` must be divisible by `scale` \[3, 2, 2\] .*\[32, 32, 32\]"),
         ({"pairing_check#scale": [1, 1, 2]}, r"`teacher_image` must have \(1, 1, 2\) times `image`, .*\(32, 32, 32\)"),
-        ({"patch_size": [48, 32, 40]}, r"`image` must be divisible by the stride \(8, 8, 8\) .* got \(24, 16, 20\)"),
+        (
+            {"patch_size": [48, 32, 40]},
+            r"got \[48, 32, 40\], of which the student sees \[24, 16, 20\] .*take \[48, 32, 32\]",
+        ),
+        ({"scale": [4, 4, 4]}, r"got \[32, 32, 32\], of which the student sees \[8, 8, 8\]"),
+        ({"pairing_check#stride": 32}, r"`image` must be divisible by the stride \(32, 32, 32\) .* got \(16, 16, 16\)"),
         (
             {"brightness": {"_target_": "DeleteItemsd", "keys": "teacher_image"}},
             r"`teacher_image` must be in the batch, got the keys \[.*'image'",
@@ -155,8 +160,13 @@ def test_a_factor_that_is_none_is_refused(parser: ConfigParser, scale: list[Any]
         FullGridInferer(SimpleInferer(), [2, 2])(torch.zeros(1, 1, 4, 4, 4), torch.nn.Identity())
 
 
-def test_the_teacher_is_trained_at_full_resolution(bundle: Path) -> None:
-    parser = parsed(bundle, "train", "teacher")
+@pytest.mark.parametrize("options", [{}, {"scale": [4, 4, 4]}])
+def test_the_teacher_is_trained_at_full_resolution(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    parser = parsed(bundle, "train", "teacher", **options)
+    assert parser.get_parsed_content("pairing").scale == (1, 1, 1)
     assert parser.get_parsed_content("student_patch_size") == parser["patch_size"]
     network = parser.get_parsed_content("network_def")
     assert sum(p.numel() for p in network.parameters()) == 3_151_226
@@ -256,6 +266,36 @@ def test_what_is_found_lies_on_the_grid_of_a_file_of_either_resolution(
     assert overlap > least
     centers = [np.argwhere(one).mean(0) for one in (inside, pred == 1)]
     np.testing.assert_allclose(*centers, atol=0.25)                # voxels; half a block off would be 0.5 and more
+
+
+def test_slices_of_any_number_are_taken_as_they_are(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nine thick slices are what 36 of full resolution are averaged to: none is added to make whole blocks."""
+    monkeypatch.syspath_prepend(str(bundle))
+    file = tmp_path / "thick.nii.gz"
+    nib.save(nib.Nifti1Image(np.full((48, 48, 9), 50, np.int16), np.diag([3.0, 3.0, 12.0, 1.0])), file)
+    parser = parsed(bundle, "inference", "inference_thick_slices", input_is_high_res=False)
+    assert parser.get_parsed_content("preprocessing")({"image": str(file)})["image"].shape == (1, 48, 48, 9)
+
+
+@pytest.mark.parametrize(
+    ("is_high", "spacing", "message"),
+    [
+        (True, (6.0, 6.0, 5.5), "has voxels of 6 x 6 x 5.5, as coarse as the student's 6 x 6 x 6"),
+        (True, (3.0, 3.0, 6.0), None),
+        (False, (1.5, 6.0, 6.0), "has voxels of 1.5 x 6 x 6, finer than the student's 6 x 6 x 6"),
+        (False, (5.0, 7.0, 12.0), None),
+    ],
+)
+def test_a_file_of_the_other_resolution_is_told(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_high: bool,
+    spacing: tuple[float, ...], message: str | None,
+) -> None:
+    monkeypatch.syspath_prepend(str(bundle))
+    check = parsed(bundle, "inference", input_is_high_res=is_high).get_parsed_content("resolution_check")
+    check({"image": MetaTensor(torch.zeros(1, 9, 9, 9), torch.diag(torch.tensor([*spacing, 1.0])))})
+    assert [message in said for said in caplog.messages] == ([True] if message else [])
 
 
 @pytest.mark.parametrize("is_high", [True, False])
