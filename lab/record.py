@@ -44,7 +44,8 @@ def make_row(
     chosen = choose_distilled(recipe, scores)
     if chosen:
         content[DISTILLED] = {"arm": chosen, **arms[chosen]}
-        content["gap_recovered"] = _gap([arms[name] for name in (TEACHER, ALONE, chosen)], recipe.higher_is_better)
+        pair = [arms[name] for name in (TEACHER, ALONE, chosen)]
+        content["gap_recovered"] = _gap(pair, recipe.higher_is_better, _patient(row))
         content["retention"] = retention(arms[chosen]["mean"], arms[TEACHER]["mean"], recipe.higher_is_better)
     if "leaks" in content:
         content["leaks"]["verdict"] = judge_leaks(content)
@@ -160,9 +161,20 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in values.items()}
 
 
-def _gap(arms: Sequence[Mapping[str, Any]], higher_is_better: bool) -> dict[str, Any]:
-    _, (teacher, alone, distilled) = _by_case(arms)
-    return gap_recovered(teacher[0], alone, distilled, higher_is_better)
+def _gap(arms: Sequence[Mapping[str, Any]], higher_is_better: bool, patient: str | None) -> dict[str, Any]:
+    cases, (teacher, alone, distilled) = _by_case(arms)
+    return gap_recovered(teacher[0], alone, distilled, higher_is_better, _groups(cases, patient))
+
+
+def _patient(row: Row) -> str | None:
+    """Regular expression of the patient in the name of a case."""
+    found: str | None = row.patient or row.datalist.get("patient")
+    return found
+
+
+def _groups(cases: Sequence[str], patient: str | None) -> list[str]:
+    """The patient of each case, or its name where that tells none."""
+    return [match[1] if patient and (match := re.search(patient, case)) else case for case in cases]
 
 
 def _by_case(arms: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[list[float]]]]:
@@ -179,8 +191,7 @@ def _gained(row: Mapping[str, Any], patient: str | None) -> dict[str, Any]:
         if "per_case" not in row.get(name, {}) or row[DISTILLED]["arm"] == name:
             continue
         cases, (better, other) = _by_case([row[DISTILLED], row[name]])
-        groups = [match[1] if patient and (match := re.search(patient, case)) else case for case in cases]
-        found[name] = gained(better, other, groups, row["higher_is_better"])
+        found[name] = gained(better, other, _groups(cases, patient), row["higher_is_better"])
     return found
 
 
@@ -244,7 +255,7 @@ def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         known = recipe.rows.get(row["id"])
         detail = known is not None and known.detail
         if DISTILLED in row:
-            plain["gained"] = _gained(row, None if known is None else known.patient or known.datalist.get("patient"))
+            plain["gained"] = _gained(row, known and _patient(known))
         rows.append({**plain, **({"not_rerun": NOT_RERUN} if old else {}), **({"detail": True} if detail else {})})
     top, others = rows[:1], rows[1:]
     return {"bundle": content["bundle"], **(top[0] if top else {}), "rows": others}

@@ -72,6 +72,8 @@ def read_scores(
         columns: blocks of a case count as cases; of classes the mean over those that a case has is taken.
         patient: regular expression; the cases in whose name its group is the same are averaged to one.
         test: regular expression; only cases in whose name it is found are read.
+
+    A metric that has only one value of all cases, as AUC, is the value of a case "all", where no case is left out.
     """
     metrics = {}
     for file in sorted(folder.glob("*_raw.csv")):
@@ -84,6 +86,11 @@ def read_scores(
                 if re.search(test or "", name) and not math.isnan(value):
                     groups.setdefault(part, []).append(value)
         metrics[file.name.removesuffix("_raw.csv")] = {case: fmean(values) for case, values in groups.items()}
+    whole = folder / "metrics.csv"
+    if whole.is_file() and not patient and not test:
+        told = [line.split(",") for line in whole.read_text().splitlines() if line]
+        found = {name: float(value) for name, value in told if name not in metrics}
+        metrics |= {name: {"all": value} for name, value in found.items() if not math.isnan(value)}
     return metrics
 
 
@@ -103,19 +110,20 @@ def case_names(files: Sequence[str]) -> list[str]:
 
 def gap_recovered(
     teacher: Sequence[float], alone: Sequence[Sequence[float]], distilled: Sequence[Sequence[float]],
-    higher_is_better: bool = True,
+    higher_is_better: bool = True, groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Share of the distance from student alone to teacher that distillation made good, with a 95 % interval.
 
-    A draw of the bootstrap takes as many cases as there are, the same for all three networks, and as many seeds of
-    each student, with replacement. Draws in which the teacher is not better than the student alone have no share;
-    they are left out and counted, and with more than 2.5 % of them there is no interval.
+    A draw of the bootstrap takes as many groups of cases as there are, the same for all three networks, and as many
+    seeds of each student, with replacement. Draws in which the teacher is not better than the student alone have no
+    share; they are left out and counted, and with more than 2.5 % of them there is no interval.
 
     Args:
         teacher: value of each case.
         alone: value of each seed (outer) and case (inner), in the same order of cases.
         distilled: likewise.
         higher_is_better: of the metric.
+        groups: of each case, what it shares with others, such as a patient; they are drawn together. None: nothing.
 
     Returns:
         `value`, `low`, `high`, and `reason` where one of them is None; `left_out`, the share of such draws.
@@ -129,9 +137,12 @@ def gap_recovered(
         reason = f"the teacher is not better than the student alone by more than its sd: {gap:.4f} against {spread:.4f}"
         return {"value": None, **nothing, "reason": reason}
     value = round((means[2] - means[1]) / gap, 3)
-    if len(teacher) < LEAST_CASES:
-        return {"value": value, **nothing, "reason": f"{len(teacher)} test cases are too few for an interval"}
-    draws = _draw(*networks)
+    members = _members(groups or list(map(str, range(len(teacher)))))
+    if len(members) < LEAST_CASES:
+        return {"value": value, **nothing, "reason": f"{len(members)} test cases are too few for an interval"}
+    teachers, without, with_it = _draw([networks[0][None], *networks[1:]], members)
+    gaps = teachers - without
+    draws = (with_it - without) / np.where(gaps > 0, gaps, np.nan)
     left_out = float(np.isnan(draws).mean())
     if left_out > TAIL:
         share = f"in {100 * left_out:.0f} % of the draws of cases and seeds"
@@ -165,30 +176,27 @@ def gained(
     sign = 1 if higher_is_better else -1
     networks = [sign * np.asarray(one, dtype=float) for one in (better, other)]
     value = round(float(networks[0].mean() - networks[1].mean()), 4)
-    names = sorted(set(groups))
-    if len(names) < LEAST_CASES:
+    members = _members(groups)
+    if len(members) < LEAST_CASES:
         return {"value": value, "low": None, "high": None}
-    members = np.asarray([[group == name for group in groups] for name in names], dtype=float)   # (groups, cases)
+    means = _draw(networks, members)
+    low, high = (round(float(bound), 4) for bound in np.quantile(means[0] - means[1], (TAIL, 1 - TAIL)))
+    return {"value": value, "low": low, "high": high}
+
+
+def _members(groups: Sequence[str]) -> NDArray[Any]:
+    """Which cases are in which group, 0 or 1, shape (groups, cases)."""
+    return np.asarray([[group == name for group in groups] for name in dict.fromkeys(groups)], dtype=float)
+
+
+def _draw(networks: Sequence[NDArray[Any]], members: NDArray[Any]) -> list[NDArray[Any]]:
+    """Means of networks, each of values (seeds, cases), in draws of groups of cases and of seeds, shape (DRAWS,)."""
     generator = np.random.default_rng(0)
-    drawn = generator.integers(len(names), size=(DRAWS, len(names)))
+    drawn = generator.integers(len(members), size=(DRAWS, len(members)))
     counts = members.sum(axis=1)[drawn].sum(axis=1)
     means = []
     for values in networks:
         seeds = generator.integers(len(values), size=(DRAWS, len(values)))
         sums = (values @ members.T)[seeds[:, :, None], drawn[:, None, :]].mean(axis=1).sum(axis=1)
         means.append(sums / counts)
-    low, high = (round(float(bound), 4) for bound in np.quantile(means[0] - means[1], (TAIL, 1 - TAIL)))
-    return {"value": value, "low": low, "high": high}
-
-
-def _draw(teacher: NDArray[Any], *students: NDArray[Any]) -> NDArray[Any]:
-    """Shares of resamples of cases and seeds, higher values being better, shape (DRAWS,); NaN where there is none."""
-    generator = np.random.default_rng(0)
-    cases = generator.integers(len(teacher), size=(DRAWS, len(teacher)))
-    means = []
-    for values in students:
-        seeds = generator.integers(len(values), size=(DRAWS, len(values)))
-        means.append(values[seeds[:, :, None], cases[:, None, :]].mean(axis=(1, 2)))
-    gaps = teacher[cases].mean(axis=1) - means[0]
-    shares: NDArray[Any] = (means[1] - means[0]) / np.where(gaps > 0, gaps, np.nan)
-    return shares
+    return means

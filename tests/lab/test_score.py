@@ -48,6 +48,13 @@ def test_the_columns_of_a_score_file_are_read_in_the_order_of_their_classes(tmp_
     assert math.isnan(second[0][2])
 
 
+def test_a_metric_of_all_cases_has_one_value(tmp_path: Path) -> None:
+    (tmp_path / "val_x_raw.csv").write_text("filename,class0,mean\na.png,1.0,1.0\n")
+    (tmp_path / "metrics.csv").write_text("val_x,0.9\nval_auc,0.75\nval_kappa,nan\n")
+    assert read_scores(tmp_path, "classes") == {"val_x": {"a": 1.0}, "val_auc": {"all": 0.75}}
+    assert read_scores(tmp_path, "classes", test="a") == {"val_x": {"a": 1.0}}
+
+
 @pytest.mark.parametrize("config", [{}, {"score_columns": "organs"}, {"score_columns": None}])
 def test_an_evaluation_that_does_not_say_what_its_columns_are_is_refused(config: dict[str, str]) -> None:
     assert columns_of({"score_columns": "blocks"}) == "blocks"
@@ -78,6 +85,18 @@ def test_the_gap_is_the_same_every_time_and_for_a_metric_that_falls() -> None:
     assert first == gap_recovered(teacher, alone, distilled)
     assert (first["value"], first["low"], first["high"]) == (second["value"], second["low"], second["high"])
     assert first["low"] < first["value"] < first["high"]
+
+
+def test_cases_of_one_patient_are_drawn_together() -> None:
+    teacher, alone, distilled = [0.8, 0.9, 0.7, 0.6], [[0.4, 0.5, 0.6, 0.3]], [[0.5, 0.6, 0.6, 0.4]]
+    twice = [teacher * 2, [alone[0] * 2], [distilled[0] * 2]]
+
+    first = gap_recovered(teacher, alone, distilled, groups=["a", "b", "c", "d"])
+
+    assert first == gap_recovered(teacher, alone, distilled)
+    assert gap_recovered(*twice, groups=["a", "b", "c", "d"] * 2) == first
+    assert gap_recovered(*twice)["high"] < first["high"]
+    assert gap_recovered(*twice, groups=["a", "b", "c", "c"] * 2)["low"] is None
 
 
 def test_a_student_may_become_worse() -> None:

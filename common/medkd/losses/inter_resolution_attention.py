@@ -249,7 +249,7 @@ teacher's entropy and has the same gradient |
         if not self.include_background and mine.shape[1] > 1:
             mine, other = mine[:, 1:], other[:, 1:]
             chosen = None if chosen is None else chosen[:, 1:]
-        mine, other = self._on_one_grid(mine, other)
+        mine, other = self._on_one_grid(mine, other, ignored)
         self._tell_few(mine)
         weight = _share(ignored, mine)
         if chosen is not None:
@@ -313,13 +313,13 @@ teacher's entropy and has the same gradient |
         return class_attention(maps, weight, "signed", pooled=False)
 
     def _difference(self, student: Tensor, teacher: Tensor, ignored: Tensor | None) -> Tensor:
-        student, teacher = self._on_one_grid(student, teacher)
+        student, teacher = self._on_one_grid(student, teacher, ignored)
         return root_mean_square(student, teacher, _share(ignored, student))
 
-    def _on_one_grid(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _on_one_grid(self, student: Tensor, teacher: Tensor, ignored: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.grid == "student":
-            return student, pool_or_interpolate(teacher, student.shape[2:], "average")
-        return pool_or_interpolate(student, teacher.shape[2:], "average"), teacher
+            return student, _average(teacher, student.shape[2:], ignored)
+        return _average(student, teacher.shape[2:], ignored), teacher
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -392,6 +392,15 @@ def _present(label: Tensor, channels: int) -> Tensor:
         return (label > 0.5).flatten(2).any(2)
     flat = label.flatten(1)
     return torch.stack([(flat == index).any(1) for index in range(channels)], 1)
+
+
+def _average(maps: Tensor, grid: Sequence[int], ignored: Tensor | None) -> Tensor:
+    """Maps (B, C, *S) on another grid, each cell the mean of the part of it that counts."""
+    counted = _share(ignored, maps)
+    if counted is None or tuple(maps.shape[2:]) == tuple(grid):
+        return pool_or_interpolate(maps, grid, "average")
+    whole = pool_or_interpolate(counted, grid, "average")
+    return pool_or_interpolate(maps * counted, grid, "average") / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
 
 def _share(ignored: Tensor | None, maps: Tensor) -> Tensor | None:

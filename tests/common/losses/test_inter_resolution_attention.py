@@ -567,6 +567,18 @@ def test_a_cell_that_is_ignored_in_part_weighs_less() -> None:
     torch.testing.assert_close(a_loss(**DENSE)(student, teacher, label)["feature"], (expected + 1e-12).sqrt())
 
 
+def test_what_a_teacher_has_in_the_ignored_part_of_a_cell_does_not_count() -> None:
+    torch.manual_seed(0)
+    student, teacher = leaves(random_network((4, 2), dense=True)), random_network((4, 8), dense=True)
+    label = torch.randint(0, 3, (3, 1, 4, 8))
+    label[:, :, 1, 2:5] = IGNORED                                  # two of a cell's four voxels, and one of the next
+    other = teacher["f"].clone()
+    other[:, :, 1, 2:5] *= 1000
+    changed = network(other, teacher["h"], dense=True)
+    found, expected = (a_loss(**DENSE)(student, one, label) for one in (changed, teacher))
+    torch.testing.assert_close(found, expected)
+
+
 def test_background_has_no_map_in_a_segmentation_unless_asked_for() -> None:
     torch.manual_seed(0)
     student, teacher = random_network((4, 4), dense=True), random_network((4, 4), dense=True)
