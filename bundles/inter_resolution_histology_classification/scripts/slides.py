@@ -121,8 +121,9 @@ class LoadSlided(MapTransform):
         good = [level for level, length in enumerate(lengths) if length <= self.mpp * (1 + _TOLERANCE)]
         if not good:
             raise ValueError(
-                f"{path} must have {self.mpp:g} microns per pixel or less, got {first:g} at its finest; take a student "
-                "that was trained for less resolution."
+                f"{path} must have {self.mpp:g} microns per pixel or less, got {first:g} at its finest; if that is the "
+                "resolution of a screen, which some programs write, give the right one, --slide#file_mpp, else take a "
+                "student that was trained for less resolution."
             )
         best = max(good, key=lambda level: lengths[level])
         return best, lengths[best]
@@ -277,8 +278,8 @@ class TileInferer(Inferer):
 class SaveSlideClassesd(MapTransform):
     """Write `<slide>_classes.png`, a color per class and 0 for background, and a row of `slides.csv` with the shares.
 
-    A row has the slide, the microns per cell of the map, the number of cells with tissue, and for each class its share
-    of them in percent.
+    A row has the slide, the file of its map, the microns per cell of the map, the number of cells with tissue, and for
+    each class its share of them in percent. Of slides of one name in several folders the further maps are numbered.
 
     Args:
         keys: probabilities per cell, shape (K, h, w), 0 for all classes where there is no tissue.
@@ -299,7 +300,7 @@ class SaveSlideClassesd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.output_dir, self.class_names, self.cell_size = Path(output_dir), list(map(str, class_names)), cell_size
         self.image_key = image_key
-        self._begun = False
+        self._written: set[str] = set()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write both files, and give a copy of `data` with the map, (1, h, w)."""
@@ -318,15 +319,22 @@ class SaveSlideClassesd(MapTransform):
 
     def _write(self, path: str, found: Tensor) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        stem = Path(path).stem
+        name, number = f"{stem}_classes.png", 1
+        while name in self._written:
+            number += 1
+            name = f"{stem}_{number}_classes.png"
         picture = Image.fromarray(found.numpy(), mode="P")
         picture.putpalette([value for color in _COLORS for value in color])
-        picture.save(self.output_dir / f"{Path(path).stem}_classes.png")
+        picture.save(self.output_dir / name)
         counts = torch.bincount(found.flatten().long(), minlength=len(self.class_names) + 1)[1:]
         total = int(counts.sum())
         shares = [f"{100 * int(count) / total:.2f}" if total else "" for count in counts]
-        with (self.output_dir / "slides.csv").open("a" if self._begun else "w", newline="", encoding="utf-8") as file:
+        mode = "a" if self._written else "w"
+        with (self.output_dir / "slides.csv").open(mode, newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            if not self._begun:
-                writer.writerow(["image", "microns_per_cell", "cells", *(f"{name} %" for name in self.class_names)])
-            self._begun = True
-            writer.writerow([path, f"{self.cell_size:g}", total, *shares])
+            if not self._written:
+                columns = (f"{one} %" for one in self.class_names)
+                writer.writerow(["image", "map", "microns_per_cell", "cells", *columns])
+            writer.writerow([path, name, f"{self.cell_size:g}", total, *shares])
+        self._written.add(name)

@@ -9,7 +9,8 @@ from pathlib import PurePath
 
 __all__ = ["has_ending", "is_label_name", "plain", "quote", "shorten", "split_channel", "without_ending"]
 
-_ENDING = re.compile(r"\.(nii\.gz|nii|mha|mhd|nrrd|npy|npz|png|tiff?|jpe?g|bmp|dcm|h5|hdf5?|zarr)$", re.I)
+_SLIDES = r"svs|ndpi|scn|bif|svslide|mrxs"    # of scanners, beside TIFF
+_ENDING = re.compile(rf"\.(nii\.gz|nii|mha|mhd|nrrd|npy|npz|png|tiff?|jpe?g|bmp|dcm|h5|hdf5?|zarr|{_SLIDES})$", re.I)
 _IMAGE = r"(?:images?|imaging|imgs?|im|volumes?|vol|scans?|raw)"
 _LABEL = (
     r"(?:labels?|lbls?|segs?|segmentations?|masks?|gt|ground[_-]?truth|annotations?|annot|manual|instances?)"

@@ -119,6 +119,20 @@ def test_two_slides_have_a_row_each_and_one_of_glass_has_no_shares(run: Run, tmp
 
 
 @quiet
+def test_slides_of_one_name_have_a_map_each(run: Run, tmp_path: Path) -> None:
+    for folder, blocks in (("p1", BLOCKS), ("p2", BLOCKS[:1])):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.tif", slide(blocks, (4, 5)))
+    out = infer(run, tmp_path, ["p1/a.tif", "p2/a.tif"], "inference_slide", **{
+        "slide#mpp": 1.0, "slide#backend": "tifffile"})
+    rows = table(out / "slides.csv")
+    assert [row["map"] for row in rows] == ["a_classes.png", "a_2_classes.png"]
+    for row in rows:
+        found = np.asarray(Image.open(out / row["map"]))
+        assert str((found > 0).sum()) == row["cells"]
+
+
+@quiet
 @pytest.mark.parametrize(
     ("options", "mpp", "message"),
     [
