@@ -34,7 +34,9 @@ def tell_other_input(parser: ConfigParser) -> None:
             under another number.
     """
     name, value = LOW_ALREADY
-    told = [one for one in _INPUT if one not in (name, "rim")] if parser.get(name) == value else _INPUT
+    is_low = parser.get(name) == value and parser.get("student_input") != "upsampled"      # these need their grid, too
+    told = [one for one in _INPUT if one not in (name, "rim")] if is_low else list(_INPUT)
+    told += ["patch_size"] if "class_names" in parser else []      # what a classifier sees, and no mere window
     for weights in _weights(parser):
         if "validate" in parser or "class_names" in parser:             # scored, or written, under these names
             _refuse_other_order(parser, weights)

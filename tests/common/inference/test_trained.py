@@ -51,6 +51,13 @@ def test_images_of_low_resolution_are_taken_as_they_are(weights: Path, caplog: p
     assert told(weights, caplog, scale=1, rim=0) == []
     assert len(told(weights, caplog, scale=1, rim=0, intensity_range=[0, 1])) == 1
     assert len(told(weights, caplog, scale=2, rim=0)) == 2
+    assert len(told(weights, caplog, scale=1, rim=1, student_input="upsampled")) == 1
+
+
+def test_another_field_of_view_of_a_classifier_is_told(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights.with_name("model.json").write_text(json.dumps({"options": {"patch_size": [96, 96, 96]}}))
+    assert told(weights, caplog, patch_size=[64, 64, 64]) == []
+    assert len(told(weights, caplog, patch_size=[64, 64, 64], class_names=[])) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"options": []}'])
