@@ -255,7 +255,7 @@ def complete(content: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         known = recipe.rows.get(row["id"])
         detail = known is not None and known.detail
         if DISTILLED in row:
-            plain["gained"] = _gained(row, known and _patient(known))
+            plain["gained"] = _gained(row, None if known is None else _patient(known))
         rows.append({**plain, **({"not_rerun": NOT_RERUN} if old else {}), **({"detail": True} if detail else {})})
     top, others = rows[:1], rows[1:]
     return {"bundle": content["bundle"], **(top[0] if top else {}), "rows": others}

@@ -89,8 +89,8 @@ def read_scores(
     whole = folder / "metrics.csv"
     if whole.is_file() and not patient and not test:
         told = [line.split(",") for line in whole.read_text().splitlines() if line]
-        found = {name: float(value) for name, value in told if name not in metrics}
-        metrics |= {name: {"all": value} for name, value in found.items() if not math.isnan(value)}
+        others = {name: float(value) for name, value in told if name not in metrics}
+        metrics |= {name: {"all": value} for name, value in others.items() if not math.isnan(value)}
     return metrics
 
 
