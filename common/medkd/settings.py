@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from medkd.inference.options import current_parser
+from medkd.inference.trained import class_names
 
-__all__ = ["flatten", "plain_options", "run_settings"]
+__all__ = ["flatten", "plain_options", "run_class_names", "run_settings"]
 
 # keys that may differ between two runs of one result, each with the reason
 _WITHOUT_EFFECT = {
@@ -61,6 +62,12 @@ def run_settings() -> dict[str, Any]:
     """
     parser = current_parser()
     return {} if parser is None else flatten(parser.get())
+
+
+def run_class_names() -> dict[str, str]:
+    """Names of the classes by number in the datalist of the present run; empty where there are none, or no run."""
+    parser = current_parser()
+    return {} if parser is None else class_names(parser)
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

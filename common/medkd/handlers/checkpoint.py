@@ -19,10 +19,8 @@ from medkd.handlers.resuming import Resume, as_resume, load_anew, load_objects
 from medkd.handlers.run_folder import FolderInUseError, RunFolder, check_writable, newest_first
 from medkd.handlers.run_record import built_settings, describe_data, differences
 from medkd.handlers.selection import Selection
-from medkd.inference.options import current_parser
-from medkd.inference.trained import class_names
 from medkd.losses.base import DistillationLoss
-from medkd.settings import plain_options
+from medkd.settings import plain_options, run_class_names
 from medkd.taps import unwrap
 from medkd.weights import load_tensors
 
@@ -78,8 +76,7 @@ class CheckpointHandler:
         self.evaluator = evaluator
         self.resume = as_resume(resume)
         self.settings = dict(settings or {})
-        parser = current_parser()
-        self._class_names = {} if parser is None else class_names(parser)
+        self._class_names = run_class_names()
         self._folder = RunFolder(directory)
         self._built = built_settings(self.objects)                 # before anything is loaded
         self._selection = Selection(evaluator)

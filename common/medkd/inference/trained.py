@@ -36,9 +36,10 @@ def tell_other_input(parser: ConfigParser) -> None:
     name, value = LOW_ALREADY
     is_low = parser.get(name) == value and parser.get("student_input") != "upsampled"      # these need their grid, too
     told = [one for one in _INPUT if one not in (name, "rim")] if is_low else list(_INPUT)
-    told += ["patch_size"] if "class_names" in parser else []      # what a classifier sees, and no mere window
+    names_classes = parser.get("saving#class_names") is not None
+    told += ["patch_size"] if names_classes else []                # what a classifier sees, and no mere window
     for weights in _weights(parser):
-        if "validate" in parser or "class_names" in parser:             # scored, or written, under these names
+        if "validate" in parser or names_classes:                       # scored, or written, under these names
             _refuse_other_order(parser, weights)
         trained = _told_of(weights, "options")
         for name in told:

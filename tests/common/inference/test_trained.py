@@ -57,7 +57,7 @@ def test_images_of_low_resolution_are_taken_as_they_are(weights: Path, caplog: p
 def test_another_field_of_view_of_a_classifier_is_told(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights.with_name("model.json").write_text(json.dumps({"options": {"patch_size": [96, 96, 96]}}))
     assert told(weights, caplog, patch_size=[64, 64, 64]) == []
-    assert len(told(weights, caplog, patch_size=[64, 64, 64], class_names=[])) == 1
+    assert len(told(weights, caplog, patch_size=[64, 64, 64], saving={"class_names": []})) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"options": []}'])
@@ -82,9 +82,9 @@ def test_classes_of_another_order_are_refused(weights: Path, tmp_path: Path) -> 
         tell_other_input(ConfigParser({"datalist": str(file), "handlers": [loader], **more}))
 
     for known in ({"0": "polyp", "1": "cancer", "2": "cancer"}, {"0": "polyp", "1": "other"}, {}, []):
-        run(known, class_names=[])
+        run(known, saving={"class_names": []})
     with pytest.raises(ValueError, match=r"did, 0 polyp, 1 cancer, 2 cancer, got 0 cancer, 1 polyp; .*polyp,cancer,"):
-        run({"0": "cancer", "1": "polyp"}, class_names=[])
+        run({"0": "cancer", "1": "polyp"}, saving={"class_names": []})
     run({"0": "cancer", "1": "polyp"})                             # a map of classes has numbers, and no names
 
 
