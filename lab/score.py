@@ -67,13 +67,13 @@ def read_scores(
 ) -> dict[str, dict[str, float]]:
     """Read all `<metric>_raw.csv` in the `output_dir` of an evaluation: metric -> case -> value, where there is one.
 
+    A metric that has only one value of all cases, as AUC, is the value of a case "all", where no case is left out.
+
     Args:
         folder: the files' place.
         columns: blocks of a case count as cases; of classes the mean over those that a case has is taken.
         patient: regular expression; the cases in whose name its group is the same are averaged to one.
         test: regular expression; only cases in whose name it is found are read.
-
-    A metric that has only one value of all cases, as AUC, is the value of a case "all", where no case is left out.
     """
     metrics = {}
     for file in sorted(folder.glob("*_raw.csv")):

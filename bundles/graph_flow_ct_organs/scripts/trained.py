@@ -12,7 +12,7 @@ from typing import Any
 
 from monai.bundle.config_parser import ConfigParser
 
-__all__ = ["LOW_ALREADY", "class_names", "tell_other_input"]
+__all__ = ["LOW_ALREADY", "class_names", "is_plain", "tell_other_input"]
 
 LOW_ALREADY = ("scale", 1)                 # images that were taken at a student's low resolution, without a rim to cut
 _INPUT = ("unit", "spacing", "intensity_range", "scale", "student_input", "rim")   # options that make the input
@@ -44,7 +44,7 @@ def tell_other_input(parser: ConfigParser) -> None:
         trained = _told_of(weights, "options")
         for name in told:
             now = parser.get(name, trained.get(name))
-            if name in trained and trained[name] != now and _is_plain(now):
+            if name in trained and trained[name] != now and is_plain(now):
                 before = trained[name] if isinstance(trained[name], str) else json.dumps(trained[name])
                 logger.warning(
                     "%s was trained with %s %s, and this run has %s: its predictions are worth less here, or nothing. "
@@ -70,7 +70,7 @@ def _told_of(weights: Path, part: str) -> dict[str, Any]:
         if weights.parent.name != "models" or file.exists():
             found = _read(file)[part]
         elif part == "options":
-            found = {key: value for key, value in _read(configs / "inference.json").items() if _is_plain(value)}
+            found = {key: value for key, value in _read(configs / "inference.json").items() if is_plain(value)}
         else:
             found = _read(configs / "metadata.json")["network_data_format"]["outputs"]["pred"]["channel_def"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -82,7 +82,8 @@ def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Tell whether a value of a config is what it says, and no expression or reference, which may be the same."""
     return not str(value).startswith(("$", "@", "%"))
 
 

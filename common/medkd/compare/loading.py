@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medkd.compare.networks import Network
 from medkd.data.bundle_check import scripts_of
-from medkd.inference.trained import LOW_ALREADY
+from medkd.inference.trained import LOW_ALREADY, is_plain
 from medkd.settings import flatten
 from medkd.weights import load_tensors
 
@@ -115,7 +115,7 @@ def check_settings(network: Network) -> None:
     wrong = [
         key for key in told
         if key.split("#")[0] in _DECIDING and key in now and told[key] != now[key] and (key, now[key]) != LOW_ALREADY
-        and not any(str(side).startswith(("$", "@", "%")) for side in (told[key], now[key]))   # may be the same
+        and is_plain(told[key]) and is_plain(now[key])
     ]
     if wrong:
         key = wrong[0]
